@@ -1,0 +1,45 @@
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# A .venv is kept as it is; one that was made with another Python than the one asked for must not pass for it.
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(BIN)/python),)
+ifneq ($(call version,$(PYTHON)),$(call version,$(BIN)/python))
+$(error .venv has Python $(call version,$(BIN)/python), PYTHON=$(PYTHON) is $(call version,$(PYTHON)): remove .venv or leave PYTHON out)
+endif
+endif
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "The first run makes .venv; PYTHON=python3.12 chooses its Python (3.10 or newer)."
+
+demo: $(INSTALLED)  ## run examples/demo.py; ARGS="..." are passed on
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(INSTALLED)  ## run all tests, also the one on Gemma 3 270M; ARGS="..." go to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)  ## check format, lint and types, then test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(INSTALLED)  ## format the code and repair what the linter can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "sts-callback needs Python 3.10 or newer; $(PYTHON) is $(or $(call version,$(PYTHON)),not there). Try: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,97 @@
+"""What drift needs from step 0, on disk beside the run: after a resume the weights of step 0 are gone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sts_callback.errors import CannotTell
+from sts_callback.measure import Reference
+from sts_callback.metrics.sparse import SparseActs
+
+
+@dataclass(frozen=True)
+class SetBaseline:
+    """Step 0 of one probe set."""
+
+    counted: torch.Tensor
+    """Which candidate tokens count, in the order of visit, `(n_candidates,)` booleans."""
+    acts: SparseActs
+    """Their activations."""
+    n_tokens: torch.Tensor
+    """Tokens that count, per query, `(n_queries,)`, int64."""
+    energy: torch.Tensor
+    """Squared activations summed over features, per query, `(n_queries,)`."""
+    nll: torch.Tensor
+    """NLL of the answers in nats, per query, `(n_queries,)`; NaN without a language-model head."""
+    mean_activity: torch.Tensor
+    """Mean activation of each feature, `(d_sae,)`: STS_act for any set of features."""
+    mean_own_shift: torch.Tensor
+    """Mean squared shift by the set's own demonstrations, `(d_sae,)`: STS_ICL and STS_rel."""
+    mean_train_shift: torch.Tensor
+    """Mean squared shift by the training demonstrations, `(d_sae,)`: STS_cross."""
+
+
+_TENSORS = [f.name for f in fields(SetBaseline) if f.name != "acts"]
+_SPARSE = [f.name for f in fields(SparseActs)]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Step 0 of all probe sets."""
+
+    fingerprint: str
+    """Of model, SAE and probes."""
+    reference: Reference
+    sets: Mapping[str, SetBaseline]
+
+    def save(self, path: Path) -> None:
+        """Write it as one safetensors file, whole or not at all."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, one in self.sets.items():
+            tensors |= {f"{name}/{key}": getattr(one, key).contiguous() for key in _TENSORS}
+            tensors |= {f"{name}/acts.{key}": getattr(one.acts, key).contiguous() for key in _SPARSE}
+        metadata = {
+            "fingerprint": self.fingerprint,
+            "reference": json.dumps(vars(self.reference)),
+            "sets": json.dumps(list(self.sets)),
+        }
+        scratch = path.with_suffix(".part")
+        save_file(tensors, scratch, metadata)
+        os.replace(scratch, path)
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> Baseline:
+        """Read it back.
+
+        Raises:
+            CannotTell: if it is missing, damaged, or of another model, SAE or set of probes.
+
+        """
+        remedy = (
+            "drift can be measured only against step 0; start the run anew, or resume it with the same SAE, domains and settings."
+        )
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                if metadata["fingerprint"] != fingerprint:
+                    raise CannotTell(f"baseline: {path.name} was made with another model, SAE or probes; {remedy}")
+                sets = {
+                    name: SetBaseline(
+                        acts=SparseActs(**{key: file.get_tensor(f"{name}/acts.{key}") for key in _SPARSE}),
+                        **{key: file.get_tensor(f"{name}/{key}") for key in _TENSORS},
+                    )
+                    for name in json.loads(metadata["sets"])
+                }
+                return cls(fingerprint, Reference(**json.loads(metadata["reference"])), sets)
+        except CannotTell:
+            raise
+        except Exception as error:  # safetensors raises its own kinds, not exported in all versions
+            raise CannotTell(f"baseline: {path.name} cannot be read ({error!r}); {remedy}") from error

@@ -1,0 +1,184 @@
+"""The command line: `sts-callback forecast` and `sts-callback saes`. The only module that prints.
+
+Exit codes: 0 go, 3 no-go, 4 cannot tell, 2 wrong input, 1 a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+
+from sts_callback.errors import CannotTell, ConfigError, StsError
+
+GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
+_EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "cannot tell": CANNOT_TELL}
+
+
+def entry() -> None:
+    """Run as a console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Returns:
+        The exit code.
+
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or a complaint
+        return stop.code if isinstance(stop.code, int) else WRONG_INPUT
+    try:
+        return int(args.run(args))
+    except CannotTell as error:
+        print(f"sts-callback: {error}", file=sys.stderr)
+        return CANNOT_TELL
+    except StsError as error:
+        print(f"sts-callback: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except Exception:
+        traceback.print_exc()
+        print("sts-callback: this is a bug of ours; please report it with the lines above.", file=sys.stderr)
+        return BUG
+
+
+def _parser() -> argparse.ArgumentParser:
+    from sts_callback.config import ProbeConfig
+
+    parser = argparse.ArgumentParser(prog="sts-callback", description="Which domains will a fine-tune move? Ask before training.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    forecast = commands.add_parser(
+        "forecast",
+        help="forecast what training on a file will move",
+        description="Forecast what training on a file will move. Exit code: 0 go, 3 no-go, 4 cannot tell, 2 wrong input.",
+    )
+    forecast.set_defaults(run=_forecast)
+    forecast.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
+    forecast.add_argument("--sae", required=True, help="SAELens release/sae_id, a folder, or auto")
+    forecast.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
+    forecast.add_argument(
+        "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
+    )
+    forecast.add_argument(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="NAME[=NATS]",
+        help="a domain that must not suffer, your own or a shipped one, with its budget in nats per token; repeatable",
+    )
+    forecast.add_argument("--json", action="store_true", help="print forecast and verdict as JSON, no table")
+    forecast.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
+    defaults = ProbeConfig()
+    for name in ("n_queries", "max_tokens", "seed"):
+        option = f"--{name.replace('_', '-')}"
+        forecast.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
+
+    saes = commands.add_parser(
+        "saes", help="list the SAEs that SAELens has for a model", description="List SAELens' SAEs for a model."
+    )
+    saes.set_defaults(run=_saes)
+    saes.add_argument("--model", required=True, help="hub id or name of the model")
+    saes.add_argument("--json", action="store_true", help="print JSON lines, no table")
+    return parser
+
+
+def _forecast(args: argparse.Namespace) -> int:
+    from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
+    from sts_callback.domains.starter import choose_domains
+
+    files = dict(_split(item, "--domain", "NAME=FILE") for item in args.domain)
+    protect = dict(_split(item, "--protect", "NAME=NATS") if "=" in item else (item, DEFAULT_BUDGET) for item in args.protect)
+    domains, budgets = choose_domains({name: _number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
+    config = ProbeConfig(n_queries=args.n_queries, max_tokens=args.max_tokens, seed=args.seed)
+    policy = PolicyConfig(budgets=budgets)
+
+    from sts_callback.monitor import Monitor
+    from sts_callback.policy import judge_forecast
+    from sts_callback.terminal import forecast_table
+
+    model, tokenizer = _loaded(args.model, args.device)
+    monitor = Monitor(
+        model,
+        tokenizer,
+        sae=args.sae,
+        train_data=args.train,
+        domains=domains,
+        config=config,
+        progress=sys.stderr.isatty(),
+    )
+    forecast = monitor.forecast()
+    verdict = judge_forecast(forecast, policy)
+    if args.json:
+        print(json.dumps({"forecast": json.loads(forecast.to_json()), "verdict": json.loads(verdict.to_json())}))
+    else:
+        print(forecast_table(forecast, verdict))
+    return _EXIT_CODES[verdict.decision]
+
+
+def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # transformers types stay out of the fast path
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sts_callback.errors import ModelError
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "auto" if device.startswith("cuda") else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model.to(torch.device(device)).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--model: {name} cannot be loaded ({error}); give a folder or hub id of a causal language model."
+        ) from error
+
+
+def _saes(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sts_callback.model.registry import saes_for
+
+    entries = saes_for(args.model)
+    if not entries:
+        print(
+            f"sts-callback: SAELens has no SAE for {args.model!r}; train one with examples/train_sae.py, or check the name.",
+            file=sys.stderr,
+        )
+        return WRONG_INPUT
+    if args.json:
+        for entry in entries:
+            print(json.dumps({**dataclasses.asdict(entry), "spec": entry.spec}))
+        return GO
+    table = Table(box=None, pad_edge=False)
+    table.add_column("sae (release/sae_id)", overflow="fold", ratio=1)
+    for title in ("kind", "layer", "width", "L0"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for entry in entries:
+        cells = (entry.layer, entry.width, None if entry.l0 is None else f"{entry.l0:.0f}")
+        table.add_row(entry.spec, entry.kind, *("" if cell is None else str(cell) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    return GO
+
+
+def _split(item: str, option: str, form: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not (name and equals and value):
+        raise ConfigError(f"{option}: got {item!r}; allowed is {form}.")
+    return name, value
+
+
+def _number(value: str | float, option: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{option}: got {value!r}; allowed is a number of nats per token.") from None

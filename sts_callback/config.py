@@ -1,0 +1,78 @@
+"""Settings: frozen, validated when made, the same for the Python API and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from sts_callback.errors import ConfigError
+
+
+def _require(ok: bool, where: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{where}: got {value!r}; allowed is {allowed}.")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How texts become probes and what is counted in them."""
+
+    n_queries: int = 32
+    """Queries drawn from the training data and from each domain."""
+    n_train_demonstrations: int = 2
+    """Answered training examples put in context (t in the paper)."""
+    n_domain_demonstrations: int = 5
+    """Answered examples of a domain put in context for its own score (m in the paper)."""
+    n_features: int = 100
+    """Size of the set of shifted features (N in the paper)."""
+    max_tokens: int = 512
+    """Longest query and longest answer, in tokens each; what is longer is cut, and the cut counted."""
+    max_norm_multiple: float = 3.0
+    """Tokens count if their activation norm is below this multiple of the median (see `metrics.tokens`)."""
+    batch_tokens: int = 1024
+    """Tokens in one forward, padding included."""
+    seed: int = 0
+    """Draws demonstrations and queries."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be measured with."""
+        _require(self.n_queries >= 4, "n_queries", self.n_queries, "4 or more")
+        for name in ("n_train_demonstrations", "n_domain_demonstrations", "n_features"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(self.max_tokens >= 8, "max_tokens", self.max_tokens, "8 or more")
+        _require(self.max_norm_multiple > 1, "max_norm_multiple", self.max_norm_multiple, "above 1")
+        _require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "1 or more")
+
+
+DEFAULT_BUDGET = 0.1
+"""Nats per token that a protected domain's answers may lose. Our choice: perplexity up by a tenth is what a reader notices."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """When movement becomes a verdict."""
+
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    """Protected domains, and the rise of answer NLL each may suffer, in nats per token."""
+    min_drift: float = 0.05
+    """A domain moves if its squared feature drift is at least this share of its squared feature activity at step 0."""
+    min_transfer: float = 0.5
+    """A forecast moves a domain if its STS_cross is at least this multiple of the training data's own."""
+    patience: int = 2
+    """Successive checks that a threat must hold before it alarms."""
+    n_standard_errors: float = 2.0
+    """A change of NLL counts if it is so many standard errors away from nothing."""
+    max_masked_share: float = 0.05
+    """With more than this share of tokens left out as attention sinks, a domain's score cannot be trusted."""
+
+    def __post_init__(self) -> None:
+        """Freeze the budgets and refuse thresholds that could never, or would always, be met."""
+        for name, budget in self.budgets.items():
+            _require(budget > 0, f"protect[{name!r}]", budget, "a budget above 0, in nats per token")
+        object.__setattr__(self, "budgets", MappingProxyType(dict(self.budgets)))
+        _require(self.min_drift > 0, "min_drift", self.min_drift, "above 0")
+        _require(self.min_transfer > 0, "min_transfer", self.min_transfer, "above 0")
+        _require(self.patience >= 1, "patience", self.patience, "1 or more")
+        _require(self.n_standard_errors >= 0, "n_standard_errors", self.n_standard_errors, "0 or more")
+        _require(0 < self.max_masked_share <= 1, "max_masked_share", self.max_masked_share, "between 0 and 1")

@@ -1,0 +1,163 @@
+"""From any dataset format that TRL accepts to pairs of prompt and answer.
+
+Formats (TRL's names): language modelling (`text`, `messages`), prompt-completion, preference with explicit or implicit prompt
+(`chosen` counts), unpaired preference (rows with a true `label` count), each plain or conversational; also ShareGPT's
+`conversations`, and the tokenised columns that a trainer leaves behind.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sts_callback.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+Source = str | Path | Iterable[Row]
+"""A JSON-lines file (`.jsonl`, `.jsonl.gz`) or JSON list (`.json`), a `datasets.Dataset`, or a list of rows."""
+
+FORMATS = "text; messages; prompt + completion; prompt + chosen + rejected; chosen + rejected; prompt + completion + label"
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """A prompt and its answer as texts; `answer` is None where the row is one running text."""
+
+    prompt: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A prompt and its answer as token ids; `answer` is None where the row is one running text."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...] | None
+
+
+Pair = TextPair | TokenPair
+
+
+def read_rows(source: Source, field: str) -> Sequence[Row]:
+    """The rows of a file, data set or list.
+
+    Args:
+        source: where they are.
+        field: what to call it in errors, such as `domains['law']`.
+
+    Raises:
+        DataError: if the file is missing, is not JSON, or holds no rows.
+
+    """
+    rows: Sequence[Row]
+    if isinstance(source, (str, Path)):
+        rows = _read_file(Path(source), field)
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        rows = source  # type: ignore[assignment]  # a list, or a data set, which has all that is used of a sequence
+    elif isinstance(source, Iterable):
+        rows = list(source)
+    else:
+        raise DataError(f"{field}: got {type(source).__name__}; allowed are a file, a datasets.Dataset or a list of rows.")
+    if len(rows) == 0:
+        raise DataError(f"{field}: there are no rows in {_shown(source)}; give at least a few dozen.")
+    return rows
+
+
+def _shown(source: Source) -> str:
+    return str(source) if isinstance(source, (str, Path)) else type(source).__name__
+
+
+def _read_file(path: Path, field: str) -> list[Row]:
+    if not path.is_file():
+        raise DataError(f"{field}: there is no file {path}; give JSON lines (.jsonl, .jsonl.gz) or a JSON list (.json).")
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        if path.suffix == ".json":
+            rows = json.load(lines)
+        else:
+            rows = []
+            for number, line in enumerate(lines, 1):
+                try:
+                    rows += [json.loads(line)] if line.strip() else []
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{field}: {path}, line {number} is not JSON ({error}).") from error
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise DataError(f"{field}: {path} must hold one JSON object a row with columns {FORMATS}.")
+    return rows
+
+
+def read_pairs(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, field: str) -> list[Pair]:
+    """Turn rows into pairs; rows that hold no text are left out.
+
+    Raises:
+        DataError: if the columns fit no format, or a conversation meets a tokenizer without a chat template.
+
+    """
+    pairs = (_pair(row, tokenizer, field) for row in rows)
+    return [pair for pair in pairs if pair is not None and pair.prompt and (pair.answer is None or pair.answer)]
+
+
+def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, field: str) -> Pair | None:
+    if "input_ids" in row or "prompt_ids" in row:
+        return _tokenised(row)
+    known = _normalised(row, field)
+    if known is None:
+        return None
+    if "text" in known:
+        return TextPair(known["text"], None)
+    if isinstance(known["prompt"], str):
+        return TextPair(known["prompt"], known["completion"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{field}: the rows are conversations, but the tokenizer has no chat template; set tokenizer.chat_template "
+            "or give plain prompt and completion columns."
+        )
+    from trl.data_utils import apply_chat_template
+
+    tools = known.get("tools")
+    example: dict[str, Any] = {name: known[name] for name in ("prompt", "completion")}
+    example["chat_template_kwargs"] = known.get("chat_template_kwargs") or {}
+    done = apply_chat_template(example, tokenizer, json.loads(tools) if isinstance(tools, str) else tools)
+    return TextPair(done["prompt"], done["completion"])
+
+
+def _normalised(raw: Row, field: str) -> dict[str, Any] | None:
+    """The row with `text`, or with `prompt` and `completion`; None for a rejected one of an unpaired preference."""
+    from trl.data_utils import extract_prompt, maybe_convert_to_chatml
+
+    row: dict[str, Any] = maybe_convert_to_chatml(dict(raw))
+    keys = set(row)
+    if "messages" in keys:
+        last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"), default=None)
+        if not last:
+            raise DataError(f"{field}: a conversation has no assistant message after a user's; nothing answers it.")
+        return {**row, "prompt": row["messages"][:last], "completion": [row["messages"][last]]}
+    if {"prompt", "completion"} <= keys:
+        return row if row.get("label", True) else None
+    if {"chosen", "rejected"} <= keys:
+        row = row if "prompt" in keys else {**row, **extract_prompt(row)}
+        return {**row, "completion": row["chosen"]}
+    if "text" in keys:
+        return row
+    if "prompt" in keys:
+        raise DataError(
+            f"{field}: the rows have prompts but no answers (columns {sorted(keys)}); add a completion column with a "
+            "reference answer."
+        )
+    raise DataError(f"{field}: columns {sorted(keys)} fit no format; allowed are {FORMATS}.")
+
+
+def _tokenised(row: Row) -> TokenPair | None:
+    """A row as a trainer tokenised it: SFT's labels, or the ids of preference trainers."""
+    if "input_ids" in row:
+        ids, labels = tuple(row["input_ids"]), row.get("labels")
+        n_prompt = 0 if labels is None else next((i for i, label in enumerate(labels) if label != -100), len(ids))
+        return TokenPair(ids[:n_prompt], ids[n_prompt:]) if n_prompt else TokenPair(ids, None)
+    answer = row.get("chosen_ids") or row.get("completion_ids")
+    return TokenPair(tuple(row["prompt_ids"]), tuple(answer)) if answer and row.get("label", True) else None

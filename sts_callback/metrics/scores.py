@@ -1,0 +1,94 @@
+"""Transferability scores: which features shift, and how much of a domain lives on them.
+
+All take means over tokens (`metrics.sums.token_mean`) and return Python floats. Symbols are those of Zhang et al., ICLR 2026,
+arXiv 2603.02908, sections 3.2 and 4.1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def shifted_features(mean_shift: torch.Tensor, n_features: int) -> tuple[int, ...]:
+    """The features with the largest mean squared shift: D_N.
+
+    Args:
+        mean_shift: mean over tokens of (activation with context - without)^2, or of drift, `(d_sae,)`.
+        n_features: N. Features that do not shift at all are left out, so fewer may be returned.
+
+    Returns:
+        Feature indices, largest shift first.
+
+    Source: arXiv 2603.02908, section 3.2.
+
+    """
+    values, features = torch.sort(mean_shift, descending=True, stable=True)
+    return tuple(features[:n_features][values[:n_features] > 0].tolist())
+
+
+def activity_score(mean_activity: torch.Tensor, features: tuple[int, ...]) -> float:
+    """STS_act: mean activation of a domain summed over the shifted features.
+
+    Args:
+        mean_activity: mean activation of each feature over the domain's query tokens, `(d_sae,)`.
+        features: D_N.
+
+    Returns:
+        At least 0 for non-negative activations, in units of activation; larger means more affected, without direction.
+
+    Source: arXiv 2603.02908, section 4.1.
+
+    """
+    return float(mean_activity[list(features)].sum())
+
+
+def shift_score(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
+    """STS_ICL: mean squared in-context shift of a domain summed over the shifted features.
+
+    Args:
+        mean_shift: mean squared shift that the domain's own demonstrations cause in its queries, `(d_sae,)`.
+        features: D_N.
+
+    Returns:
+        At least 0, in squared units of activation; larger means more affected, without direction.
+
+    Source: arXiv 2603.02908, section 4.1.
+
+    """
+    return float(mean_shift[list(features)].sum())
+
+
+def shift_share(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
+    """The share of a shift that falls on the shifted features.
+
+    STS_rel with the shift that the domain's own demonstrations cause; STS_cross with the one that the training data's cause.
+
+    Args:
+        mean_shift: `(d_sae,)`.
+        features: D_N.
+
+    Returns:
+        In [0, 1]; NaN where nothing shifts.
+
+    """
+    total = float(mean_shift.sum())
+    return shift_score(mean_shift, features) / total if total > 0 else float("nan")
+
+
+def n_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many features two sets share."""
+    return len(set(one) & set(other))
+
+
+def relative_change(mean_squared_change: torch.Tensor, mean_energy: float) -> float:
+    """Squared change of all features against their squared activity before.
+
+    Args:
+        mean_squared_change: drift or shift, mean over tokens, `(d_sae,)`.
+        mean_energy: mean over the same tokens of the sum over features of squared activation before the change.
+
+    Returns:
+        At least 0; 0 means unchanged, 1 that the change is as large as the activity itself; NaN without activity.
+
+    """
+    return float(mean_squared_change.sum()) / mean_energy if mean_energy > 0 else float("nan")

@@ -1,0 +1,218 @@
+"""The sparse autoencoder as an encoder of activations; the only module that imports SAELens."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import torch
+
+from sts_callback.errors import SaeError
+from sts_callback.model import registry
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+SaeSource: TypeAlias = "str | Path | SAE[Any]"
+"""SAELens `release/sae_id`, a folder in SAELens format, an `SAE` object, or `"auto"`."""
+
+
+class Encoder(Protocol):
+    """What turns activations at a hook point into features."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of `(n_tokens, d_in)`, `(n_tokens, d_sae)`, float32."""
+
+
+# Activations that act on each feature alone, by SAELens' architecture names. TopK families need the whole row for the k-th value.
+_ELEMENTWISE = {
+    "standard",
+    "jumprelu",
+    "gated",
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+}
+_NOT_PER_TOKEN = {"temporal"}  # attends over the sequence, so tokens cannot be encoded one by one
+_BY_FEATURE = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag")
+
+
+@dataclass(frozen=True)
+class SaeEncoder:
+    """An SAE with what is needed to use it right: where it reads, how its input is prepared, who it is."""
+
+    name: str
+    """`release/sae_id`, or the folder's name."""
+    hook_name: str
+    """The hook point it was trained on."""
+    sae: SAE[Any]
+    """Float32, frozen, not the user's own object."""
+    fingerprint: str
+    """SHA-256 of its encoder."""
+    centred: bool = False
+    """Whether it expects activations of a LayerNorm model with their mean over `d_in` removed (TransformerLens' default)."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations it reads."""
+        return int(self.sae.cfg.d_in)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return int(self.sae.cfg.d_sae)
+
+    @property
+    def architecture(self) -> str:
+        """SAELens' name of its architecture."""
+        return str(self.sae.cfg.architecture())
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether it was trained on rescaled activations and the scale was not folded into its weights."""
+        return bool(self.sae.cfg.normalize_activations == "expected_average_only_in")
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature activations in float32 arithmetic, also under autocast.
+
+        Args:
+            x: activations at the hook point, `(n_tokens, d_in)`, any float dtype and device.
+
+        Returns:
+            `(n_tokens, d_sae)`, float32, on the SAE's device.
+
+        """
+        x = x.to(self.sae.device, torch.float32)
+        if self.centred:
+            x = x - x.mean(dim=-1, keepdim=True)
+        with torch.autocast(x.device.type, enabled=False):
+            acts: torch.Tensor = self.sae.encode(x)
+        return acts
+
+    @torch.no_grad()
+    def unexplained(self, x: torch.Tensor) -> float | None:
+        """Fraction of variance of `(n_tokens, d_in)` that the reconstruction leaves (FVU); None for a transcoder."""
+        if "transcoder" in self.architecture:
+            return None
+        x = x.to(self.sae.device, torch.float32)
+        x = x - x.mean(dim=-1, keepdim=True) if self.centred else x
+        left = (x - self.sae.decode(self.sae.encode(x))).double().square().sum()
+        return float(left / (x - x.mean(dim=0)).double().square().sum())
+
+    def restrict(self, features: tuple[int, ...]) -> SaeEncoder:
+        """An encoder of these features only, in this order, with equal activations and less work.
+
+        Raises:
+            SaeError: if the architecture's activation looks at all features (TopK families).
+
+        """
+        if self.architecture not in _ELEMENTWISE:
+            raise SaeError(
+                f"sae: features of a {self.architecture} SAE cannot be computed apart; allowed are "
+                f"{', '.join(sorted(_ELEMENTWISE))}. Encode all features and select."
+            )
+        columns = torch.tensor(features, device=self.sae.device)
+        part = copy.copy(self.sae)
+        part._parameters = {
+            name: torch.nn.Parameter(p[..., columns], requires_grad=False) if name in _BY_FEATURE and p is not None else p
+            for name, p in self.sae._parameters.items()
+        }
+        part.cfg = copy.copy(self.sae.cfg)
+        part.cfg.d_sae = len(features)
+        return replace(self, sae=part)
+
+    def scaled(self, mean_norm: float) -> SaeEncoder:
+        """Fold the scale that it was trained with, estimated as sqrt(d_in) over the mean activation norm."""
+        sae = copy.deepcopy(self.sae)
+        sae.fold_activation_norm_scaling_factor(self.d_in**0.5 / mean_norm)
+        return replace(self, sae=sae)
+
+    def to(self, device: torch.device) -> SaeEncoder:
+        """The same on another device."""
+        return replace(self, sae=self.sae.to(device))
+
+
+def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
+    """Load an SAE from wherever the user has it.
+
+    Args:
+        sae: where it is.
+        model_id: the model's name, for `"auto"`.
+        n_layers: the model's depth, for `"auto"`.
+
+    Raises:
+        SaeError: if there is no such SAE (near names are suggested), it cannot be read, or its kind cannot be used.
+
+    """
+    with warnings.catch_warnings():  # SAELens registers filters and warns of TransformerLens settings, which are handled here
+        warnings.simplefilter("ignore")
+        if isinstance(sae, (str, Path)):
+            name, loaded = _load(str(sae), model_id, n_layers)
+        else:
+            name = str(sae.cfg.metadata.get("sae_id") or "SAE object")
+            loaded = copy.deepcopy(sae).to(dtype=torch.float32)
+    architecture, metadata = loaded.cfg.architecture(), loaded.cfg.metadata
+    if architecture in _NOT_PER_TOKEN or not hasattr(loaded, "encode"):
+        raise SaeError(f"sae: {name} is a {architecture} SAE, which cannot encode tokens one by one; take another kind.")
+    hook_name = metadata.get("hf_hook_name") or metadata.get("hook_name")
+    if not hook_name:
+        raise SaeError(f"sae: {name} does not say which hook point it was trained on; set metadata.hook_name in its cfg.json.")
+    loaded.turn_off_forward_pass_hook_z_reshaping()  # transformers gives heads flat already
+    loaded.requires_grad_(False).eval()
+    lens_options = metadata.get("model_from_pretrained_kwargs") or {}
+    return SaeEncoder(name, hook_name, loaded, _fingerprint(loaded), centred=bool(lens_options.get("center_writing_weights")))
+
+
+def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
+    from sae_lens import SAE
+
+    if Path(spec).is_dir():
+        try:
+            return Path(spec).resolve().name, SAE.load_from_disk(spec, dtype="float32")
+        except (OSError, KeyError, ValueError, json.JSONDecodeError) as error:
+            raise SaeError(
+                f"sae: the folder {spec} cannot be read as an SAE ({error!r}); it must hold cfg.json and sae_weights.safetensors "
+                "of an SAE saved for inference (save_inference_model)."
+            ) from error
+    if spec == "auto":
+        spec = registry.best_for(model_id, n_layers).spec
+    if registry.find(spec):
+        release, _, sae_id = spec.partition("/")
+    elif spec.count("/") >= 2:  # a hub repository and a folder in it
+        owner, repository, sae_id = spec.split("/", 2)
+        release = f"{owner}/{repository}"
+    else:
+        near = ", ".join(registry.near_names(spec))
+        raise SaeError(
+            f"sae: {spec!r} is no folder and not in SAELens' registry; near are: {near}. "
+            "`sts-callback saes --model ID` lists those of a model."
+        )
+    try:
+        return spec, SAE.from_pretrained(release, sae_id, dtype="float32")
+    except (OSError, ValueError, KeyError) as error:
+        raise SaeError(
+            f"sae: {spec} could not be loaded from the hub ({error!r}); check the connection, or give a folder."
+        ) from error
+
+
+def _fingerprint(sae: SAE[Any]) -> str:
+    digest = hashlib.sha256(json.dumps([sae.cfg.architecture(), sae.cfg.d_in, sae.cfg.d_sae]).encode())
+    for name, parameter in sorted(sae.named_parameters()):
+        if name in _BY_FEATURE:
+            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,210 @@
+"""SAELens' registry of pre-trained SAEs, read without importing sae_lens or torch.
+
+Importing sae_lens takes seconds and half a gigabyte; the `saes` command and `sae="auto"` need only the YAML file beside
+its `__init__`. Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sts_callback.errors import SaeError
+
+
+@dataclass(frozen=True)
+class SaeEntry:
+    """One pre-trained SAE, as far as it is known without downloading it."""
+
+    release: str
+    """Name of the SAELens release it belongs to; holds no slash."""
+    sae_id: str
+    """Its name inside the release; may hold slashes."""
+    model: str
+    """The model it was trained on: a Hugging Face id or a TransformerLens alias."""
+    hook_name: str | None
+    """TransformerLens name of its hook point; None if only the SAE's own config tells, and for transcoders."""
+    layer: int | None
+    """Index of the decoder layer; None for SAEs of the embedding."""
+    width: str | None
+    """Number of features as the registry abbreviates it, such as "16k" or "1m"; None if it does not say."""
+    l0: float | None
+    """Mean number of features active per token; None if the registry does not say."""
+    kind: Literal["sae", "transcoder"]
+    """Whether it reconstructs its input or predicts another activation."""
+    neuronpedia_id: str | None
+    """Where Neuronpedia explains its features, `model/source`; None if it does not."""
+
+    @property
+    def spec(self) -> str:
+        """The name to pass as `sae=`: `release/sae_id`."""
+        return f"{self.release}/{self.sae_id}"
+
+
+# The registry has this release under gemma-2-9b; its repository, sae_lens' loader and its `-canonical` sibling say -it.
+_MODEL_CORRECTIONS = {"gemma-scope-9b-it-res": "gemma-2-9b-it"}
+
+# Where TransformerLens' alias is not the repository's name. Source: transformer_lens/supported_models.py
+_ALIASES = {"gpt2": "gpt2-small", "mistral-7b-v0.1": "mistral-7b"}
+
+# Site of an SAE by what its spec contains; the first match wins, so ids that spell a hook name come first.
+# Source for the releases that do not spell it: sae_lens/loading/pretrained_sae_loaders.py
+_SITES = (
+    (r"hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)", r"hook_\1"),
+    (r"hook_z|^gemma-scope-.*-att\b", "attn.hook_z"),
+    (r"^gemma-scope-.*-mlp\b", "hook_mlp_out"),
+    (r"^gemma-scope-.*-res\b|/resid_post_|^qwen-scope-|^goodfire-|^llama_scope_(?:lxr|r1_distill)", "hook_resid_post"),
+)
+_LAYER = re.compile(r"(?:blocks\.|layer_?|^l)(\d+)")
+_WIDTH = re.compile(r"[-_]w?-?(\d+k|(?<=width_)\d+m)(?![a-z0-9])")  # a bare "-270m" is a model size
+
+
+def _registry_file() -> Path:
+    spec = importlib.util.find_spec("sae_lens")
+    file = Path(spec.origin).with_name("pretrained_saes.yaml") if spec and spec.origin else None
+    if file is None or not file.is_file():
+        raise SaeError(
+            "sae: SAELens' registry of pre-trained SAEs cannot be read: sae_lens is not installed, or without its "
+            "pretrained_saes.yaml; run `pip install --upgrade sae-lens`."
+        )
+    return file
+
+
+def _hook_name(spec: str, layer: int | None) -> str | None:
+    if layer is None:
+        return "hook_embed" if "/embedding/" in spec else None
+    for pattern, site in _SITES:
+        if match := re.search(pattern, spec):
+            return f"blocks.{layer}.{match.expand(site)}"
+    return None
+
+
+def _entry(release: str, fields: dict[str, Any], sae: dict[str, Any]) -> SaeEntry:
+    sae_id, neuronpedia_id = sae["id"], sae.get("neuronpedia")
+    spec = f"{release}/{sae_id}"
+    in_id = _LAYER.search(sae_id)
+    layer = int(in_id[1]) if in_id else None
+    width = _WIDTH.search(f"{spec} {neuronpedia_id} {fields['repo_id']}")
+    transcoder = "transcoder" in f"{release} {fields.get('conversion_func')}"
+    in_path = re.search(r"average_l0_(\d+)", str(sae["path"]))  # "canonical" entries state their l0 only there
+    l0 = sae.get("l0", in_path[1] if in_path else None)
+    return SaeEntry(
+        release=release,
+        sae_id=sae_id,
+        model=_MODEL_CORRECTIONS.get(release, fields["model"]),
+        hook_name=None if transcoder else _hook_name(spec, layer),
+        layer=layer,
+        width=width[1] if width else None,
+        l0=None if l0 is None else float(l0),
+        kind="transcoder" if transcoder else "sae",
+        neuronpedia_id=neuronpedia_id,
+    )
+
+
+@lru_cache(maxsize=1)
+def _releases() -> dict[str, dict[str, SaeEntry]]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without libyaml
+    content = yaml.load(_registry_file().read_text(encoding="utf-8"), Loader=loader)
+    return {release: {sae["id"]: _entry(release, f, sae) for sae in f["saes"]} for release, f in content.items()}
+
+
+def _model_key(model_id: str) -> str:
+    """A model's name without its organisation or folder, letter case, and what differs between hubs."""
+    name = model_id.rstrip("/").rsplit("/", maxsplit=1)[-1].lower()
+    return _ALIASES.get(name, name.removeprefix("meta-"))  # Meta-Llama-3.1-8B was renamed Llama-3.1-8B
+
+
+def saes_for(model_id: str) -> tuple[SaeEntry, ...]:
+    """The pre-trained SAEs of a model.
+
+    Args:
+        model_id: Hugging Face id, folder named like it or TransformerLens alias; organisation and case do not matter.
+
+    Returns:
+        Its SAEs and transcoders in the registry's order; empty if there are none.
+
+    Raises:
+        SaeError: if sae_lens is not installed.
+    """
+    key = _model_key(model_id)
+    return tuple(sae for saes in _releases().values() for sae in saes.values() if _model_key(sae.model) == key)
+
+
+def find(spec: str) -> SaeEntry | None:
+    """Look up one SAE by its exact name.
+
+    Args:
+        spec: `release/sae_id`.
+
+    Returns:
+        The SAE, or None if the registry does not hold it.
+
+    Raises:
+        SaeError: if sae_lens is not installed.
+    """
+    release, _, sae_id = spec.partition("/")
+    return _releases().get(release, {}).get(sae_id)
+
+
+def near_names(spec: str, n: int = 5) -> tuple[str, ...]:
+    """The existing names most like a misspelt one.
+
+    Args:
+        spec: `release/sae_id`, either part of which may be wrong.
+        n: how many names to give at most, at least 1.
+
+    Returns:
+        Up to `n` specs, the most similar first; empty if no release is called anything like it.
+
+    Raises:
+        SaeError: if sae_lens is not installed.
+    """
+    release, _, sae_id = spec.partition("/")
+    releases = _releases()
+    near_releases = [release] if release in releases else difflib.get_close_matches(release, releases, n=3)
+    near = [f"{r}/{i}" for r in near_releases for i in difflib.get_close_matches(sae_id, releases[r], n=n, cutoff=0.0)]
+    return tuple(difflib.get_close_matches(spec, near, n=n, cutoff=0.0))
+
+
+def best_for(model_id: str, n_layers: int) -> SaeEntry:
+    """The SAE that `sae="auto"` stands for.
+
+    Of the SAEs on the residual stream after a layer, the one whose layer is nearest to two thirds of the depth; then of
+    the width nearest 16k, by ratio; then of the l0 nearest 50. What the registry does not say counts as farthest. Ties
+    go to the first spec in alphabetical order, so that the choice is always the same.
+
+    Args:
+        model_id: as for `saes_for`.
+        n_layers: number of decoder layers of the model.
+
+    Returns:
+        The chosen SAE.
+
+    Raises:
+        SaeError: if the registry holds none for this model, or sae_lens is not installed.
+    """
+
+    def distance(sae: SaeEntry) -> tuple[float, float, float, str]:
+        layer = math.inf if sae.layer is None else abs(3 * sae.layer - 2 * n_layers)
+        thousands = float(sae.width[:-1]) * (1000 if sae.width[-1] == "m" else 1) if sae.width else math.inf
+        l0 = math.inf if sae.l0 is None else abs(sae.l0 - 50)
+        return layer, abs(math.log2(thousands / 16)), l0, sae.spec
+
+    registered = saes_for(model_id)
+    # "_step_" marks SAEs saved in the middle of their own training, the first of them untrained.
+    usable = [s for s in registered if (s.hook_name or "").endswith(".hook_resid_post") and "_step_" not in s.sae_id]
+    if not usable:
+        raise SaeError(
+            f'sae: "auto" needs an SAE on the residual stream after a layer of {model_id!r}, and SAELens lists none '
+            f"among its {len(registered)} for this model; pass sae=..., train one with examples/train_sae.py, or list "
+            f"what there is with `sts-callback saes --model {model_id}`."
+        )
+    return min(usable, key=distance)

@@ -1,0 +1,89 @@
+"""Records as text that fits a terminal: tables of 80 columns, coloured only where a terminal shows it."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sts_callback.records import Decision, DriftSnapshot, Forecast, Verdict
+
+_WIDTH = 80
+_COLOURS: dict[Decision, str] = {"go": "green", "watch": "yellow", "no-go": "bold red", "cannot tell": "magenta"}
+
+
+def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
+    """The forecast: one row a domain, the most moved first, the training data itself on top as anchor."""
+    table = Table(box=None, pad_edge=False, width=_WIDTH)
+    table.add_column("domain", no_wrap=True, ratio=1)
+    for title in ("transfer", "STS_cross", "STS_rel", "STS_ICL", "STS_act", "NLL", "in context"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in (forecast.train, *sorted(forecast.domains.values(), key=lambda d: -d.sts_cross)):
+        transfer = row.sts_cross / forecast.train.sts_cross if forecast.train.sts_cross else float("nan")
+        table.add_row(
+            ("! " if row.name in verdict.threatened else "  ") + row.name,
+            f"{transfer:.0%}",
+            f"{row.sts_cross:.3f}",
+            f"{row.sts_rel:.3f}",
+            _short(row.sts_icl),
+            _short(row.sts_act),
+            f"{row.nll:.2f}",
+            f"{row.nll_change:+.2f} ± {row.nll_change_se:.2f}",
+            style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
+        )
+    head = (
+        f"STS forecast: what training is expected to move (top {len(forecast.features)} features, "
+        f"{forecast.features_share:.0%} of the shift)"
+    )
+    unexplained = f"{forecast.unexplained:.0%} of variance unexplained"
+    foot = (
+        f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {unexplained}; {forecast.seconds:.0f} s\n"
+        "transfer: STS_cross against the training data's own; it says how much, not in which\n"
+        "direction. in context: change of the answers' NLL, nats a token, + is worse."
+    )
+    return _rendered([Text(head, style="bold"), table, Text(foot, style="dim"), *_verdict_lines(verdict)], colour)
+
+
+def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, colour: bool | None = None) -> str:
+    """A drift check: a line of how far each domain has moved, and reasons if a protected one is threatened."""
+    moved = sorted(snapshot.domains.values(), key=lambda d: -d.relative_drift)
+    parts = [f"{d.name} {d.relative_drift:.1%} ({d.nll_change:+.2f})" for d in (snapshot.train, *moved)]
+    line = Text(f"STS step {snapshot.step}: ", style=_COLOURS[verdict.decision])
+    line.append(f"{verdict.decision}; drift (NLL change) ", style="default")
+    line.append(" · ".join(parts), style="default")
+    line.append(
+        f"; forecast named {snapshot.n_shared} of the {n_features} features moved; {snapshot.seconds:.0f} s",
+        style="dim",
+    )
+    return _rendered([line, *(_verdict_lines(verdict) if verdict.threatened else [])], colour)
+
+
+def _verdict_lines(verdict: Verdict) -> list[Text]:
+    name = "ALARM" if verdict.decision == "no-go" and verdict.step else verdict.decision.upper()
+    lines = [Text(f"Verdict: {name}", style=_COLOURS[verdict.decision])]
+    lines += [
+        Text(f"  {reason}") for reason in verdict.reasons if not verdict.threatened or reason.split(":")[0] in verdict.threatened
+    ]
+    return lines
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if abs(number) < 1e4 else f"{number:.1e}"
+
+
+def _rendered(parts: list[Text | Table], colour: bool | None) -> str:
+    show = sys.stdout.isatty() if colour is None else colour
+    console = Console(
+        file=io.StringIO(),
+        width=_WIDTH,
+        force_terminal=show,
+        color_system="standard" if show else None,
+        highlight=False,
+    )
+    for part in parts:
+        console.print(part)
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in written.splitlines())
