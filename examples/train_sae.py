@@ -3,8 +3,9 @@
     python examples/train_sae.py --text corpus.jsonl.gz --out my-sae [--model DIR_OR_ID] [--hook-name blocks.12.hook_resid_post]
 
 Text files are JSON lines (`.gz` allowed) with a `text` column. Attention sinks, BOS and special tokens are left out of
-training and of all figures. The SAE is trained as BatchTopK and saved as JumpReLU in SAELens format, in bfloat16, with its held-out quality in
-`metrics.json` and a README written from it. Collected activations can be kept (`--activations FILE`) for another try.
+training and of all figures. The SAE is trained as BatchTopK and saved as JumpReLU in SAELens format, in bfloat16, with its
+held-out quality in `metrics.json` and a README written from it. Collected activations can be kept (`--activations FILE`)
+for another try.
 """
 
 from __future__ import annotations
@@ -131,13 +132,13 @@ def collect(source: Activations, texts: list[str], n_tokens: int) -> torch.Tenso
     return torch.cat(parts)[:n_tokens]
 
 
-def shuffled_batches(data: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless epochs of random batches, float32."""
+def shuffled_batches(data: torch.Tensor, mean: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless epochs of random batches less the mean, float32."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for rows in torch.randperm(len(data), generator=generator).split(size):
             if len(rows) == size:
-                yield data[rows].float()
+                yield data[rows].float() - mean
 
 
 def train(data: torch.Tensor, args: argparse.Namespace) -> BatchTopKTrainingSAE:
@@ -159,11 +160,15 @@ def train(data: torch.Tensor, args: argparse.Namespace) -> BatchTopKTrainingSAE:
         lr_end=0.0,
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps * 2 // 5,
-        dead_feature_window=200,
+        dead_feature_window=100,
         n_batches_for_norm_estimate=50,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    return SAETrainer(cfg=config, sae=sae, data_provider=shuffled_batches(data, args.batch, args.seed)).fit()
+    # The mean is most of a residual stream's norm: features need not learn it first. It goes into b_dec afterwards.
+    mean = data[:200_000].float().mean(dim=0)
+    sae = SAETrainer(cfg=config, sae=sae, data_provider=shuffled_batches(data, mean, args.batch, args.seed)).fit()
+    sae.b_dec.data += mean
+    return sae
 
 
 @torch.no_grad()
@@ -220,7 +225,8 @@ def readme(metrics: dict[str, float], args: argparse.Namespace, model_name: str,
     return f"""# SAE for {model_name}, {args.hook_name}
 
 Written by `examples/train_sae.py`; every figure is measured by it on held-out texts ({HELD_OUT:.0%} of the corpus,
-{m["n_held_out_tokens"]:,} tokens), from the saved bfloat16 weights with float32 arithmetic, BOS, special tokens and attention sinks left out.
+{m["n_held_out_tokens"]:,} tokens), from the saved bfloat16 weights with float32
+arithmetic, BOS, special tokens and attention sinks left out.
 
 | | |
 |---|---|

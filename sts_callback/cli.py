@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     forecast.add_argument("--json", action="store_true", help="print forecast and verdict as JSON, no table")
     forecast.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
     defaults = ProbeConfig()
-    for name in ("n_queries", "max_tokens", "seed"):
+    for name in ("n_queries", "n_features", "max_tokens", "seed"):
         option = f"--{name.replace('_', '-')}"
         forecast.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
 
@@ -99,7 +99,7 @@ def _forecast(args: argparse.Namespace) -> int:
     files = dict(_split(item, "--domain", "NAME=FILE") for item in args.domain)
     protect = dict(_split(item, "--protect", "NAME=NATS") if "=" in item else (item, DEFAULT_BUDGET) for item in args.protect)
     domains, budgets = choose_domains({name: _number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
-    config = ProbeConfig(n_queries=args.n_queries, max_tokens=args.max_tokens, seed=args.seed)
+    config = ProbeConfig(n_queries=args.n_queries, n_features=args.n_features, max_tokens=args.max_tokens, seed=args.seed)
     policy = PolicyConfig(budgets=budgets)
 
     from sts_callback.monitor import Monitor
@@ -134,7 +134,7 @@ def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # t
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "auto" if device.startswith("cuda") else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model.to(torch.device(device)).eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(

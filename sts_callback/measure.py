@@ -238,7 +238,10 @@ class Gauge:
             before = counted[n_candidates : n_candidates + len(owner)]
             n_candidates += len(owner)
             x, owner = x[before.to(x.device)], owner[before]
-            ordinary = self._ordinary(x).cpu()
+            # Training may rescale the whole stream: a sink now is one that stands out from its neighbours now.
+            norms = x.float().norm(dim=1)
+            scale = max(self.reference.median_norm, norms.median().item() if len(norms) else 0.0)
+            ordinary = is_ordinary(norms, scale, self._config.max_norm_multiple).cpu()
             n_masked += int((~ordinary).sum())
             n_tokens += torch.bincount(owner[ordinary], minlength=n_queries)
             for rows in self._chunks(len(owner)):

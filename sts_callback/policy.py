@@ -13,8 +13,8 @@ def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
     """Decide before training.
 
     A protected domain is threatened if training is expected to move it (the training demonstrations shift it on the same
-    features as the training data itself) and to worsen it (they raise the NLL of its answers beyond its budget). Demonstrations are a weaker
-    push than training, so a forecast without harm is no promise of none: it says where to look.
+    features as the training data itself) and to worsen it (they raise the NLL of its answers beyond its budget).
+    Demonstrations are a weaker push than training, so a forecast without harm is no promise of none: it says where to look.
 
     Returns:
         `no-go` if a domain is threatened, else `cannot tell` if for one the evidence does not suffice, else `go`.

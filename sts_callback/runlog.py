@@ -47,7 +47,7 @@ class RunLog:
         """
         try:
             return Forecast.from_json(json.dumps(json.loads(self._forecast_file.read_text(encoding="utf-8"))["forecast"]))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CannotTell(
                 f"forecast: {self._forecast_file} cannot be read ({error!r}); a resumed run needs the one made at its start. "
                 "Drift can be measured only from step 0: start the run anew."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import textwrap
 
 from rich.console import Console
 from rich.table import Table
@@ -18,13 +19,13 @@ _COLOURS: dict[Decision, str] = {"go": "green", "watch": "yellow", "no-go": "bol
 def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
     """The forecast: one row a domain, the most moved first, the training data itself on top as anchor."""
     table = Table(box=None, pad_edge=False, width=_WIDTH)
-    table.add_column("domain", no_wrap=True, ratio=1)
-    for title in ("transfer", "STS_cross", "STS_rel", "STS_ICL", "STS_act", "NLL", "in context"):
+    table.add_column("domain", overflow="fold", ratio=1)
+    for title in ("transfer", "cross", "rel", "ICL", "act", "NLL", "in context"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in (forecast.train, *sorted(forecast.domains.values(), key=lambda d: -d.sts_cross)):
         transfer = row.sts_cross / forecast.train.sts_cross if forecast.train.sts_cross else float("nan")
         table.add_row(
-            ("! " if row.name in verdict.threatened else "  ") + row.name,
+            Text(("! " if row.name in verdict.threatened else "  ") + row.name),
             f"{transfer:.0%}",
             f"{row.sts_cross:.3f}",
             f"{row.sts_rel:.3f}",
@@ -35,39 +36,41 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
             style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
     head = (
-        f"STS forecast: what training is expected to move (top {len(forecast.features)} features, "
-        f"{forecast.features_share:.0%} of the shift)"
+        f"STS forecast: what training will move "
+        f"({len(forecast.features)} features hold {forecast.features_share:.0%} of the shift)"
     )
     unexplained = f"{forecast.unexplained:.0%} of variance unexplained"
     foot = (
         f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {unexplained}; {forecast.seconds:.0f} s\n"
-        "transfer: STS_cross against the training data's own; it says how much, not in which\n"
-        "direction. in context: change of the answers' NLL, nats a token, + is worse."
+        "transfer: STS_cross against the training data's own. Scores say how much, not in\n"
+        "which direction. in context: change of the answers' NLL, nats a token, + is worse"
     )
-    return _rendered([Text(head, style="bold"), table, Text(foot, style="dim"), *_verdict_lines(verdict)], colour)
+    verdict_line = Text(f"Verdict: {_name(verdict)}", style=_COLOURS[verdict.decision])
+    return _rendered([Text(head, style="bold"), table, Text(foot, style="dim"), verdict_line, *_reasons(verdict)], colour)
 
 
 def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, colour: bool | None = None) -> str:
     """A drift check: a line of how far each domain has moved, and reasons if a protected one is threatened."""
     moved = sorted(snapshot.domains.values(), key=lambda d: -d.relative_drift)
-    parts = [f"{d.name} {d.relative_drift:.1%} ({d.nll_change:+.2f})" for d in (snapshot.train, *moved)]
-    line = Text(f"STS step {snapshot.step}: ", style=_COLOURS[verdict.decision])
-    line.append(f"{verdict.decision}; drift (NLL change) ", style="default")
-    line.append(" · ".join(parts), style="default")
-    line.append(
-        f"; forecast named {snapshot.n_shared} of the {n_features} features moved; {snapshot.seconds:.0f} s",
-        style="dim",
-    )
-    return _rendered([line, *(_verdict_lines(verdict) if verdict.threatened else [])], colour)
+    items = [f"{d.name} {d.relative_drift:.1%} ({d.nll_change:+.2f})" for d in (snapshot.train, *moved)]
+    head = Text(f"STS step {snapshot.step}: {_name(verdict)}", style=_COLOURS[verdict.decision])
+    head.append(f"; drift (change of NLL) since step 0; {snapshot.seconds:.0f} s", style="not bold default")
+    # textwrap breaks at plain spaces only, so that an item stays on its line.
+    lines = textwrap.wrap("  ".join(item.replace(" ", "\u00a0") for item in items), _WIDTH - 2)
+    body = [Text("  " + line.replace("\u00a0", " ")) for line in lines]
+    foot = Text(f"  the forecast named {snapshot.n_shared} of the {n_features} features that moved most", style="dim")
+    return _rendered([head, *body, foot, *(_reasons(verdict) if verdict.threatened else [])], colour)
 
 
-def _verdict_lines(verdict: Verdict) -> list[Text]:
-    name = "ALARM" if verdict.decision == "no-go" and verdict.step else verdict.decision.upper()
-    lines = [Text(f"Verdict: {name}", style=_COLOURS[verdict.decision])]
-    lines += [
-        Text(f"  {reason}") for reason in verdict.reasons if not verdict.threatened or reason.split(":")[0] in verdict.threatened
-    ]
-    return lines
+def _name(verdict: Verdict) -> str:
+    return "ALARM" if verdict.decision == "no-go" and verdict.step else verdict.decision.upper()
+
+
+def _reasons(verdict: Verdict) -> list[Text]:
+    """The reasons that matter: of the threatened domains if there are any, else of all."""
+    shown = [r for r in verdict.reasons if not verdict.threatened or r.startswith(tuple(f"{n}: " for n in verdict.threatened))]
+    wrap = textwrap.TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return [Text(line) for reason in shown for line in wrap.wrap(reason)]
 
 
 def _short(number: float) -> str:

@@ -9,6 +9,8 @@ import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -36,6 +38,19 @@ _SHAPE: dict[str, Any] = {
     "attention_dropout": 0.1,
 }
 ARCHITECTURES = ("llama", "qwen3", "gemma3", "gpt2")
+_MORE: dict[str, dict[str, Any]] = {  # what they need beside `_SHAPE`
+    "mistral": {"head_dim": 8},
+    "qwen2": {},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "olmo2": {},
+    "bloom": {"n_head": 4},
+    "glm4": {"head_dim": 8},
+    "gpt_neox": {},
+    "gptj": {"rotary_dim": 4, "n_inner": 48},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": D_MODEL},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * (N_LAYERS // 2), "block_auto_adjust_ff_dim": False},
+}
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
@@ -58,7 +73,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
             )
         )
     else:
-        raise ValueError(architecture)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **_SHAPE, **_MORE[architecture]))
     with torch.no_grad():  # norms and biases that do something, and a residual stream that layers really change
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,0 +1,129 @@
+"""Does the forecast name the features that training really moves? And does it tell content apart?
+
+    python examples/overlap.py --data-dir DIR
+
+Two checks on Gemma 3 270M, settings fixed beforehand: the forecast's 100 features for GSM8K against the 100 that a short LoRA
+run on it moves most, and the forecasts for code and for law against each other. `DIR` holds `gsm8k.jsonl.gz` (`prompt`,
+`completion`) and `mmlu_pro.jsonl.gz` (`category`, `question`, `options`, `answer_index`); code is Python's standard library,
+a function's head and docstring as prompt and its body as answer. Results go to `overlap.json` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gzip
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+
+from demo import SAE_FOLDER
+from gemma import cached_gemma
+from sts_callback import ProbeConfig, STSCallback, forecast
+
+PROBES = ProbeConfig(n_queries=48, max_tokens=160)
+STEPS, BATCH, LEARNING_RATE = 40, 4, 1e-3
+
+
+def lines(file: Path) -> list[dict[str, object]]:
+    with gzip.open(file, "rt") as text:
+        return [json.loads(line) for line in text]
+
+
+def law_rows(data_dir: Path) -> list[dict[str, str]]:
+    """Questions of MMLU-Pro's law category, answered by the text of the right option."""
+    rows = [row for row in lines(data_dir / "mmlu_pro.jsonl.gz") if row["category"] == "law"]
+    return [
+        {"prompt": f"Question: {r['question']}\nAnswer:", "completion": f" {r['options'][r['answer_index']]}"}  # type: ignore[index]
+        for r in rows
+    ]
+
+
+def code_rows() -> list[dict[str, str]]:
+    """Documented functions of the standard library's top-level modules."""
+    rows = []
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        source = file.read_text(encoding="utf-8", errors="replace")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and 2 < len(node.body) < 12:
+                text = ast.get_source_segment(source, node) or ""
+                head = "\n".join(text.split("\n")[: node.body[0].end_lineno - node.lineno + 1])  # type: ignore[operator]
+                rows.append({"prompt": head + "\n", "completion": text[len(head) + 1 :]})
+    return rows
+
+
+def realised_overlap(name: str, rows: list[dict[str, str]], protect: str) -> dict[str, float]:
+    """Train on rows for a few steps and count the forecast features among those that moved most."""
+    set_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    callback = STSCallback(sae=SAE_FOLDER, protect=[protect], train_data=rows, check_on=STEPS, probes=PROBES)
+    with tempfile.TemporaryDirectory() as out:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=out,
+                max_steps=STEPS,
+                per_device_train_batch_size=BATCH,
+                learning_rate=LEARNING_RATE,
+                max_length=256,
+                save_strategy="no",
+                report_to="none",
+                bf16=False,
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                gradient_checkpointing=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(name),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[callback],
+        )
+        trainer.train()
+        newest = json.loads((Path(out) / "sts" / "drift.jsonl").read_text().splitlines()[-1])["snapshot"]
+    return {"n_shared": newest["n_shared"], "relative_drift": newest["train"]["relative_drift"]}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    data_dir = parser.parse_args(argv).data_dir
+    logging.set_verbosity_error()
+
+    name = cached_gemma()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    law, code = law_rows(data_dir), code_rows()
+    made = {
+        source: forecast(model, tokenizer, sae=SAE_FOLDER, train_data=rows, domains={"other": other}, config=PROBES)
+        for source, rows, other in (("code", code, law), ("law", law, code))
+    }
+    masked = {s: f.train.n_masked / (f.train.n_masked + f.train.n_tokens) for s, f in made.items()}
+    results = {
+        "n_features": PROBES.n_features,
+        "forecast_code_and_law_shared": len(set(made["code"].features) & set(made["law"].features)),
+        "share_of_tokens_masked": masked,
+        "tokens": {s: f.train.n_tokens for s, f in made.items()},
+        "unexplained": {s: f.unexplained for s, f in made.items()},
+    }
+    gsm8k = [{"prompt": str(r["prompt"]), "completion": "\n" + str(r["completion"])} for r in lines(data_dir / "gsm8k.jsonl.gz")]
+    results["gsm8k_forecast_and_realised"] = realised_overlap(name, gsm8k, "law")
+    results["settings"] = {"steps": STEPS, "batch": BATCH, "learning_rate": LEARNING_RATE, "n_queries": PROBES.n_queries}
+    (Path(__file__).parent / "overlap.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,10 @@
+"""Settings of all tests."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another

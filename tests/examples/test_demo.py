@@ -1,0 +1,37 @@
+"""The demo's whole path on the real model, with few steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+
+
+@pytest.mark.gemma
+@pytest.mark.timeout(900)  # the first run on a machine de-quantises the model
+def test_the_demo_forecasts_watches_and_says_where_its_files_are(tmp_path: Path) -> None:
+    options = ["--steps", "3", "--queries", "4", "--out", str(tmp_path / "run")]
+    run = subprocess.run([sys.executable, str(DEMO), *options], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "STS forecast: what training will move" in run.stdout
+    assert run.stdout.index("STS forecast") < run.stdout.index("STS step 1:") < run.stdout.index("STS step 3:")
+    assert str(tmp_path / "run" / "sts") in run.stdout
+
+    folder = tmp_path / "run" / "sts"
+    forecast = json.loads((folder / "forecast.json").read_text())["forecast"]
+    assert len(forecast["domains"]) >= 6
+    assert forecast["unexplained"] < 0.4, "the SAE does not fit the model it was trained on"
+    snapshots = [json.loads(line)["snapshot"] for line in (folder / "drift.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in snapshots] == [1, 2, 3]
+    assert 0 < snapshots[0]["train"]["relative_drift"] < snapshots[-1]["train"]["relative_drift"]
+
+
+def test_model_and_sae_go_together() -> None:
+    run = subprocess.run([sys.executable, str(DEMO), "--model", "some/model"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "--model and --sae go together" in run.stderr

@@ -1,0 +1,381 @@
+"""Stopping early, reusing a prefix and selecting logits change nothing; and the model is left as it was found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sts_callback.model.capture import Capture, Prefix, is_sharded, undisturbed
+from sts_callback.model.hooks import find_layers, resolve
+from tiny import ARCHITECTURES, N_LAYERS, tiny_model
+
+LAYER = 2
+POST = f"blocks.{LAYER}.hook_resid_post"
+LONG = (1, *range(40, 59))  # more tokens than Gemma's window of 8
+SHORT = (1, 40, 41)
+SUFFIXES = [tuple(range(70, 73)), tuple(range(100, 112)), tuple(range(130, 137))]
+PREFIXES = {"empty": (), "BOS": (1,), "short": SHORT, "long": LONG}
+
+
+@cache
+def subject(architecture: str) -> PreTrainedModel:
+    """The model under test."""
+    return tiny_model(architecture)
+
+
+@cache
+def twin(architecture: str) -> PreTrainedModel:
+    """Its equal, on which transformers may leave the hooks of `output_hidden_states`."""
+    return tiny_model(architecture)
+
+
+def truth(architecture: str, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states at `POST`, `(n_tokens, d)`, and logits of one sequence alone, by a plain and whole forward."""
+    with torch.no_grad():
+        out = twin(architecture)(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+    return out.hidden_states[LAYER + 1][0], out.logits[0]
+
+
+def capture(model: nn.Module, *hook_names: str) -> Capture:
+    return Capture(model, [resolve(model, name) for name in hook_names or (POST,)])
+
+
+def made_prefix(reader: Capture, tokens: tuple[int, ...], *, cached: bool, whole: bool) -> Prefix:
+    prefix = reader.prefix(tokens, whole=whole) if cached else Prefix(tokens, None)
+    assert (prefix.cache is not None) == (cached and len(tokens) > 0)
+    return prefix
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def assert_rows_are_true(architecture: str, found: torch.Tensor, prefix: tuple[int, ...]) -> None:
+    assert found.shape[:2] == (len(SUFFIXES), max(map(len, SUFFIXES)))
+    for row, suffix in zip(found, SUFFIXES, strict=True):
+        assert_close(row[: len(suffix)], truth(architecture, prefix + suffix)[0][len(prefix) :])
+
+
+class Runs:
+    """Counts how often each decoder layer runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.n = [0] * len(find_layers(model))
+        self._handles = [layer.register_forward_pre_hook(self._counter(i)) for i, layer in enumerate(find_layers(model))]
+
+    def _counter(self, i: int) -> Callable[..., None]:
+        def count(*args: Any) -> None:
+            self.n[i] += 1
+
+        return count
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# The same numbers as a plain forward
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral", "gemma2", "gpt_neox", "opt", "bloom"])
+def test_activations_are_those_of_each_sequence_alone(architecture: str, cached: bool, prefix: str) -> None:
+    model, tokens = subject(architecture), PREFIXES[prefix]
+    with undisturbed(model):
+        reader = capture(model)
+        kept = made_prefix(reader, tokens, cached=cached, whole=False)
+        found = reader.run(SUFFIXES, kept)
+    assert found.logits is None
+    assert_rows_are_true(architecture, found.activations[POST], tokens)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prefix_can_be_used_again_and_again(architecture: str, whole: bool) -> None:
+    model = subject(architecture)
+    select = torch.ones(3, 12, dtype=torch.bool) if whole else None
+    with undisturbed(model):
+        reader = capture(model)
+        prefix = reader.prefix(LONG, whole=whole)
+        first = reader.run(SUFFIXES, prefix, select=select)
+        reader.run([tuple(range(200, 230))], prefix, select=None if select is None else torch.ones(1, 30, dtype=torch.bool))
+        second = reader.run(SUFFIXES, prefix, select=select)
+    assert torch.equal(first.activations[POST], second.activations[POST])
+    assert prefix.cache is not None
+    assert prefix.cache.get_seq_length() == len(LONG)
+    assert_rows_are_true(architecture, second.activations[POST], LONG)
+    if whole:
+        assert first.logits is not None and second.logits is not None
+        assert torch.equal(first.logits, second.logits)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_neox", "opt"])
+def test_selected_logits_are_those_of_each_sequence_alone(architecture: str, cached: bool, prefix: str) -> None:
+    model, tokens = subject(architecture), PREFIXES[prefix]
+    positions = [(0, 2), (1, 5, 11), (6,)]
+    select = torch.zeros(3, 12, dtype=torch.bool)
+    for row, chosen in enumerate(positions):
+        select[row, list(chosen)] = True
+    with undisturbed(model):
+        reader = capture(model)
+        kept = made_prefix(reader, tokens, cached=cached, whole=True)
+        found = reader.run(SUFFIXES, kept, select=select)
+    expected = [
+        truth(architecture, tokens + suffix)[1][len(tokens) + position]
+        for suffix, chosen in zip(SUFFIXES, positions, strict=True)
+        for position in chosen
+    ]
+    assert found.logits is not None
+    assert_close(found.logits, torch.stack(expected))
+    assert_rows_are_true(architecture, found.activations[POST], tokens)
+
+
+def test_model_that_cannot_select_logits_gives_the_same() -> None:
+    class Wrapped(nn.Module):
+        """The language model, behind a forward that takes no `logits_to_keep`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.inner = subject("llama").config, [subject("llama")]
+            self.model = subject("llama").model
+
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            return self.inner[0](input_ids=input_ids, **kwargs)
+
+    select = torch.zeros(3, 12, dtype=torch.bool)
+    select[:, 1] = True
+    model = Wrapped()
+    with undisturbed(model):
+        found = capture(model).run(SUFFIXES, Prefix(SHORT, None), select=select)
+    assert found.logits is not None
+    assert_close(found.logits, torch.stack([truth("llama", SHORT + s)[1][len(SHORT) + 1] for s in SUFFIXES]))
+
+
+@pytest.mark.parametrize("architecture", ["lfm2"])
+def test_recurrent_state_is_not_forked_but_computed_anew(architecture: str) -> None:
+    model = subject(architecture)
+    with undisturbed(model):
+        reader = capture(model)
+        prefix = reader.prefix(LONG, whole=False)
+        found = reader.run(SUFFIXES, prefix)
+    assert prefix == Prefix(LONG, None)
+    assert_rows_are_true(architecture, found.activations[POST], LONG)
+
+
+def test_hook_point_below_the_first_cache_is_read_without_one() -> None:
+    model = subject("llama")
+    with undisturbed(model):
+        reader = capture(model, "blocks.0.hook_resid_pre")
+        prefix = reader.prefix(LONG, whole=False)
+        found = reader.run(SUFFIXES, prefix).activations["blocks.0.hook_resid_pre"]
+    assert prefix == Prefix(LONG, None)  # the forward stops before any key is computed
+    assert torch.equal(found[1], model.get_input_embeddings()(torch.tensor(SUFFIXES[1])))
+
+
+@pytest.mark.parametrize("site", ["hook_resid_mid", "hook_mlp_out", "mlp.hook_post", "hook_attn_out", "attn.hook_z"])
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])  # OPT flattens rows and tokens before its MLP
+def test_sites_inside_a_layer_are_read_row_by_row(architecture: str, cached: bool, site: str) -> None:
+    model, name = subject(architecture), f"blocks.1.{site}"
+    with undisturbed(model):
+        reader = capture(model, name)
+        found = reader.run(SUFFIXES, made_prefix(reader, LONG, cached=cached, whole=False)).activations[name]
+        alone = [reader.run([LONG + suffix], Prefix((), None)).activations[name].flatten(0, -2) for suffix in SUFFIXES]
+    assert found.shape[:2] == (3, 12)
+    for row, suffix, expected in zip(found, SUFFIXES, alone, strict=True):
+        assert_close(row[: len(suffix)], expected[len(LONG) :])
+
+
+# No more work than needed
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_above_the_hook_point_do_not_run(architecture: str) -> None:
+    model = subject(architecture)
+    heads: list[Any] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda *args: heads.append(args))
+    with undisturbed(model), Runs(model) as runs:
+        reader = capture(model)
+        prefix = reader.prefix(LONG, whole=False)
+        assert runs.n == [1, 1, 1, 0]
+        reader.run(SUFFIXES, prefix)
+        assert runs.n == [2, 2, 2, 0]
+        assert heads == []
+        reader.run(SUFFIXES, reader.prefix(LONG, whole=True), select=torch.ones(3, 12, dtype=torch.bool))
+        assert runs.n == [4, 4, 4, 2]
+        assert len(heads) == 2
+    handle.remove()
+
+
+def test_several_hook_points_cost_one_forward_up_to_the_deepest() -> None:
+    model = subject("llama")
+    names = (POST, "blocks.0.attn.hook_z", "blocks.1.hook_resid_pre", "model.layers.1.output")
+    with undisturbed(model), Runs(model) as runs:
+        reader = capture(model, *names)
+        found = reader.run(SUFFIXES, reader.prefix(SHORT, whole=False)).activations
+        assert runs.n == [2, 2, 2, 0]
+        alone = {name: capture(model, name).run(SUFFIXES, Prefix(SHORT, None)).activations[name] for name in names}
+    assert set(found) == set(names)
+    for name in names:
+        for i, suffix in enumerate(SUFFIXES):
+            assert_close(found[name][i, : len(suffix)], alone[name][i, : len(suffix)])
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "device_mesh"])
+def test_sharded_model_runs_to_the_end(mark: str) -> None:
+    model = tiny_model()
+    assert not is_sharded(model)
+    setattr(next(model.parameters()), mark, 0)
+    assert is_sharded(model)
+    with undisturbed(model), Runs(model) as runs:
+        reader = capture(model)
+        found = reader.run(SUFFIXES, reader.prefix(LONG, whole=False))
+        assert runs.n == [2] * N_LAYERS
+    assert found.logits is None
+    assert_rows_are_true("llama", found.activations[POST], LONG)
+
+
+# The model is left as it was found
+
+
+def test_hooks_are_gone_after_a_run() -> None:
+    model = tiny_model()
+    before = n_hooks(model)
+    with undisturbed(model):
+        reader = capture(model)
+        reader.run(SUFFIXES, reader.prefix(LONG, whole=True), select=torch.ones(3, 12, dtype=torch.bool))
+        reader.run(SUFFIXES, reader.prefix(LONG, whole=False))
+    assert n_hooks(model) == before
+
+
+def test_hooks_are_gone_after_an_error_inside_a_layer() -> None:
+    model = tiny_model()
+    before = n_hooks(model)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with undisturbed(model), pytest.raises(RuntimeError, match="out of luck"):
+        capture(model, POST, "blocks.0.hook_resid_pre").run(SUFFIXES, Prefix((), None))
+    handle.remove()
+    assert n_hooks(model) == before
+
+
+class Stop(Exception):
+    """Leaves a block early."""
+
+
+@pytest.fixture
+def fixed_random_state() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_gradients_and_random_state_are_as_found(fails: bool, fixed_random_state: None) -> None:
+    model = tiny_model().train()
+    model.model.layers[1].eval()
+    model.model.layers[3].mlp.training = False
+    for parameter in model.model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    flags = [m.training for m in model.modules()]
+    assert len(set(flags)) == 2
+    grads = [p.requires_grad for p in model.parameters()]
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    config = model.config.to_dict()
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    try:
+        with undisturbed(model):
+            assert not any(m.training for m in model.modules())
+            assert not torch.is_grad_enabled()
+            random.random(), np.random.rand(), torch.rand(3)
+            capture(model).run(SUFFIXES, Prefix(SHORT, None))
+            if fails:
+                raise Stop
+    except Stop:
+        assert fails
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    assert [m.training for m in model.modules()] == flags
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert torch.is_grad_enabled()
+    assert model.config.to_dict() == config
+    assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_stay_off_where_they_were_off() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        with undisturbed(model):
+            pass
+        assert not torch.is_grad_enabled()
+
+
+def test_gradients_flow_after_a_visit_as_before() -> None:
+    def gradient(visit: bool) -> torch.Tensor:
+        model = tiny_model().train()
+        torch.manual_seed(7)  # dropout
+        if visit:
+            with undisturbed(model):
+                reader = capture(model)
+                reader.run(SUFFIXES, reader.prefix(LONG, whole=False))
+        ids = torch.tensor([LONG])
+        model(input_ids=ids, labels=ids).loss.backward()
+        grad: torch.Tensor = model.model.layers[0].mlp.up_proj.weight.grad
+        return grad
+
+    assert torch.equal(gradient(visit=True), gradient(visit=False))
+
+
+def test_training_model_with_dropout_and_checkpointing_is_read_as_in_evaluation() -> None:
+    model = tiny_model()
+    model.activation_checkpointing_enable()
+    model.train()
+    assert model.is_activation_checkpointing
+    with undisturbed(model):
+        reader = capture(model)
+        prefix = reader.prefix(LONG, whole=True)
+        assert prefix.cache is not None  # layers drop the cache when they checkpoint
+        found = reader.run(SUFFIXES, prefix, select=torch.ones(3, 12, dtype=torch.bool))
+    assert_rows_are_true("llama", found.activations[POST], LONG)
+    assert model.is_activation_checkpointing
+    assert model.training
+
+
+def test_model_that_its_user_compiled_is_read_without_compiling() -> None:
+    def backend(*args: Any) -> Any:
+        raise AssertionError("compiled a graph")
+
+    model = tiny_model()
+    model.compile(backend=backend)
+    with undisturbed(model):
+        reader = capture(model)
+        found = reader.run(SUFFIXES, reader.prefix(LONG, whole=False))
+    assert_rows_are_true("llama", found.activations[POST], LONG)
+    with pytest.raises(Exception, match="compiled a graph"):  # the user's stance is back
+        model(input_ids=torch.tensor([LONG]))

@@ -1,0 +1,293 @@
+"""Texts to tokens: queries are the same with and without demonstrations, nothing of the tokenizer changes, every query is read once."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sts_callback.config import ProbeConfig
+from sts_callback.errors import DataError
+from sts_callback.model.probes import ProbeSet, Query, batches, check_lengths, make_probe_set, prefix_tokens
+from tiny import rows, tiny_tokenizer
+
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL = {PAD, BOS, EOS}
+CONFIG = ProbeConfig(n_queries=6)
+SEPARATOR = "\n\n"
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and `th` as one token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*letters, "th"])}, merges=[("t", "h")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def made(
+    some_rows: Any, config: ProbeConfig = CONFIG, tokenizer: Any = None, name: str = "far", n_demonstrations: int = 2
+) -> ProbeSet:
+    tokenizer = tokenizer or tiny_tokenizer()
+    return make_probe_set(name, some_rows, tokenizer, config, n_demonstrations=n_demonstrations, field=f"domains[{name!r}]")
+
+
+def text(tokens: tuple[int, ...]) -> str:
+    return str(tiny_tokenizer().decode(tokens))
+
+
+# What a query is
+
+
+def test_queries_and_demonstrations_are_rows_as_they_stand() -> None:
+    some, probes = rows(30), made(rows(30))
+    texts = {row["prompt"]: row["completion"] for row in some}
+    asked = [text(q.query) for q in probes.queries]
+    shown = text(probes.demonstrations).split(SEPARATOR)
+    assert len(asked) == 6
+    assert [text(q.answer) for q in probes.queries] == [texts[a] for a in asked]
+    assert shown.pop() == ""  # demonstrations end in a separator
+    assert len(shown) == 2
+    assert all(one in {row["prompt"] + row["completion"] for row in some} for one in shown)
+    assert probes.n_cut == 0
+
+
+def test_no_row_is_both_demonstration_and_query() -> None:
+    for seed in range(20):
+        probes = made(rows(8), replace(CONFIG, seed=seed))
+        shown = text(probes.demonstrations).split(SEPARATOR)[:-1]
+        asked = [text(q.tokens) for q in probes.queries]
+        assert len({*shown, *asked}) == 8
+
+
+@pytest.mark.parametrize("n_demonstrations", [1, 2, 5])
+def test_tokens_of_a_query_do_not_depend_on_what_stands_before_it(n_demonstrations: int) -> None:
+    tokenizer, probes = tiny_tokenizer(), made(rows(30), n_demonstrations=n_demonstrations)
+    alone, taught = prefix_tokens(tokenizer), prefix_tokens(tokenizer, probes.demonstrations)
+    assert alone == (BOS,)
+    assert taught == (BOS, *probes.demonstrations)
+    for q in probes.queries:
+        written = tokenizer(text(probes.demonstrations) + text(q.tokens), add_special_tokens=False)["input_ids"]
+        assert taught + q.tokens == (BOS, *written)
+        assert len(q.counts) == len(q.query)
+        assert q.tokens == q.query + q.answer
+
+
+def test_boundary_is_where_prompt_and_whole_part() -> None:
+    tokenizer = merging_tokenizer()
+    pair = {"prompt": "what cat", "completion": "hat, this"}  # `t` and `h` merge across the boundary
+    (q, *_) = made([pair] * 6, tokenizer=tokenizer).queries
+    assert tokenizer.convert_ids_to_tokens(q.query) == list("whatĠca")
+    assert tokenizer.convert_ids_to_tokens(q.answer) == ["th", *"at,Ġ", "th", *"is"]
+
+
+def test_tokenizer_without_bos_has_an_empty_prefix() -> None:
+    tokenizer = merging_tokenizer()
+    probes = made(rows(10), tokenizer=tokenizer)
+    assert tokenizer.bos_token_id is None
+    assert prefix_tokens(tokenizer) == ()
+    assert prefix_tokens(tokenizer, probes.demonstrations) == probes.demonstrations
+    assert all(all(q.counts) for q in probes.queries)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "<bos>Q: why", "completion": " because"},
+        {"text": "<bos>a running text"},
+        {"input_ids": [BOS, 40, 41, 42, 43], "labels": [-100, -100, -100, 42, 43]},
+        {"input_ids": [BOS, 40, 41, 42, 43]},
+        {"prompt_ids": [BOS, 40, 41], "completion_ids": [42, 43]},
+    ],
+)
+def test_bos_stands_in_front_only(row: dict[str, Any]) -> None:
+    probes = made([row] * 6)
+    assert BOS not in probes.demonstrations
+    assert all(BOS not in q.tokens for q in probes.queries)
+    assert len(probes.queries) == 4
+    assert all(q.query for q in probes.queries)
+
+
+def test_special_tokens_do_not_count() -> None:
+    probes = made([{"prompt": "<bos>Q<eos><bos>: why<pad>", "completion": " so<eos>"}] * 6)
+    for q in probes.queries:
+        assert [token for token, counts in zip(q.query, q.counts, strict=True) if not counts] == [EOS, BOS, PAD]
+        assert not any(counts and token in SPECIAL for token, counts in zip(q.query, q.counts, strict=True))
+        assert q.answer[-1] == EOS  # an answer keeps its end: training learns it
+
+
+@pytest.mark.parametrize(("n", "n_asked"), [(10, 5), (11, 6)])
+def test_running_text_is_split_in_halves(n: int, n_asked: int) -> None:
+    whole = "abcdefghijklmnop"[:n]
+    probes = made([{"text": whole}] * 6)
+    assert {(text(q.query), text(q.answer)) for q in probes.queries} == {(whole[:n_asked], whole[n_asked:])}
+
+
+def test_long_prompts_keep_their_end_and_long_answers_their_start() -> None:
+    long = [{"prompt": f"{i:02d} " + "x" * 30 + " end?", "completion": f" start {i:02d}" + "y" * 30} for i in range(3)]
+    probes = made(long + rows(5), replace(CONFIG, max_tokens=8, n_queries=7), n_demonstrations=1)
+    assert probes.n_cut == 8  # all: those of `rows` are longer than 8 too
+    probes = made(long + rows(5), replace(CONFIG, max_tokens=36, n_queries=7), n_demonstrations=1)
+    assert probes.n_cut == 3
+    for q in probes.queries:
+        assert len(q.query) <= 36 and len(q.answer) <= 36
+        if "x" in text(q.query):
+            assert text(q.query).endswith("xx end?")
+            assert text(q.answer).startswith(" start")
+            assert (len(q.query), len(q.answer)) == (36, 36)
+
+
+# What is drawn
+
+
+def test_draw_hangs_on_seed_and_name_alone() -> None:
+    fingerprints = [
+        made(rows(40), replace(CONFIG, seed=seed), name=name).fingerprint
+        for seed, name in itertools.product((0, 1), ("near", "far"))
+    ]
+    assert len(set(fingerprints)) == 4
+    assert made(rows(40), name="near").fingerprint == fingerprints[0]
+    assert made(tuple(rows(40)), name="near").fingerprint == fingerprints[0]
+
+
+def test_fingerprint_changes_with_anything_that_is_measured_on() -> None:
+    one = made(rows(40))
+    q, *others = one.queries
+    changed = [
+        replace(one, name="near"),
+        replace(one, demonstrations=one.demonstrations[:-1]),
+        replace(one, queries=(q, *others[::-1])),
+        replace(one, queries=tuple(others)),
+        replace(one, queries=(replace(q, answer=q.answer[:-1]), *others)),
+        replace(one, queries=(Query(q.query[:-1], q.query[-1:] + q.answer, q.counts[:-1]), *others)),
+        replace(one, queries=(replace(q, counts=(False, *q.counts[1:])), *others)),
+    ]
+    assert len({p.fingerprint for p in [one, *changed]}) == 1 + len(changed)
+    assert replace(one, n_cut=9).fingerprint == one.fingerprint
+
+
+def test_unusable_rows_are_replaced_by_others() -> None:
+    empty = [{"prompt": "", "completion": " x"}, {"prompt": "x", "completion": ""}] * 20
+    assert len(made(empty + rows(8)).queries) == 6
+
+
+def test_fewer_rows_than_asked_for_are_all_used() -> None:
+    assert len(made(rows(7), replace(CONFIG, n_queries=32)).queries) == 5
+
+
+@pytest.mark.parametrize(
+    ("some", "n_usable"),
+    [(rows(5), 5), (rows(5) + [{"prompt": "", "completion": "x"}] * 9, 5), ([{"text": "a"}, *rows(3)], 4)],
+)
+def test_too_few_rows_are_refused(some: list[dict[str, str]], n_usable: int) -> None:
+    wanted = rf"domains\['far'\]: {n_usable} usable rows, but 2 demonstrations and at least 4 queries are needed; add rows or ask"
+    with pytest.raises(DataError, match=wanted):
+        made(some)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"prompt_ids": [BOS], "completion_ids": [40, 41]},
+        {"prompt": "<eos>", "completion": " x"},
+        {"prompt": "<bos><pad>", "completion": " x"},
+    ],
+)
+def test_queries_without_a_token_that_counts_are_no_usable_rows(nothing: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="usable rows, but 2 demonstrations and at least 4 queries are needed"):
+        made([nothing] * 20)
+
+
+# What the model can take
+
+
+def test_probes_that_fit_exactly_pass_and_longer_ones_do_not() -> None:
+    def made_set(name: str, n_demonstrations: int, n_query: int, n_answer: int) -> ProbeSet:
+        return ProbeSet(name, (Query((5,) * n_query, (6,) * n_answer, (True,) * n_query),), (7,) * n_demonstrations, 0)
+
+    sets = [made_set("train", 30, 5, 5), made_set("law", 20, 10, 9), made_set("code", 40, 4, 4)]
+    check_lengths(sets, 50)  # law: 1 + 30 + 19
+    check_lengths(sets, None)
+    with pytest.raises(
+        DataError, match="law: demonstrations, query and answer take 50 tokens, but the model has 49 positions; lower"
+    ):
+        check_lengths(sets, 49)
+    with pytest.raises(DataError, match="train: demonstrations, query and answer take 41 tokens, but the model has 40 positions"):
+        check_lengths(sets, 40)
+    with pytest.raises(DataError, match="code: demonstrations, query and answer take 49 tokens, but the model has 48 positions"):
+        check_lengths([sets[0], sets[2]], 48)
+
+
+# Batches
+
+
+def queries_of(*lengths: tuple[int, int]) -> list[Query]:
+    return [Query((5,) * n, (6,) * m, (True,) * n) for n, m in lengths]
+
+
+MIXED = queries_of(*[(1 + 7 * i % 13, 1 + 5 * i % 9) for i in range(40)])
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 16, 40, 100, 10_000])
+def test_batches_hold_every_query_once_and_no_more_tokens_than_allowed(batch_tokens: int) -> None:
+    config = replace(CONFIG, batch_tokens=batch_tokens)
+    found = list(batches(MIXED, config, vocab_size=300))
+    assert sorted(i for batch in found for i in batch) == list(range(40))
+    for batch in found:
+        padded = len(batch) * max(len(MIXED[i].tokens) for i in batch)
+        assert padded <= batch_tokens or len(batch) == 1
+    assert len(found) == (1 if batch_tokens == 10_000 else 40 if batch_tokens == 1 else len(found))
+    assert found == list(batches(MIXED, config, vocab_size=300))
+
+
+@pytest.mark.parametrize("most", [1, 7, 30])
+def test_batches_bound_the_memory_of_logits(most: int) -> None:
+    vocab_size = 2**28 // 4 // most  # as many answer tokens as 256 MiB of float32 hold
+    found = list(batches(MIXED, replace(CONFIG, batch_tokens=10_000), vocab_size))
+    assert sorted(i for batch in found for i in batch) == list(range(40))
+    for batch in found:
+        assert sum(len(MIXED[i].answer) for i in batch) <= most or len(batch) == 1
+    assert len(found) > 1
+
+
+def test_batches_waste_little_on_padding() -> None:
+    found = list(batches(MIXED, replace(CONFIG, batch_tokens=60), vocab_size=300))
+    padded = sum(len(batch) * max(len(MIXED[i].tokens) for i in batch) for batch in found)
+    assert padded < 1.2 * sum(len(q.tokens) for q in MIXED)
+
+
+def test_no_queries_make_no_batches() -> None:
+    assert list(batches([], CONFIG, 300)) == []
+
+
+# The user's tokenizer
+
+
+def state(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
+    names = ("padding_side", "truncation_side", "model_max_length", "chat_template", "special_tokens_map", "init_kwargs")
+    return [tokenizer.backend_tokenizer.to_str(), *(str(getattr(tokenizer, name)) for name in names)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokenizer_is_left_as_it_was(side: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = tokenizer.truncation_side = side
+    tokenizer.model_max_length = 10
+    before = state(tokenizer)
+    made(rows(30), tokenizer=tokenizer)
+    made([{"text": "a running text"}] * 9, tokenizer=tokenizer)
+    assert state(tokenizer) == before
+
+
+def test_padding_and_truncation_that_the_user_set_stay_and_are_not_used() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer(["one", "another"], padding=True, truncation=True, max_length=9)  # stays set in the backend
+    before = state(tokenizer)
+    assert before != state(tiny_tokenizer())
+    assert made(rows(30), tokenizer=tokenizer) == made(rows(30))
+    assert state(tokenizer) == before

@@ -1,0 +1,109 @@
+"""Step 0 on disk: every tensor comes back, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from sts_callback.baseline import Baseline, SetBaseline
+from sts_callback.errors import CannotTell
+from sts_callback.measure import Reference
+from sts_callback.metrics.sparse import SparseActs
+
+
+def _set(seed: int, n_tokens: int = 9, n_queries: int = 4, d_sae: int = 6) -> SetBaseline:
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.rand(n_tokens, d_sae, generator=generator)
+    return SetBaseline(
+        counted=torch.rand(n_tokens, generator=generator) < 0.8,
+        acts=SparseActs.of(dense * (dense > 0.5)),
+        n_tokens=torch.randint(1, 5, (n_queries,), generator=generator),
+        energy=torch.rand(n_queries, generator=generator),
+        nll=torch.full((n_queries,), float("nan")) if seed == 1 else torch.rand(n_queries, generator=generator),
+        mean_activity=torch.rand(d_sae, generator=generator, dtype=torch.float64),
+        mean_own_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
+        mean_train_shift=torch.rand(2 * d_sae, generator=generator, dtype=torch.float64)[::2],  # not contiguous
+    )
+
+
+@pytest.fixture
+def baseline() -> Baseline:
+    return Baseline("f" * 64, Reference(12.5, 11.25, 0.125), {"train": _set(0), "law": _set(1), "own/data 2": _set(2)})
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+
+
+def test_every_tensor_comes_back(baseline: Baseline, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.safetensors"
+    baseline.save(file)
+    back = Baseline.load(file, baseline.fingerprint)
+    assert list(back.sets) == ["train", "law", "own/data 2"]
+    for name, one in baseline.sets.items():
+        for field in fields(SetBaseline):
+            if field.name != "acts":
+                assert _same(getattr(back.sets[name], field.name), getattr(one, field.name)), (name, field.name)
+        for field in fields(SparseActs):
+            assert _same(getattr(back.sets[name].acts, field.name), getattr(one.acts, field.name)), (name, field.name)
+    assert back.sets["law"].nll.isnan().all()
+    assert (back.reference, back.fingerprint) == (baseline.reference, baseline.fingerprint)
+
+
+def test_a_set_without_active_features_comes_back(tmp_path: Path) -> None:
+    silent = SetBaseline(**(vars(_set(0)) | {"acts": SparseActs.of(torch.zeros(9, 6))}))
+    reference = Reference(1.0, 1.0, float("nan"))  # a transcoder has no share that it leaves unexplained
+    Baseline("f", reference, {"train": silent}).save(tmp_path / "b.safetensors")
+    back = Baseline.load(tmp_path / "b.safetensors", "f")
+    assert back.sets["train"].acts.n_active.tolist() == [0] * 9
+    assert back.sets["train"].acts.values.shape == (0,)
+    assert math.isnan(back.reference.unexplained)
+
+
+def test_only_the_file_itself_is_left(baseline: Baseline, tmp_path: Path) -> None:
+    baseline.save(tmp_path / "baseline.safetensors")
+    baseline.save(tmp_path / "baseline.safetensors")  # over an older one
+    assert [p.name for p in tmp_path.iterdir()] == ["baseline.safetensors"]
+
+
+def test_a_kill_while_writing_leaves_the_older_one(baseline: Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "baseline.safetensors"
+    baseline.save(file)
+    before = file.read_bytes()
+
+    def killed(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sts_callback.baseline.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Baseline("other", baseline.reference, {}).save(file)
+    assert file.read_bytes() == before
+
+
+def test_another_fingerprint_can_not_tell(baseline: Baseline, tmp_path: Path) -> None:
+    baseline.save(tmp_path / "baseline.safetensors")
+    with pytest.raises(CannotTell, match=r"^baseline: .* was made with another model, SAE or probes; .* start the run anew"):
+        Baseline.load(tmp_path / "baseline.safetensors", "e" * 64)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_file_can_not_tell(baseline: Baseline, tmp_path: Path, share: float) -> None:
+    file = tmp_path / "baseline.safetensors"
+    baseline.save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CannotTell, match=r"^baseline: baseline\.safetensors cannot be read .* start the run anew"):
+        Baseline.load(file, baseline.fingerprint)
+
+
+def test_a_missing_or_foreign_file_can_not_tell(tmp_path: Path) -> None:
+    with pytest.raises(CannotTell, match="cannot be read"):
+        Baseline.load(tmp_path / "none.safetensors", "f")
+    (tmp_path / "text.safetensors").write_text("not a tensor in sight")
+    with pytest.raises(CannotTell, match="cannot be read"):
+        Baseline.load(tmp_path / "text.safetensors", "f")

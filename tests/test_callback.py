@@ -1,0 +1,364 @@
+"""When the callback measures, what it does on an alarm, what it leaves behind, and that training cannot tell it is there."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from sts_callback import ProbeConfig, STSCallback
+from sts_callback.errors import ConfigError, DataError, NoGo, SaeError
+from sts_callback.records import Verdict
+from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
+
+PROBES = ProbeConfig(n_queries=6, n_features=8)
+TINY_DOMAINS = {"near": rows(20, "sums", seed=50), "far": rows(20, "poems", seed=90)}
+
+
+def made_callback(**options: Any) -> STSCallback:
+    defaults: dict[str, Any] = {"sae": rotated_sae(), "protect": ["near"], "domains": TINY_DOMAINS, "probes": PROBES}
+    return STSCallback(**{**defaults, **options})
+
+
+class GradNorms(TrainerCallback):
+    """Gradient norms of every step, exactly."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.norms.append(sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None))
+
+
+def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = False, **options: Any) -> Trainer:
+    """A tiny trainer with dropout, accumulation, evaluation and saves."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.save_pretrained(out / "base")
+    shared: dict[str, Any] = {
+        "output_dir": str(out),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 5e-2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "seed": 3,
+        **options,
+    }
+    peft_config = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    if kind == "sft":
+        return SFTTrainer(
+            model=model,
+            args=SFTConfig(**shared, dataloader_pin_memory=False),
+            train_dataset=Dataset.from_list(rows(40)),
+            eval_dataset=Dataset.from_list(rows(4, seed=70)),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+
+    def tokenised(some: list[dict[str, str]]) -> Dataset:
+        made = []
+        for row in some:
+            prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+            made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        return Dataset.from_list(made)
+
+    if peft_config is not None:
+        torch.manual_seed(1)
+        model = get_peft_model(model, peft_config)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**shared, dataloader_pin_memory=False),
+        train_dataset=tokenised(rows(40)),
+        eval_dataset=tokenised(rows(4, seed=70)),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=callbacks,
+    )
+
+
+def checked_steps(out: Path) -> list[int]:
+    return [json.loads(line)["snapshot"]["step"] for line in (out / "sts" / "drift.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["plain", "sft"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_is_bit_identical_with_and_without(kind: str, lora: bool, tmp_path: Path) -> None:
+    outcomes = []
+    for name in ("without", "with"):
+        norms = GradNorms()
+        callback = made_callback(check_on=1)
+        trainer = made_trainer(kind, tmp_path / name, [norms, callback] if name == "with" else [norms], lora=lora)
+        if name == "with":
+            callback.attach(trainer)
+        trainer.train()
+        timing = ("_runtime", "_per_second")
+        log = [
+            {k: v for k, v in row.items() if not k.endswith(timing)}
+            for row in trainer.state.log_history
+            if not any(key.startswith("sts/") for key in row)
+        ]
+        outcomes.append((norms.norms, log, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
+    (norms_a, log_a, weights_a), (norms_b, log_b, weights_b) = outcomes
+    assert norms_a == norms_b
+    assert len(norms_a) == 6
+    assert log_a == log_b
+    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
+    assert checked_steps(tmp_path / "with") == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_identity_test_can_fail(tmp_path: Path) -> None:
+    """A careless callback, which only draws a random number, is noticed by the same comparison."""
+
+    class Careless(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            torch.rand(1)
+
+    losses = []
+    for callbacks in ([], [Careless()]):
+        trainer = made_trainer("plain", tmp_path / str(len(callbacks)), callbacks, lora=True)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("check_on", "expected"), [("save", [2, 4, 6]), ("evaluate", [3, 6]), (4, [4, 6]), (1, [1, 2, 3, 4, 5, 6])]
+)
+def test_checks_come_when_asked_and_once_at_the_end(check_on: Any, expected: list[int], tmp_path: Path) -> None:
+    made_trainer("sft", tmp_path, [made_callback(check_on=check_on)]).train()
+    assert checked_steps(tmp_path) == expected
+
+
+def test_without_attach_everything_is_in_the_log_and_the_train_data_is_found(tmp_path: Path) -> None:
+    callback = made_callback()
+    trainer = made_trainer("sft", tmp_path, [callback])
+    trainer.train()
+    rows_of_ours = [row for row in trainer.state.log_history if "sts/near/drift" in row]
+    assert [row["step"] for row in rows_of_ours] == [2, 4, 6]
+    assert all(type(value) in (float, int) for row in rows_of_ours for value in row.values())
+    assert rows_of_ours[-1]["sts/near/drift"] > 0
+    saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert any("sts/near/drift" in row for row in saved["log_history"])
+    assert callback.forecast is not None
+    assert callback.forecast.train.n_queries == PROBES.n_queries
+
+
+def test_attached_it_logs_through_the_trainer_and_keeps_the_loss_rows(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    callback = made_callback(check_on=1)
+    trainer = made_trainer("sft", tmp_path, [Tracker(), callback])
+    callback.attach(trainer)
+    trainer.train()
+    assert sum("sts/near/drift" in row for row in seen) == 6
+    assert sum("loss" in row for row in seen) == 6
+
+
+def test_the_run_folder_holds_forecast_baseline_and_checks(tmp_path: Path) -> None:
+    made_trainer("plain", tmp_path, [made_callback()]).train()
+    folder = tmp_path / "sts"
+    assert {file.name for file in folder.iterdir()} == {"forecast.json", "baseline.safetensors", "drift.jsonl"}
+    content = json.loads((folder / "forecast.json").read_text())
+    assert set(content["forecast"]["domains"]) == {"near", "far"}
+    assert content["verdict"]["decision"] in ("go", "no-go", "cannot tell")
+
+
+def test_resuming_keeps_the_first_baseline(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    made_trainer("sft", whole, [made_callback()]).train()
+    made_trainer("sft", parts, [made_callback(), StopAt(4)]).train()
+    before = (parts / "sts" / "baseline.safetensors").read_bytes()
+    made_trainer("sft", parts, [made_callback()]).train(resume_from_checkpoint=str(parts / "checkpoint-4"))
+    assert (parts / "sts" / "baseline.safetensors").read_bytes() == before
+    assert drift_series(parts) == drift_series(whole)
+    assert drift_series(whole)[6] > 0
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
+def drift_series(out: Path) -> dict[int, float]:
+    snapshots = [json.loads(line)["snapshot"] for line in (out / "sts" / "drift.jsonl").read_text().splitlines()]
+    return {s["step"]: s["domains"]["near"]["relative_drift"] for s in snapshots}
+
+
+def test_resuming_without_a_baseline_trains_on_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_trainer("sft", tmp_path, [StopAt(4)]).train()
+    trainer = made_trainer("sft", tmp_path, [made_callback()])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 6
+    assert "start the run anew" in caplog.text
+
+
+def harmful() -> dict[str, Any]:
+    """Settings under which the tiny run alarms at its second check: the budget is next to nothing."""
+    return {"protect": {"far": 1e-6}, "check_on": 1, "policy": _policy()}
+
+
+def _policy() -> Any:
+    from sts_callback import PolicyConfig
+
+    return PolicyConfig(min_drift=1e-6, n_standard_errors=0.0, patience=2)
+
+
+def alarmed_steps(out: Path) -> list[int]:
+    lines = [json.loads(line)["verdict"] for line in (out / "sts" / "drift.jsonl").read_text().splitlines()]
+    return [v["step"] for v in lines if v["decision"] == "no-go"]
+
+
+def test_an_alarm_stops_training_with_a_checkpoint_if_asked(tmp_path: Path) -> None:
+    trainer = made_trainer("sft", tmp_path, [made_callback(**harmful(), action="stop")], save_strategy="no", learning_rate=0.5)
+    trainer.train()
+    first = alarmed_steps(tmp_path)[0]
+    assert trainer.state.global_step == first < 6
+    assert (tmp_path / f"checkpoint-{first}").is_dir()
+
+
+def test_an_alarm_saves_a_checkpoint_and_trains_on_if_asked(tmp_path: Path) -> None:
+    trainer = made_trainer(
+        "sft", tmp_path, [made_callback(**harmful(), action="checkpoint")], save_strategy="no", learning_rate=0.5
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert (tmp_path / f"checkpoint-{alarmed_steps(tmp_path)[0]}").is_dir()
+
+
+def test_an_alarm_calls_the_users_function_once_while_it_lasts(tmp_path: Path) -> None:
+    told: list[Verdict] = []
+    made_trainer("sft", tmp_path, [made_callback(**harmful(), action=told.append)], learning_rate=0.5).train()
+    steps = alarmed_steps(tmp_path)
+    assert len(steps) > 1
+    assert told[0].step == steps[0]
+    assert told[0].threatened == ("far",)
+    assert len(told) == sum(1 for step in steps if step - 1 not in steps)
+
+
+def test_an_alarm_warns_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_trainer("sft", tmp_path, [made_callback(**harmful())], learning_rate=0.5).train()
+    assert "STS alarm at step" in caplog.text
+
+
+def test_a_failing_action_is_recorded_and_training_goes_on(tmp_path: Path) -> None:
+    def broken(verdict: Verdict) -> None:
+        raise RuntimeError("pager is down")
+
+    trainer = made_trainer("sft", tmp_path, [made_callback(**harmful(), action=broken)], learning_rate=0.5)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert "pager is down" in (tmp_path / "sts" / "faults.jsonl").read_text()
+
+
+def test_a_failure_is_raised_if_asked(tmp_path: Path) -> None:
+    def broken(verdict: Verdict) -> None:
+        raise RuntimeError("pager is down")
+
+    trainer = made_trainer("sft", tmp_path, [made_callback(**harmful(), action=broken, on_error="raise")], learning_rate=0.5)
+    with pytest.raises(RuntimeError, match="pager is down"):
+        trainer.train()
+
+
+def test_a_no_go_forecast_refuses_before_the_first_step_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = Verdict("no-go", ("near",), ("near: will suffer.",), 0)
+    monkeypatch.setattr("sts_callback.callback.judge_forecast", lambda forecast, policy: verdict)
+    norms = GradNorms()
+    trainer = made_trainer("sft", tmp_path, [made_callback(on_forecast="refuse"), norms])
+    with pytest.raises(NoGo, match="near: will suffer"):
+        trainer.train()
+    assert norms.norms == []
+    assert (tmp_path / "sts" / "forecast.json").is_file()
+    made_trainer("sft", tmp_path, [made_callback()]).train()  # by default it only says so
+
+
+def test_a_second_fresh_run_moves_the_first_ones_files_aside(tmp_path: Path) -> None:
+    for _ in range(2):
+        made_trainer("sft", tmp_path, [made_callback()]).train()
+    assert checked_steps(tmp_path) == [2, 4, 6]
+    assert (tmp_path / "sts.1" / "drift.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"check_on": 0}, "check_on: got 0"),
+        ({"check_on": "often"}, "check_on: got 'often'"),
+        ({"action": "panic"}, "action: got 'panic'"),
+        ({"on_forecast": "stop"}, "on_forecast: got 'stop'"),
+        ({"on_error": "ignore"}, "on_error: got 'ignore'"),
+        ({"protect": ["nera"]}, "'nera' is no domain; did you mean 'near'"),
+        ({"protect": {"near": -1.0}}, "protect"),
+    ],
+)
+def test_settings_that_are_not_allowed_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        made_callback(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sae": "no-such-release/layer_1"}, SaeError, "not in SAELens' registry"),
+        ({"sae": rotated_sae(d_in=16)}, SaeError, "width 16.*width 32"),
+        ({"sae": rotated_sae("blocks.9.hook_resid_post")}, Exception, "layer 9.*4 layers"),
+        ({"domains": {"near": "nowhere.jsonl"}}, DataError, r"domains\['near'\]: there is no file nowhere.jsonl"),
+        ({"domains": {"near": rows(5)}}, DataError, "5 usable rows"),
+        ({"domains": {"near": [{"question": "?"}] * 20}}, DataError, "columns .*question.* fit no format"),
+        ({"train_data": [{"prompt": "?"}] * 20}, DataError, "prompts but no answers"),
+        ({"probes": ProbeConfig(n_queries=6, n_features=60)}, SaeError, "60 of 64"),
+        ({"domains": {"near": [{"prompt": "a" * 400, "completion": " b" * 300}] * 20}}, DataError, "512 positions"),
+    ],
+)
+def test_wrong_input_stops_the_run_before_its_first_step(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    norms = GradNorms()
+    trainer = made_trainer("sft", tmp_path, [made_callback(**options), norms])
+    with pytest.raises(error, match=message):
+        trainer.train()
+    assert norms.norms == []
+
+
+def test_a_trainer_without_data_or_tokenizer_is_told_what_to_give(tmp_path: Path) -> None:
+    args, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), TrainerState()
+    event: dict[str, Any] = {"model": tiny_model(), "train_dataloader": None, "processing_class": tiny_tokenizer()}
+    with pytest.raises(DataError, match=r"STSCallback\(train_data=...\)"):
+        made_callback().on_train_begin(args, state, TrainerControl(), **event)
+    with pytest.raises(ConfigError, match="processing_class"):
+        made_callback().on_train_begin(args, state, TrainerControl(), **{**event, "processing_class": None})
+    stream = SimpleNamespace(dataset=(row for row in rows()))
+    with pytest.raises(DataError, match="stream"):
+        made_callback().on_train_begin(args, state, TrainerControl(), **{**event, "train_dataloader": stream})
+
+
+def test_scores_say_that_the_like_domain_moves_more(tmp_path: Path) -> None:
+    callback = made_callback()
+    made_trainer("sft", tmp_path, [callback]).train()
+    assert callback.forecast is not None
+    near, far = (callback.forecast.domains[name] for name in ("near", "far"))
+    assert all(math.isfinite(d.sts_cross) and 0 < d.sts_cross < 1 for d in (near, far))

@@ -1,0 +1,120 @@
+"""The command line as a program: exit codes, tables, JSON, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT, main
+from sts_callback.records import Forecast, Verdict
+from tiny import rows, saved_sae, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    saved_sae(folder / "sae", d_in=32)
+    for name, subject in (("train", "sums"), ("poems", "poems")):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows(30, subject)))
+    saved_sae(folder / "narrow", d_in=16)
+    return folder
+
+
+def command(files: Path, *more: str) -> list[str]:
+    options = {"--model": files / "model", "--sae": files / "sae", "--train": files / "train.jsonl"}
+    flat = [str(part) for pair in options.items() for part in pair]
+    return ["forecast", *flat, "--domain", f"poems={files / 'poems.jsonl'}", "--n-queries", "6", "--n-features", "8", *more]
+
+
+def test_a_forecast_is_a_table_that_fits_a_terminal(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(command(files, "--protect", "poems"))
+    shown = capsys.readouterr().out
+    assert code in (GO, CANNOT_TELL, NO_GO)
+    assert "poems" in shown
+    assert "Verdict:" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_json_can_be_read_back_and_agrees_with_the_exit_code(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(command(files, "--protect", "poems=0.2", "--json"))
+    content = json.loads(capsys.readouterr().out)
+    forecast = Forecast.from_json(json.dumps(content["forecast"]))
+    verdict = Verdict.from_json(json.dumps(content["verdict"]))
+    assert set(forecast.domains) == {"poems"}
+    assert code == {"go": GO, "no-go": NO_GO, "cannot tell": CANNOT_TELL}[verdict.decision]
+
+
+def test_a_shipped_domain_can_be_protected_by_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(files, "--protect", "law", "--max-tokens", "40")) in (GO, CANNOT_TELL, NO_GO)
+    assert "law" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("decision", "expected"), [("go", 0), ("no-go", 3), ("cannot tell", 4)])
+def test_each_decision_has_its_exit_code(decision: str, expected: int, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = Verdict(decision, (), (), 0)  # type: ignore[arg-type]
+    monkeypatch.setattr("sts_callback.policy.judge_forecast", lambda forecast, policy: verdict)
+    assert main(command(files, "--protect", "poems")) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--domain", "law"], "--domain: got 'law'; allowed is NAME=FILE"),
+        (["--domain", "law=nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--protect", "poem"], "did you mean 'poems'"),
+        (["--protect", "poems=much"], "allowed is a number of nats"),
+        (["--protect", "poems=-1"], "budget above 0"),
+        (["--n-queries", "1"], "n_queries: got 1; allowed is 4 or more"),
+        (["--sae", "gemma-scope-2-270m-pt-res/layer_12_width_16k_l0_smal"], "near are: .*layer_12_width_16k_l0_small"),
+        (["--model", "nowhere/at-all"], "--model: nowhere/at-all cannot be loaded"),
+        (["--train", "nowhere.jsonl"], "train_data: there is no file"),
+        (["--n-features", "60"], "60 of 64 features"),
+    ],
+)
+def test_wrong_input_is_named_with_its_remedy(
+    change: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(files, *change)) == WRONG_INPUT
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+def test_an_sae_of_another_width_is_wrong_input(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(files, "--sae", str(files / "narrow"))) == WRONG_INPUT
+    assert "width 16" in capsys.readouterr().err
+
+
+def test_a_bug_of_ours_is_told_apart(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sts_callback.policy.judge_forecast", lambda forecast, policy: 1 / 0)
+    assert main(command(files)) == BUG
+    assert "bug of ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["forecast", "--help"], ["saes", "--help"]])
+def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == GO
+    assert "usage: sts-callback" in capsys.readouterr().out
+
+
+def test_no_command_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == WRONG_INPUT
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_saes_of_a_model_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["saes", "--model", "google/gemma-3-270m"]) == GO
+    shown = capsys.readouterr().out
+    assert "gemma-scope-2-270m-pt-res/layer_12_width_16k_l0_small" in shown
+    assert main(["saes", "--model", "google/gemma-3-270m", "--json"]) == GO
+    assert all("spec" in json.loads(line) for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_model_without_saes_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["saes", "--model", "nobody/nothing-7b"]) == WRONG_INPUT
+    assert "train_sae.py" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Settings: each limit from both sides, and nothing can change afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
+from sts_callback.errors import ConfigError
+
+NAN = float("nan")
+LIMITS: list[tuple[type, str, Any, Any]] = [  # settings, field, a value just allowed, one just refused
+    (ProbeConfig, "n_queries", 4, 3),
+    (ProbeConfig, "n_train_demonstrations", 1, 0),
+    (ProbeConfig, "n_domain_demonstrations", 1, 0),
+    (ProbeConfig, "n_features", 1, 0),
+    (ProbeConfig, "max_tokens", 8, 7),
+    (ProbeConfig, "max_norm_multiple", 1.001, 1.0),
+    (ProbeConfig, "max_norm_multiple", 3.0, NAN),
+    (ProbeConfig, "batch_tokens", 1, 0),
+    (PolicyConfig, "min_drift", 1e-6, 0.0),
+    (PolicyConfig, "min_drift", 1.0, NAN),
+    (PolicyConfig, "min_transfer", 1e-6, 0.0),
+    (PolicyConfig, "min_transfer", 2.0, NAN),
+    (PolicyConfig, "patience", 1, 0),
+    (PolicyConfig, "n_standard_errors", 0.0, -0.001),
+    (PolicyConfig, "n_standard_errors", 2.0, NAN),
+    (PolicyConfig, "max_masked_share", 1e-6, 0.0),
+    (PolicyConfig, "max_masked_share", 1.0, 1.001),
+]
+IDS = [f"{name}-{refused}" for _, name, _, refused in LIMITS]
+
+
+@pytest.mark.parametrize(("settings", "name", "allowed", "refused"), LIMITS, ids=IDS)
+def test_limits_from_both_sides(settings: type, name: str, allowed: Any, refused: Any) -> None:
+    assert getattr(settings(**{name: allowed}), name) == allowed
+    with pytest.raises(ConfigError, match=rf"^{name}: got {re.escape(repr(refused))}; allowed is .+\.$"):
+        settings(**{name: refused})
+
+
+def test_every_number_in_the_settings_has_a_limit() -> None:
+    named = {(settings, name) for settings, name, _, _ in LIMITS}
+    fields = {(settings, f.name) for settings in (ProbeConfig, PolicyConfig) for f in dataclasses.fields(settings)}
+    assert fields - named == {(ProbeConfig, "seed"), (PolicyConfig, "budgets")}
+
+
+def test_defaults_are_those_of_the_paper_where_it_has_them() -> None:
+    probes = ProbeConfig()
+    assert (probes.n_train_demonstrations, probes.n_domain_demonstrations, probes.n_features) == (2, 5, 100)
+    assert PolicyConfig().budgets == {}
+
+
+@pytest.mark.parametrize("budget", [0.0, -0.1, NAN])
+def test_budgets_must_be_above_nothing(budget: float) -> None:
+    assert PolicyConfig({"law": 0.001}).budgets == {"law": 0.001}
+    with pytest.raises(ConfigError, match=r"^protect\['law'\]: got .*; allowed is a budget above 0, in nats per token\.$"):
+        PolicyConfig({"code": DEFAULT_BUDGET, "law": budget})
+
+
+def test_settings_are_frozen() -> None:
+    for settings, name in ((ProbeConfig(), "seed"), (PolicyConfig(), "patience")):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            setattr(settings, name, 5)
+
+
+def test_budgets_are_frozen_from_within_and_from_without() -> None:
+    given = {"law": 0.1}
+    policy = PolicyConfig(given)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        policy.budgets["law"] = 9.0  # type: ignore[index]
+    given["law"] = 9.0
+    given["code"] = 9.0
+    assert policy.budgets == {"law": 0.1}
+
+
+def test_error_can_be_caught_as_value_error() -> None:
+    with pytest.raises(ValueError, match="n_queries"):
+        ProbeConfig(n_queries=1)

@@ -1,0 +1,149 @@
+"""The run directory: what a kill, a resume or damage leaves of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from samples import GO, domain_drift, domain_forecast, forecast, snapshot
+from sts_callback.errors import CannotTell
+from sts_callback.runlog import RunLog
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> RunLog:
+    log = RunLog(tmp_path / "run" / "sts")
+    log.start_anew()
+    return log
+
+
+def _steps(log: RunLog, before: int = 10**9) -> list[int]:
+    return [check.step for check in log.checks_before(before)]
+
+
+def test_nothing_is_written_until_it_is_started(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run" / "sts")
+    assert list(tmp_path.iterdir()) == []
+    assert log.checks_before(100) == []
+    log.start_anew()
+    assert list(log.folder.iterdir()) == []
+
+
+def test_an_earlier_run_is_moved_aside_and_kept(log: RunLog) -> None:
+    for number in (1, 2):
+        log.append_check(snapshot(number, domain_drift()), GO)
+        log.start_anew()
+        assert log.checks_before(100) == []
+    assert sorted(p.name for p in log.folder.parent.iterdir()) == ["sts", "sts.1", "sts.2"]
+    assert _steps(RunLog(log.folder.with_name("sts.1"))) == [1]
+    assert _steps(RunLog(log.folder.with_name("sts.2"))) == [2]
+
+
+def test_an_empty_folder_is_used_as_it_is(log: RunLog) -> None:
+    log.start_anew()
+    assert [p.name for p in log.folder.parent.iterdir()] == ["sts"]
+
+
+def test_forecast_comes_back_with_nothing_half_written(log: RunLog) -> None:
+    record = forecast(domain_forecast("law"))
+    log.write_forecast(record, GO)
+    assert log.read_forecast() == record
+    assert [p.name for p in log.folder.iterdir()] == ["forecast.json"]
+    content = json.loads((log.folder / "forecast.json").read_text())
+    assert content["verdict"]["decision"] == "go"
+
+
+def test_a_forecast_is_replaced_whole_or_not_at_all(log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = forecast(domain_forecast("law"))
+    log.write_forecast(first, GO)
+
+    def killed(*names: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            log.write_forecast(forecast(domain_forecast("code")), GO)
+    assert log.read_forecast() == first
+
+
+def test_missing_forecast_can_not_tell(log: RunLog) -> None:
+    with pytest.raises(CannotTell, match=r"^forecast: .*forecast\.json cannot be read .*start the run anew"):
+        log.read_forecast()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "\0" * len(text),
+        lambda text: "{}",
+        lambda text: "null",
+        lambda text: '{"forecast": null}',
+        lambda text: text.replace('"features"', '"traits"'),
+        lambda text: text.replace('"schema_version": 1', '"schema_version": 99'),
+    ],
+    ids=["empty", "cut", "zeros", "no forecast", "null", "null forecast", "other keys", "other version"],
+)
+def test_damaged_forecast_can_not_tell(log: RunLog, damage: object) -> None:
+    log.write_forecast(forecast(domain_forecast()), GO)
+    file = log.folder / "forecast.json"
+    assert log.read_forecast()
+    file.write_text(damage(file.read_text()))  # type: ignore[operator]
+    with pytest.raises(CannotTell, match="cannot be read"):
+        log.read_forecast()
+
+
+def test_checks_come_back_in_order_up_to_a_step(log: RunLog) -> None:
+    checks = [snapshot(step, domain_drift("law", relative_drift=step / 100)) for step in (10, 20, 30)]
+    for check in checks:
+        log.append_check(check, GO)
+    assert log.checks_before(30) == checks
+    assert log.checks_before(29) == checks[:2]
+    assert log.checks_before(9) == []
+
+
+def test_of_a_stretch_run_twice_the_later_check_counts(log: RunLog) -> None:
+    for step, share in ((10, 0.1), (20, 0.2), (30, 0.3), (20, 0.4), (30, 0.5)):
+        log.append_check(snapshot(step, domain_drift("law", relative_drift=share)), GO)
+    assert [(c.step, c.domains["law"].relative_drift) for c in log.checks_before(30)] == [(10, 0.1), (20, 0.4), (30, 0.5)]
+
+
+@pytest.mark.parametrize("keep", [1, 100, -2])
+def test_a_kill_loses_at_most_the_line_being_written(log: RunLog, keep: int) -> None:
+    file = log.folder / "drift.jsonl"
+    log.append_check(snapshot(10, domain_drift()), GO)
+    whole = file.read_bytes()
+    log.append_check(snapshot(20, domain_drift()), GO)
+    file.write_bytes(whole + file.read_bytes()[len(whole) :][:keep])  # killed while writing the second line
+    assert _steps(log) == [10]
+    log.append_check(snapshot(30, domain_drift()), GO)
+    log.append_check(snapshot(40, domain_drift()), GO)
+    assert _steps(log) == [10, 30, 40]
+
+
+def test_a_line_that_lacks_only_its_end_is_kept(log: RunLog) -> None:
+    file = log.folder / "drift.jsonl"
+    log.append_check(snapshot(10, domain_drift()), GO)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert _steps(log) == [10]
+    log.append_check(snapshot(20, domain_drift()), GO)
+    assert _steps(log) == [10, 20]
+
+
+def test_a_first_line_torn_to_nothing_is_no_obstacle(log: RunLog) -> None:
+    (log.folder / "drift.jsonl").touch()
+    log.append_check(snapshot(10, domain_drift()), GO)
+    assert _steps(log) == [10]
+    assert (log.folder / "drift.jsonl").read_text().startswith("{")
+
+
+def test_faults_are_lines_whatever_their_trace_holds(log: RunLog) -> None:
+    traces = ['Traceback:\n  File "x"\nValueError: ±\u2028"', "again"]
+    for step, trace in enumerate(traces):
+        log.append_fault(step, trace)
+    lines = [json.loads(line) for line in (log.folder / "faults.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "trace": trace} for step, trace in enumerate(traces)]
