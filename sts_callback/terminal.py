@@ -43,7 +43,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
     foot = (
         f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {unexplained}; {forecast.seconds:.0f} s\n"
         "transfer: STS_cross against the training data's own. Scores say how much, not in\n"
-        "which direction. in context: change of the answers' NLL, nats a token, + is worse"
+        "which direction. in context: change of the answers' NLL, nats a token; + is bad"
     )
     verdict_line = Text(f"Verdict: {_name(verdict)}", style=_COLOURS[verdict.decision])
     return _rendered([Text(head, style="bold"), table, Text(foot, style="dim"), verdict_line, *_reasons(verdict)], colour)

@@ -7,6 +7,7 @@ Formats (TRL's names): language modelling (`text`, `messages`), prompt-completio
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 Source = str | Path | Iterable[Row]
 """A JSON-lines file (`.jsonl`, `.jsonl.gz`) or JSON list (`.json`), a `datasets.Dataset`, or a list of rows."""
 
@@ -59,6 +61,8 @@ def read_rows(source: Source, field: str) -> Sequence[Row]:
     rows: Sequence[Row]
     if isinstance(source, (str, Path)):
         rows = _read_file(Path(source), field)
+    elif isinstance(source, Mapping):
+        raise DataError(f"{field}: got a {type(source).__name__} of {sorted(source)}; allowed is one of them, or a list of rows.")
     elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         rows = source  # type: ignore[assignment]  # a list, or a data set, which has all that is used of a sequence
     elif isinstance(source, Iterable):
@@ -79,7 +83,10 @@ def _read_file(path: Path, field: str) -> list[Row]:
         raise DataError(f"{field}: there is no file {path}; give JSON lines (.jsonl, .jsonl.gz) or a JSON list (.json).")
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         if path.suffix == ".json":
-            rows = json.load(lines)
+            try:
+                rows = json.load(lines)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{field}: {path} is not a JSON list ({error}); JSON lines go by .jsonl.") from error
         else:
             rows = []
             for number, line in enumerate(lines, 1):
@@ -109,7 +116,7 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, field: str) -> Pair | No
     known = _normalised(row, field)
     if known is None:
         return None
-    if "text" in known:
+    if "completion" not in known:
         return TextPair(known["text"], None)
     if isinstance(known["prompt"], str):
         return TextPair(known["prompt"], known["completion"])
@@ -131,16 +138,20 @@ def _normalised(raw: Row, field: str) -> dict[str, Any] | None:
     """The row with `text`, or with `prompt` and `completion`; None for a rejected one of an unpaired preference."""
     from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
-    row: dict[str, Any] = maybe_convert_to_chatml(dict(raw))
+    row: dict[str, Any] = maybe_convert_to_chatml(copy.deepcopy(dict(raw)))  # it renames in place
+    for message in row.get("messages") or ():
+        message["role"] = _SHAREGPT_ROLES.get(message["role"], message["role"])
     keys = set(row)
     if "messages" in keys:
         last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"), default=None)
-        if not last:
+        if not last or row["messages"][last - 1]["role"] == "system":
             raise DataError(f"{field}: a conversation has no assistant message after a user's; nothing answers it.")
         return {**row, "prompt": row["messages"][:last], "completion": [row["messages"][last]]}
     if {"prompt", "completion"} <= keys:
-        return row if row.get("label", True) else None
+        return row if row.get("label", True) and row["completion"] is not None else None
     if {"chosen", "rejected"} <= keys:
+        if not (row["chosen"] and row["rejected"]):
+            return None
         row = row if "prompt" in keys else {**row, **extract_prompt(row)}
         return {**row, "completion": row["chosen"]}
     if "text" in keys:
@@ -156,8 +167,13 @@ def _normalised(raw: Row, field: str) -> dict[str, Any] | None:
 def _tokenised(row: Row) -> TokenPair | None:
     """A row as a trainer tokenised it: SFT's labels, or the ids of preference trainers."""
     if "input_ids" in row:
-        ids, labels = tuple(row["input_ids"]), row.get("labels")
+        ids, labels = _ids(row["input_ids"]), row.get("labels")
         n_prompt = 0 if labels is None else next((i for i, label in enumerate(labels) if label != -100), len(ids))
         return TokenPair(ids[:n_prompt], ids[n_prompt:]) if n_prompt else TokenPair(ids, None)
-    answer = row.get("chosen_ids") or row.get("completion_ids")
-    return TokenPair(tuple(row["prompt_ids"]), tuple(answer)) if answer and row.get("label", True) else None
+    answer = row["chosen_ids"] if "chosen_ids" in row else row.get("completion_ids", ())
+    return TokenPair(_ids(row["prompt_ids"]), _ids(answer)) if len(answer) and row.get("label", True) else None
+
+
+def _ids(values: Iterable[Any]) -> tuple[int, ...]:
+    """Token ids from a list or a tensor."""
+    return tuple(int(value) for value in values)

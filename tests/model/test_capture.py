@@ -281,7 +281,7 @@ def test_hooks_are_gone_after_an_error_inside_a_layer() -> None:
     assert n_hooks(model) == before
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Leaves a block early."""
 
 
@@ -316,8 +316,8 @@ def test_modes_gradients_and_random_state_are_as_found(fails: bool, fixed_random
             random.random(), np.random.rand(), torch.rand(3)
             capture(model).run(SUFFIXES, Prefix(SHORT, None))
             if fails:
-                raise Stop
-    except Stop:
+                raise StopError
+    except StopError:
         assert fails
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
     assert [m.training for m in model.modules()] == flags

@@ -1,4 +1,4 @@
-"""Texts to tokens: queries are the same with and without demonstrations, nothing of the tokenizer changes, every query is read once."""
+"""Texts to tokens: a query is the same with and without demonstrations, the tokenizer is not altered, each query is read once."""
 
 from __future__ import annotations
 
