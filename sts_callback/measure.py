@@ -225,6 +225,10 @@ class Gauge:
             on_batch: told the number of queries done, for progress.
 
         """
+        # Training may rescale the whole stream: a sink now is one that stands out from what is usual now.
+        bare = self._capture.prefix(context.tokens, whole=False)
+        sample, _ = self._run(probes.queries[:_N_CALIBRATION], bare, with_answers=False)
+        scale = max(self.reference.median_norm, sample.float().norm(dim=1).median().item())
         prefix = self._capture.prefix(context.tokens, whole=self._whole(context))
         n_queries, device = len(probes.queries), self.encoder.sae.device
         drift, nll = QuerySums(n_queries, self.encoder.d_sae, device), torch.zeros(n_queries)
@@ -238,10 +242,7 @@ class Gauge:
             before = counted[n_candidates : n_candidates + len(owner)]
             n_candidates += len(owner)
             x, owner = x[before.to(x.device)], owner[before]
-            # Training may rescale the whole stream: a sink now is one that stands out from its neighbours now.
-            norms = x.float().norm(dim=1)
-            scale = max(self.reference.median_norm, norms.median().item() if len(norms) else 0.0)
-            ordinary = is_ordinary(norms, scale, self._config.max_norm_multiple).cpu()
+            ordinary = is_ordinary(x.float().norm(dim=1), scale, self._config.max_norm_multiple).cpu()
             n_masked += int((~ordinary).sum())
             n_tokens += torch.bincount(owner[ordinary], minlength=n_queries)
             for rows in self._chunks(len(owner)):

@@ -61,11 +61,9 @@ def read_rows(source: Source, field: str) -> Sequence[Row]:
     rows: Sequence[Row]
     if isinstance(source, (str, Path)):
         rows = _read_file(Path(source), field)
-    elif isinstance(source, Mapping):
-        raise DataError(f"{field}: got a {type(source).__name__} of {sorted(source)}; allowed is one of them, or a list of rows.")
-    elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, Mapping):
         rows = source  # type: ignore[assignment]  # a list, or a data set, which has all that is used of a sequence
-    elif isinstance(source, Iterable):
+    elif isinstance(source, Iterable) and not isinstance(source, Mapping):  # a DatasetDict is one, of splits
         rows = list(source)
     else:
         raise DataError(f"{field}: got {type(source).__name__}; allowed are a file, a datasets.Dataset or a list of rows.")

@@ -27,7 +27,9 @@ class SparseActs:
 
     @classmethod
     def cat(cls, parts: list[SparseActs]) -> SparseActs:
-        """Tokens of several parts, in order."""
+        """Tokens of several parts, in order; none of no parts."""
+        if not parts:
+            return cls(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
         return cls(
             torch.cat([p.n_active for p in parts]),
             torch.cat([p.features for p in parts]),

@@ -168,11 +168,15 @@ class Capture:
         try:
             out = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **extra)
         except _Captured:
-            return Captured(activations, None)
+            out = None
         finally:
             for handle in handles:
                 handle.remove()
-        if select is None:
+        # OPT flattens rows and tokens before its MLP.
+        for name, x in activations.items():
+            if x.dim() == 2 and len(x) == ids.numel():
+                activations[name] = x.reshape(*ids.shape, -1)
+        if out is None or select is None:
             return Captured(activations, None)
         logits = out.logits if self._takes_selection else out.logits[select]
         return Captured(activations, logits)

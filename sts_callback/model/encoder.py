@@ -49,6 +49,8 @@ _ELEMENTWISE = {
 }
 _NOT_PER_TOKEN = {"temporal"}  # attends over the sequence, so tokens cannot be encoded one by one
 _BY_FEATURE = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag")
+# Of the configuration, what changes an answer.
+_ENCODES = ("d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "k", "rescale_acts_by_decoder_norm")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class SaeEncoder:
             return None
         x = x.to(self.sae.device, torch.float32)
         x = x - x.mean(dim=-1, keepdim=True) if self.centred else x
-        left = (x - self.sae.decode(self.sae.encode(x))).double().square().sum()
+        with torch.autocast(x.device.type, enabled=False):
+            left = (x - self.sae.decode(self.sae.encode(x))).double().square().sum()
         return float(left / (x - x.mean(dim=0)).double().square().sum())
 
     def restrict(self, features: tuple[int, ...]) -> SaeEncoder:
@@ -166,6 +169,7 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
         else:
             name = str(sae.cfg.metadata.get("sae_id") or "SAE object")
             loaded = copy.deepcopy(sae).to(dtype=torch.float32)
+            loaded._setup_activation_normalization()  # its functions write to the SAE they were made for: the user's
     architecture, metadata = loaded.cfg.architecture(), loaded.cfg.metadata
     if architecture in _NOT_PER_TOKEN or not hasattr(loaded, "encode"):
         raise SaeError(f"sae: {name} is a {architecture} SAE, which cannot encode tokens one by one; take another kind.")
@@ -175,7 +179,8 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
     loaded.turn_off_forward_pass_hook_z_reshaping()  # transformers gives heads flat already
     loaded.requires_grad_(False).eval()
     lens_options = metadata.get("model_from_pretrained_kwargs") or {}
-    return SaeEncoder(name, hook_name, loaded, _fingerprint(loaded), centred=bool(lens_options.get("center_writing_weights")))
+    centred = bool(lens_options.get("center_writing_weights"))
+    return SaeEncoder(name, hook_name, loaded, _fingerprint(loaded, centred), centred)
 
 
 def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
@@ -184,7 +189,7 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
     if Path(spec).is_dir():
         try:
             return Path(spec).resolve().name, SAE.load_from_disk(spec, dtype="float32")
-        except (OSError, KeyError, ValueError, json.JSONDecodeError) as error:
+        except Exception as error:  # of SAELens, torch, json and safetensors, which does not export its own in all versions
             raise SaeError(
                 f"sae: the folder {spec} cannot be read as an SAE ({error!r}); it must hold cfg.json and sae_weights.safetensors "
                 "of an SAE saved for inference (save_inference_model)."
@@ -193,7 +198,7 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
         spec = registry.best_for(model_id, n_layers).spec
     if registry.find(spec):
         release, _, sae_id = spec.partition("/")
-    elif spec.count("/") >= 2:  # a hub repository and a folder in it
+    elif spec.count("/") >= 2 and not registry.near_names(spec):  # a hub repository and a folder in it
         owner, repository, sae_id = spec.split("/", 2)
         release = f"{owner}/{repository}"
     else:
@@ -210,9 +215,10 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
         ) from error
 
 
-def _fingerprint(sae: SAE[Any]) -> str:
-    digest = hashlib.sha256(json.dumps([sae.cfg.architecture(), sae.cfg.d_in, sae.cfg.d_sae]).encode())
+def _fingerprint(sae: SAE[Any], centred: bool) -> str:
+    settings = [sae.cfg.architecture(), centred, *(getattr(sae.cfg, name, None) for name in _ENCODES)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, parameter in sorted(sae.named_parameters()):
-        if name in _BY_FEATURE:
+        if name in (*_BY_FEATURE, "b_dec"):  # b_dec is subtracted from the input
             digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

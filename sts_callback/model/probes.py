@@ -6,12 +6,13 @@ The user's tokenizer is never altered: one text at a time, no padding, no trunca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sts_callback.config import ProbeConfig
 from sts_callback.domains.reader import Pair, Row, TextPair, read_pairs
@@ -97,13 +98,33 @@ def make_probe_set(
             f"{field}: {len(pairs)} usable rows, but {n_demonstrations} demonstrations and at least 4 queries are needed; "
             "add rows or ask for fewer demonstrations."
         )
-    encoded = [_encode(pair, tokenizer, config.max_tokens) for pair in pairs[:wanted]]
-    separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    with _untouched(tokenizer):
+        encoded = [_encode(pair, tokenizer, config.max_tokens) for pair in pairs[:wanted]]
+        separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     demonstrations: list[int] = []
     for query, _ in encoded[:n_demonstrations]:
         demonstrations += [*query.tokens, *separator]
     queries = [query for query, _ in encoded[n_demonstrations:] if any(query.counts)]
+    if len(queries) < 4:
+        raise DataError(
+            f"{field}: {len(queries) + n_demonstrations} usable rows, but {n_demonstrations} demonstrations and at least 4 "
+            "queries are needed; of the others no token of the prompt counts (it is empty or holds special tokens only)."
+        )
     return ProbeSet(name, tuple(queries), tuple(demonstrations), sum(cut for _, cut in encoded))
+
+
+@contextlib.contextmanager
+def _untouched(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Put back the padding and truncation that the backend was left with: every plain call clears them."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    padding, truncation = getattr(backend, "padding", None), getattr(backend, "truncation", None)
+    try:
+        yield
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
 
 
 def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None) -> None:
