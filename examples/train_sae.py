@@ -251,6 +251,12 @@ Command:
 """
 
 
+def shown_command(argv: list[str], args: argparse.Namespace) -> str:
+    """The command with files by their names alone, not one machine's folders."""
+    files = {str(file): file.name for file in (*args.text, args.out, args.activations) if file}
+    return "python examples/train_sae.py " + shlex.join(files.get(word, word) for word in argv)
+
+
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     name = args.model or cached_gemma()
@@ -286,9 +292,7 @@ def main(argv: list[str]) -> None:
     with undisturbed(model):
         metrics |= spliced_cross_entropy(model, saved, source, held_out)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    shown = [Path(a).name if Path(a).exists() else a for a in argv]  # file names, not one machine's folders
-    command = "python examples/train_sae.py " + shlex.join(shown)
-    (args.out / "README.md").write_text(readme(metrics, args, model_name, command))
+    (args.out / "README.md").write_text(readme(metrics, args, model_name, shown_command(argv, args)))
     print(json.dumps(metrics, indent=1))
 
 
