@@ -34,8 +34,8 @@ from demo import SAE_FOLDER
 from gemma import cached_gemma
 from sts_callback import ProbeConfig, STSCallback, forecast
 
-PROBES = ProbeConfig(n_queries=48, max_tokens=160)
-STEPS, BATCH, LEARNING_RATE = 40, 4, 1e-3
+PROBES = ProbeConfig(n_queries=24, max_tokens=128)
+STEPS, BATCH, LEARNING_RATE = 24, 2, 1e-3
 
 
 def lines(file: Path) -> list[dict[str, object]]:
