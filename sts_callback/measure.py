@@ -177,7 +177,7 @@ class Gauge:
                 found[name], losses = self._run(queries, prefixes[name], with_answers=self._whole(context))
                 if losses is not None:
                     nll[name][batch] = losses
-            ordinary = torch.stack([self._ordinary(x) for x in found.values()]).all(dim=0)
+            ordinary = torch.stack([self._ordinary(x, self.reference.median_norm) for x in found.values()]).all(dim=0)
             counted.append(ordinary.cpu())
             owner = owner[counted[-1]]
             n_tokens += torch.bincount(owner, minlength=n_queries)
@@ -242,7 +242,7 @@ class Gauge:
             before = counted[n_candidates : n_candidates + len(owner)]
             n_candidates += len(owner)
             x, owner = x[before.to(x.device)], owner[before]
-            ordinary = is_ordinary(x.float().norm(dim=1), scale, self._config.max_norm_multiple).cpu()
+            ordinary = self._ordinary(x, scale).cpu()
             n_masked += int((~ordinary).sum())
             n_tokens += torch.bincount(owner[ordinary], minlength=n_queries)
             for rows in self._chunks(len(owner)):
@@ -257,8 +257,8 @@ class Gauge:
     def _whole(self, context: Context) -> bool:
         return context.with_answers and self.has_head
 
-    def _ordinary(self, x: torch.Tensor) -> torch.Tensor:
-        return is_ordinary(x.float().norm(dim=1), self.reference.median_norm, self._config.max_norm_multiple)
+    def _ordinary(self, x: torch.Tensor, median_norm: float) -> torch.Tensor:
+        return is_ordinary(x.float().norm(dim=1), median_norm, self._config.max_norm_multiple)
 
     def _chunks(self, n_tokens: int) -> Iterable[slice]:
         size = max(1, _CHUNK_ELEMENTS // self.encoder.d_sae)

@@ -36,7 +36,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
             style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
     head = (
-        f"STS forecast: what training will move "
+        "STS forecast: what training will move "
         f"({len(forecast.features)} features hold {forecast.features_share:.0%} of the shift)"
     )
     unexplained = f"{forecast.unexplained:.0%} of variance unexplained"

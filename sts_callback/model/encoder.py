@@ -99,9 +99,7 @@ class SaeEncoder:
             `(n_tokens, d_sae)`, float32, on the SAE's device.
 
         """
-        x = x.to(self.sae.device, torch.float32)
-        if self.centred:
-            x = x - x.mean(dim=-1, keepdim=True)
+        x = self._prepared(x)
         with torch.autocast(x.device.type, enabled=False):
             acts: torch.Tensor = self.sae.encode(x)
         return acts
@@ -111,11 +109,14 @@ class SaeEncoder:
         """Fraction of variance of `(n_tokens, d_in)` that the reconstruction leaves (FVU); None for a transcoder."""
         if "transcoder" in self.architecture:
             return None
-        x = x.to(self.sae.device, torch.float32)
-        x = x - x.mean(dim=-1, keepdim=True) if self.centred else x
+        x = self._prepared(x)
         with torch.autocast(x.device.type, enabled=False):
             left = (x - self.sae.decode(self.sae.encode(x))).double().square().sum()
         return float(left / (x - x.mean(dim=0)).double().square().sum())
+
+    def _prepared(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.sae.device, torch.float32)
+        return x - x.mean(dim=-1, keepdim=True) if self.centred else x
 
     def restrict(self, features: tuple[int, ...]) -> SaeEncoder:
         """An encoder of these features only, in this order, with equal activations and less work.
