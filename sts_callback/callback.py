@@ -194,7 +194,7 @@ class STSCallback(TrainerCallback):
         if self.verdict.decision == "no-go" and self._on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(self.verdict.threatened)}. "
-                f"{' '.join(self.verdict.reasons)} Change the data, raise the budget, or take on_forecast='warn'."
+                f"{self.verdict.explanation} Change the data, raise the budget, or take on_forecast='warn'."
             )
 
     def _resume(self, monitor: Monitor, state: TrainerState) -> None:
@@ -226,7 +226,7 @@ class STSCallback(TrainerCallback):
         if callable(self._action):
             self._action(verdict)
             return
-        logger.warning("STS alarm at step %d: %s", verdict.step, " ".join(verdict.reasons))
+        logger.warning("STS alarm at step %d: %s", verdict.step, verdict.explanation)
         control.should_save = control.should_save or self._action in ("checkpoint", "stop")
         control.should_training_stop = control.should_training_stop or self._action == "stop"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from sts_callback.config import PolicyConfig
-from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Forecast, Verdict
+from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Forecast, Verdict
 
 
 def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
@@ -20,9 +20,7 @@ def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
         `no-go` if a domain is threatened, else `cannot tell` if for one the evidence does not suffice, else `go`.
 
     """
-    judged = {
-        name: _forecast_threat(forecast.domains[name], forecast.train, budget, policy) for name, budget in policy.budgets.items()
-    }
+    judged = {name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.budgets.items()}
     return _verdict(judged, step=0)
 
 
@@ -56,17 +54,18 @@ def _verdict(judged: dict[str, tuple[Decision, str]], step: int) -> Verdict:
     order: tuple[Decision, ...] = ("no-go", "watch", "cannot tell", "go")
     decision: Decision = next((d for d in order if any(found == d for found, _ in judged.values())), "go")
     threatened = tuple(name for name, (found, _) in judged.items() if found == decision) if decision != "go" else ()
-    return Verdict(decision, threatened, tuple(f"{name}: {reason}" for name, (_, reason) in judged.items()), step)
+    return Verdict(decision, threatened, {name: reason for name, (_, reason) in judged.items()}, step)
 
 
-def _forecast_threat(domain: DomainForecast, train: DomainForecast, budget: float, policy: PolicyConfig) -> tuple[Decision, str]:
+def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> tuple[Decision, str]:
+    domain = forecast.domains[name]
     masked_share = domain.n_masked / max(1, domain.n_masked + domain.n_tokens)
     if masked_share > policy.max_masked_share:
         return (
             "cannot tell",
             f"{masked_share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}.",
         )
-    transfer = domain.sts_cross / train.sts_cross if train.sts_cross else math.nan
+    transfer = forecast.transfer(domain)
     if not math.isfinite(transfer):
         return "cannot tell", "nothing shifted in context, so no transfer can be read off."
     moves = transfer >= policy.min_transfer

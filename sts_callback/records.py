@@ -115,6 +115,10 @@ class Forecast(Record):
     seconds: float
     """Wall-clock time of the measurement."""
 
+    def transfer(self, domain: DomainForecast) -> float:
+        """STS_cross of a domain over that of the training data itself: at least 0; NaN if nothing shifts."""
+        return domain.sts_cross / self.train.sts_cross if self.train.sts_cross else math.nan
+
 
 @dataclass(frozen=True)
 class DomainDrift(Record):
@@ -172,10 +176,15 @@ class Verdict(Record):
     """`go`: no protected domain is threatened; `watch`: one is, not yet for long enough to alarm; `no-go`: alarm."""
     threatened: tuple[str, ...]
     """Protected domains that it is about."""
-    reasons: tuple[str, ...]
-    """A sentence a domain."""
+    reasons: Mapping[str, str]
+    """Why, a sentence for each protected domain."""
     step: int
     """Optimizer steps done; 0 for a forecast."""
+
+    @property
+    def explanation(self) -> str:
+        """The reasons that matter in one text: of the threatened domains if there are any, else of all."""
+        return " ".join(f"{name}: {reason}" for name, reason in self.reasons.items() if name in (self.threatened or self.reasons))
 
 
 def _plain(value: Any) -> Any:

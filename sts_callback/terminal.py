@@ -23,10 +23,9 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
     for title in ("transfer", "cross", "rel", "ICL", "act", "NLL", "in context"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in (forecast.train, *sorted(forecast.domains.values(), key=lambda d: -d.sts_cross)):
-        transfer = row.sts_cross / forecast.train.sts_cross if forecast.train.sts_cross else float("nan")
         table.add_row(
             Text(("! " if row.name in verdict.threatened else "  ") + row.name),
-            f"{transfer:.0%}",
+            f"{forecast.transfer(row):.0%}",
             f"{row.sts_cross:.3f}",
             f"{row.sts_rel:.3f}",
             _short(row.sts_icl),
@@ -68,9 +67,9 @@ def _name(verdict: Verdict) -> str:
 
 def _reasons(verdict: Verdict) -> list[Text]:
     """The reasons that matter: of the threatened domains if there are any, else of all."""
-    shown = [r for r in verdict.reasons if not verdict.threatened or r.startswith(tuple(f"{n}: " for n in verdict.threatened))]
+    shown = verdict.threatened or verdict.reasons
     wrap = textwrap.TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ")
-    return [Text(line) for reason in shown for line in wrap.wrap(reason)]
+    return [Text(line) for name in shown for line in wrap.wrap(f"{name}: {verdict.reasons[name]}")]
 
 
 def _short(number: float) -> str:

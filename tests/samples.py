@@ -78,4 +78,4 @@ def snapshot(step: int, *domains: DomainDrift, **changes: Any) -> DriftSnapshot:
     return DriftSnapshot(**(fields | changes))
 
 
-GO = Verdict("go", (), ("law: has not moved.",), 0)
+GO = Verdict("go", (), {"law": "has not moved."}, 0)

@@ -56,7 +56,7 @@ def test_a_shipped_domain_can_be_protected_by_name(files: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(("decision", "expected"), [("go", 0), ("no-go", 3), ("cannot tell", 4)])
 def test_each_decision_has_its_exit_code(decision: str, expected: int, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = Verdict(decision, (), (), 0)  # type: ignore[arg-type]
+    verdict = Verdict(decision, (), {}, 0)  # type: ignore[arg-type]
     monkeypatch.setattr("sts_callback.policy.judge_forecast", lambda forecast, policy: verdict)
     assert main(command(files, "--protect", "poems")) == expected
 

@@ -19,7 +19,7 @@ ALL: list[Record] = [
     forecast(domain_forecast("law"), domain_forecast("code", sts_rel=0.75)),
     domain_drift(),
     snapshot(40, domain_drift("law"), domain_drift("code", top_features=())),
-    Verdict("no-go", ("law", "code"), ("law: has moved ± 0.1.", "code: « déjà »\nline 2"), 40),
+    Verdict("no-go", ("law", "code"), {"law": "has moved ± 0.1.", "code": "« déjà »\nline 2"}, 40),
 ]
 
 

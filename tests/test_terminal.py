@@ -95,7 +95,7 @@ def test_colour_shows_only_where_it_is_wanted() -> None:
     record = _forecast(**HARM)
     for show in (True, False):
         assert (ESCAPE in forecast_table(record, _judged(record), colour=show)) == show
-        assert (ESCAPE in check_lines(_check("law", **HARM), Verdict("go", (), (), 40), 3, colour=show)) == show
+        assert (ESCAPE in check_lines(_check("law", **HARM), Verdict("go", (), {}, 40), 3, colour=show)) == show
 
 
 def test_colour_follows_the_terminal_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,14 +125,14 @@ def test_a_check_without_threat_names_each_domain_once_and_no_reason() -> None:
 
 
 def test_a_check_breaks_its_lines_between_domains_only() -> None:
-    lines = check_lines(_check(*(f"domain{i}" for i in range(12))), Verdict("go", (), (), 40), 3, colour=False).splitlines()
+    lines = check_lines(_check(*(f"domain{i}" for i in range(12))), Verdict("go", (), {}, 40), 3, colour=False).splitlines()
     assert len(lines) > 4
     assert all(re.fullmatch(r"(  \w+ \d+\.\d% \(\+0\.00\))+", line) for line in lines[1:-1])
 
 
 def test_a_check_lists_what_moved_most_first() -> None:
     check = snapshot(40, *(domain_drift(n, relative_drift=d) for n, d in (("a", 0.1), ("b", 0.4), ("c", 0.2))))
-    flat = " ".join(check_lines(check, Verdict("go", (), (), 40), 3, colour=False).split())
+    flat = " ".join(check_lines(check, Verdict("go", (), {}, 40), 3, colour=False).split())
     assert re.findall(r"(\w+) \d+\.\d% \(", flat) == ["train", "b", "c", "a"]
 
 

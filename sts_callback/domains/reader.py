@@ -163,10 +163,14 @@ def _normalised(raw: Row, field: str) -> dict[str, Any] | None:
 
 
 def _tokenised(row: Row) -> TokenPair | None:
-    """A row as a trainer tokenised it: SFT's labels, or the ids of preference trainers."""
+    """A row as a trainer tokenised it: labels or masks over `input_ids`, or the ids of preference trainers."""
     if "input_ids" in row:
-        ids, labels = _ids(row["input_ids"]), row.get("labels")
-        n_prompt = 0 if labels is None else next((i for i, label in enumerate(labels) if label != -100), len(ids))
+        ids = _ids(row["input_ids"])
+        if "labels" in row:
+            answers = [label != -100 for label in row["labels"]]
+        else:
+            answers = [bool(m) for m in row.get("completion_mask") or row.get("assistant_masks") or [True]]
+        n_prompt = answers.index(True) if True in answers else len(ids)
         return TokenPair(ids[:n_prompt], ids[n_prompt:]) if n_prompt else TokenPair(ids, None)
     answer = row["chosen_ids"] if "chosen_ids" in row else row.get("completion_ids", ())
     return TokenPair(_ids(row["prompt_ids"]), _ids(answer)) if len(answer) and row.get("label", True) else None
