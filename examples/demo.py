@@ -27,8 +27,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gentle", action="store_true", help=f"learning rate {GENTLE} instead of {HARSH}")
     parser.add_argument("--model", help="folder or hub id (default: Gemma 3 270M from PyPI)")
     parser.add_argument("--sae", help="SAELens release/sae_id or folder (default: the one in this folder)")
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps")
-    parser.add_argument("--queries", type=int, default=8, help="queries measured in each domain")
+    parser.add_argument("--steps", type=int, default=18, help="optimizer steps")
+    parser.add_argument("--queries", type=int, default=10, help="queries measured in each domain")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/demo or runs/demo-gentle)")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.sae):

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sts_callback.errors import CannotTell
-from sts_callback.measure import Reference
 from sts_callback.metrics.sparse import SparseActs
+from sts_callback.readings import Reference
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,17 @@ class SetBaseline:
     """Step 0 of one probe set."""
 
     counted: torch.Tensor
-    """Which candidate tokens count, in the order of visit, `(n_candidates,)` booleans."""
+    """Which candidate tokens count, query by query, `(n_candidates,)` booleans."""
     acts: SparseActs
-    """Their activations."""
+    """Their feature activations."""
+    sketches: torch.Tensor
+    """Of their activations and of what the dictionary leaves of these, `(n_counted, 2, sketch.WIDTH)`."""
     n_tokens: torch.Tensor
     """Tokens that count, per query, `(n_queries,)`, int64."""
     energy: torch.Tensor
-    """Squared activations summed over features, per query, `(n_queries,)`."""
+    """Squared feature activations summed over features, per query, `(n_queries,)`."""
+    raw_energy: torch.Tensor
+    """Squared norms of activations at the hook point, per query, `(n_queries,)`."""
     nll: torch.Tensor
     """NLL of the answers in nats, per query, `(n_queries,)`; NaN without a language-model head."""
     mean_activity: torch.Tensor

@@ -17,12 +17,13 @@ from sts_callback import terminal
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.domains.reader import Source
 from sts_callback.domains.starter import choose_domains
-from sts_callback.errors import ConfigError, DataError, NoGo
+from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo
 from sts_callback.model.capture import undisturbed
 from sts_callback.monitor import Monitor
-from sts_callback.policy import judge_drift, judge_forecast
+from sts_callback.policy import fewest_queries, judge_drift, judge_forecast
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
 from sts_callback.runlog import RunLog
+from sts_callback.scoring import rank_agreement
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -50,7 +51,7 @@ class STSCallback(TrainerCallback):
 
     def __init__(
         self,
-        sae: SaeSource,
+        sae: SaeSource | Sequence[SaeSource],
         protect: Sequence[str] | Mapping[str, float] = (),
         *,
         domains: Mapping[str, Source] | None = None,
@@ -65,7 +66,8 @@ class STSCallback(TrainerCallback):
         """Choose what to measure and what to do. Nothing is loaded before training begins.
 
         Args:
-            sae: SAELens `release/sae_id`, a folder in SAELens format, a `sae_lens.SAE`, or `"auto"`.
+            sae: SAELens `release/sae_id`, a folder in SAELens format, a `sae_lens.SAE`, or `"auto"`; or several, of which each
+                makes a forecast and the first is the one that decides and watches drift.
             protect: names of domains that training must not harm, or names with budgets: the rise of answer NLL that each may
                 suffer, in nats per token (default 0.1).
             domains: own domains, name to file, data set or rows, in any format that TRL accepts. A protected name that is not
@@ -92,7 +94,10 @@ class STSCallback(TrainerCallback):
         _one_of("action", action, ("warn", "checkpoint", "stop"), "a function of the verdict", callable(action))
         _one_of("on_forecast", on_forecast, ("warn", "refuse"))
         _one_of("on_error", on_error, ("warn", "raise"))
-        self._sae, self._train_data = sae, train_data
+        self._saes = list(sae) if isinstance(sae, (list, tuple)) else [sae]
+        if not self._saes:
+            raise ConfigError("sae: got none; allowed is one SAE or a list of at least one.")
+        self._train_data = train_data
         self._domains, budgets = choose_domains(protect, domains)
         self._policy = dataclasses.replace(policy or PolicyConfig(), budgets=budgets)
         self._probes = probes or ProbeConfig()
@@ -126,9 +131,10 @@ class STSCallback(TrainerCallback):
         self._monitor = None
         self._log = RunLog(Path(args.output_dir or ".") / "sts")
         with undisturbed(kwargs["model"]):  # loading, tokenising and drawing must not touch the run either
-            monitor = self._made_monitor(state, **kwargs)
+            monitor = self._made_monitor(self._saes[0], state, **kwargs)
             if state.global_step == 0:
-                self._begin(monitor, state)
+                others = [self._made_monitor(sae, state, **kwargs) for sae in self._saes[1:]]
+                self._begin(monitor, others, state)
             else:
                 self._guarded(state, lambda: self._resume(monitor, state))
 
@@ -154,7 +160,7 @@ class STSCallback(TrainerCallback):
         if self._monitor is not None and state.is_world_process_zero:
             tqdm.write(f"STS files of this run: {self._log.folder}")
 
-    def _made_monitor(self, state: TrainerState, **kwargs: Any) -> Monitor:
+    def _made_monitor(self, sae: SaeSource, state: TrainerState, **kwargs: Any) -> Monitor:
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if tokenizer is None:
@@ -162,7 +168,7 @@ class STSCallback(TrainerCallback):
         return Monitor(
             kwargs["model"],
             tokenizer,
-            sae=self._sae,
+            sae=sae,
             train_data=self._found_train_data(kwargs.get("train_dataloader")),
             domains=self._domains,
             config=self._probes,
@@ -181,20 +187,37 @@ class STSCallback(TrainerCallback):
                 )
         raise DataError("train_data: the trainer has no training data set; give examples as STSCallback(train_data=...).")
 
-    def _begin(self, monitor: Monitor, state: TrainerState) -> None:
+    def _begin(self, monitor: Monitor, others: Sequence[Monitor], state: TrainerState) -> None:
+        self._require_power(monitor)
         self.forecast = monitor.forecast()
+        other_forecasts = [other.forecast() for other in others]
         self.verdict = judge_forecast(self.forecast, self._policy)
         self._history, self._alarmed, self._monitor = [], (), monitor
         if state.is_world_process_zero:
             self._log.start_anew()
-            self._log.write_forecast(self.forecast, self.verdict)
+            self._log.write_forecast(self.forecast, self.verdict, other_forecasts)
             assert monitor.baseline is not None
             monitor.baseline.save(self._log.baseline_file)
+            self._log.append_words(monitor.words())
             tqdm.write(terminal.forecast_table(self.forecast, self.verdict))
+            if other_forecasts:
+                forecasts = [self.forecast, *other_forecasts]
+                tqdm.write(terminal.layers_table(forecasts, [rank_agreement(self.forecast, f) for f in forecasts]))
         if self.verdict.decision == "no-go" and self._on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(self.verdict.threatened)}. "
                 f"{self.verdict.explanation} Change the data, raise the budget, or take on_forecast='warn'."
+            )
+
+    def _require_power(self, monitor: Monitor) -> None:
+        """Refuse probes that could never raise an alarm, however bad the harm."""
+        needed = fewest_queries(self._policy)
+        short = {n: len(monitor.domains[n].queries) for n in self._policy.budgets if len(monitor.domains[n].queries) < needed}
+        if short:
+            raise CannotTell(
+                f"n_queries: {', '.join(f'{name} has {n}' for name, n in short.items())}; an alarm for one of "
+                f"{len(self._policy.budgets)} protected domains at alpha {self._policy.alpha} takes {needed}. Give more rows, "
+                "raise ProbeConfig(n_queries=...), or protect fewer domains."
             )
 
     def _resume(self, monitor: Monitor, state: TrainerState) -> None:
@@ -215,6 +238,7 @@ class STSCallback(TrainerCallback):
         self.verdict = verdict = judge_drift(self._history, self._policy)
         if state.is_world_process_zero:
             self._log.append_check(snapshot, verdict)
+            self._log.append_words(self._monitor.words(snapshot.train.top_features))
             tqdm.write(terminal.check_lines(snapshot, verdict, self._probes.n_features))
         self._log_scalars(state, control, snapshot)
         alarmed = verdict.threatened if verdict.decision == "no-go" else ()
@@ -234,7 +258,7 @@ class STSCallback(TrainerCallback):
         """A row of its own in the trainer's log: drift and NLL change a domain, in Python floats."""
         row: dict[str, float] = {"sts/n_shared_features": float(snapshot.n_shared), "sts/check_s": snapshot.seconds}
         for d in (snapshot.train, *snapshot.domains.values()):
-            row |= {f"sts/{d.name}/drift": d.relative_drift, f"sts/{d.name}/nll_change": d.nll_change}
+            row |= {f"sts/{d.name}/drift": d.relative_drift.value, f"sts/{d.name}/nll_change": d.nll_change.value}
         trainer = self._trainer()
         if trainer is None:
             state.log_history.append({"step": state.global_step, "epoch": state.epoch, **row})

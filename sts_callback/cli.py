@@ -1,6 +1,6 @@
-"""The command line: `sts-callback forecast` and `sts-callback saes`. The only module that prints.
+"""The command line: `sts-callback doctor`, `forecast` and `saes`. The only module that prints.
 
-Exit codes: 0 go, 3 no-go, 4 cannot tell, 2 wrong input, 1 a bug of ours.
+Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sts_callback.errors import CannotTell, ConfigError, StsError
 
+if TYPE_CHECKING:
+    from sts_callback.config import PolicyConfig
+    from sts_callback.monitor import Monitor
+
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
-_EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "cannot tell": CANNOT_TELL}
+_EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
 
 
 def entry() -> None:
@@ -57,31 +62,40 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sts-callback", description="Which domains will a fine-tune move? Ask before training.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="check whether SAE, model and data allow an answer",
+        description="Check whether SAE, model and data allow an answer. Exit code: 0 they do, 4 they do not, 2 wrong input.",
+    )
+    doctor.set_defaults(run=_doctor)
     forecast = commands.add_parser(
         "forecast",
         help="forecast what training on a file will move",
-        description="Forecast what training on a file will move. Exit code: 0 go, 3 no-go, 4 cannot tell, 2 wrong input.",
+        description="Forecast what training on a file will move. "
+        "Exit code: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input.",
     )
     forecast.set_defaults(run=_forecast)
-    forecast.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
-    forecast.add_argument("--sae", required=True, help="SAELens release/sae_id, a folder, or auto")
-    forecast.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
-    forecast.add_argument(
-        "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
-    )
-    forecast.add_argument(
-        "--protect",
-        action="append",
-        default=[],
-        metavar="NAME[=NATS]",
-        help="a domain that must not suffer, your own or a shipped one, with its budget in nats per token; repeatable",
-    )
-    forecast.add_argument("--json", action="store_true", help="print forecast and verdict as JSON, no table")
-    forecast.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
-    defaults = ProbeConfig()
-    for name in ("n_queries", "n_features", "max_tokens", "seed"):
-        option = f"--{name.replace('_', '-')}"
-        forecast.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
+    forecast.add_argument("--words", action="store_true", help="also show where in the texts the shifted features fire")
+    for command in (doctor, forecast):
+        command.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
+        command.add_argument("--sae", required=True, help="SAELens release/sae_id, a folder, or auto")
+        command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
+        command.add_argument(
+            "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
+        )
+        command.add_argument(
+            "--protect",
+            action="append",
+            default=[],
+            metavar="NAME[=NATS]",
+            help="a domain that must not suffer, your own or a shipped one, with its budget in nats per token; repeatable",
+        )
+        command.add_argument("--json", action="store_true", help="print JSON, no table")
+        command.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
+        defaults = ProbeConfig()
+        for name in ("n_queries", "n_draws", "n_features", "max_tokens", "seed"):
+            option = f"--{name.replace('_', '-')}"
+            command.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
 
     saes = commands.add_parser(
         "saes", help="list the SAEs that SAELens has for a model", description="List SAELens' SAEs for a model."
@@ -92,19 +106,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    monitor, policy = _prepared(args)
+
+    from sts_callback.terminal import doctor_table
+
+    checks = monitor.examine(policy)
+    print("\n".join(check.to_json() for check in checks) if args.json else doctor_table(checks))
+    return CANNOT_TELL if any(check.status == "refuse" for check in checks) else GO
+
+
 def _forecast(args: argparse.Namespace) -> int:
+    monitor, policy = _prepared(args)
+
+    from sts_callback.policy import judge_forecast
+    from sts_callback.terminal import forecast_table, words_lines
+
+    forecast = monitor.forecast()
+    verdict = judge_forecast(forecast, policy)
+    if args.json:
+        print(json.dumps({"forecast": json.loads(forecast.to_json()), "verdict": json.loads(verdict.to_json())}))
+    else:
+        print(forecast_table(forecast, verdict))
+        if args.words:
+            print("\nWhere the features that training is expected to shift fire most:")
+            print(words_lines(monitor.words()))
+    return _EXIT_CODES[verdict.decision]
+
+
+def _prepared(args: argparse.Namespace) -> tuple[Monitor, PolicyConfig]:
+    """What doctor and forecast share: the settings checked, then model, SAE and data loaded."""
     from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
     from sts_callback.domains.starter import choose_domains
 
     files = dict(_split(item, "--domain", "NAME=FILE") for item in args.domain)
     protect = dict(_split(item, "--protect", "NAME=NATS") if "=" in item else (item, DEFAULT_BUDGET) for item in args.protect)
     domains, budgets = choose_domains({name: _number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
-    config = ProbeConfig(n_queries=args.n_queries, n_features=args.n_features, max_tokens=args.max_tokens, seed=args.seed)
+    config = ProbeConfig(
+        n_queries=args.n_queries, n_draws=args.n_draws, n_features=args.n_features, max_tokens=args.max_tokens, seed=args.seed
+    )
     policy = PolicyConfig(budgets=budgets)
 
     from sts_callback.monitor import Monitor
-    from sts_callback.policy import judge_forecast
-    from sts_callback.terminal import forecast_table
 
     model, tokenizer = _loaded(args.model, args.device)
     monitor = Monitor(
@@ -116,13 +159,7 @@ def _forecast(args: argparse.Namespace) -> int:
         config=config,
         progress=sys.stderr.isatty(),
     )
-    forecast = monitor.forecast()
-    verdict = judge_forecast(forecast, policy)
-    if args.json:
-        print(json.dumps({"forecast": json.loads(forecast.to_json()), "verdict": json.loads(verdict.to_json())}))
-    else:
-        print(forecast_table(forecast, verdict))
-    return _EXIT_CODES[verdict.decision]
+    return monitor, policy
 
 
 def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # transformers types stay out of the fast path

@@ -21,9 +21,11 @@ class ProbeConfig:
     n_queries: int = 32
     """Queries drawn from the training data and from each domain."""
     n_train_demonstrations: int = 2
-    """Answered training examples put in context (t in the paper)."""
+    """Answered training examples put in each context (t in the paper)."""
     n_domain_demonstrations: int = 5
     """Answered examples of a domain put in context for its own score (m in the paper)."""
+    n_draws: int = 8
+    """Draws of demonstrations, each for a group of queries; fewer where there would be less than two queries for one."""
     n_features: int = 100
     """Size of the set of shifted features (N in the paper)."""
     max_tokens: int = 512
@@ -40,6 +42,7 @@ class ProbeConfig:
         _require(self.n_queries >= 4, "n_queries", self.n_queries, "4 or more")
         for name in ("n_train_demonstrations", "n_domain_demonstrations", "n_features"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(self.n_draws >= 2, "n_draws", self.n_draws, "2 or more: one draw says nothing about another")
         _require(self.max_tokens >= 8, "max_tokens", self.max_tokens, "8 or more")
         _require(self.max_norm_multiple > 1, "max_norm_multiple", self.max_norm_multiple, "above 1")
         _require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "1 or more")
@@ -58,11 +61,13 @@ class PolicyConfig:
     min_drift: float = 0.05
     """A domain moves if its squared feature drift is at least this share of its squared feature activity at step 0."""
     min_transfer: float = 0.5
-    """A forecast moves a domain if its STS_cross is at least this multiple of the training data's own."""
+    """A forecast moves a domain if its STS_cross stands at least here between random features (0) and the training data (1)."""
     patience: int = 2
     """Successive checks that a threat must hold before it alarms."""
-    n_standard_errors: float = 2.0
-    """A change of NLL counts if it is so many standard errors away from nothing."""
+    alpha: float = 0.01
+    """Of one check without any harm, the chance that some protected domain's NLL passes the test of a rise."""
+    max_unseen: float = 0.5
+    """Where more than this share of a change is nothing that the SAE can express, a domain is not covered."""
     max_masked_share: float = 0.05
     """With more than this share of tokens left out as attention sinks, a domain's score cannot be trusted."""
 
@@ -74,5 +79,8 @@ class PolicyConfig:
         _require(self.min_drift > 0, "min_drift", self.min_drift, "above 0")
         _require(self.min_transfer > 0, "min_transfer", self.min_transfer, "above 0")
         _require(self.patience >= 1, "patience", self.patience, "1 or more")
-        _require(self.n_standard_errors >= 0, "n_standard_errors", self.n_standard_errors, "0 or more")
+        # A permutation p-value is at least one over the number of permutations, here 10,000, and Holm multiplies it.
+        lowest = max(1, len(self.budgets)) / 10_000
+        _require(lowest <= self.alpha < 1, "alpha", self.alpha, f"from {lowest:g} (with {len(self.budgets)} domains) to under 1")
+        _require(0 < self.max_unseen <= 1, "max_unseen", self.max_unseen, "above 0, up to 1")
         _require(0 < self.max_masked_share <= 1, "max_masked_share", self.max_masked_share, "between 0 and 1")

@@ -1,26 +1,32 @@
-"""Model, SAE and probes to sums: one pass over a probe set under several contexts, streamed.
+"""Model, SAE and probes to sums: passes over a probe set under several contexts, streamed.
 
-Nothing of size `(n_tokens, d_sae)` outlives a chunk. What comes out are sums per query, from which means, and any resampling over
-queries, follow without a further forward.
+Nothing of size `(n_tokens, d_sae)` outlives a chunk; of one set at a time, the activations `(n_tokens, d_in)` without context do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from sts_callback.config import ProbeConfig
 from sts_callback.errors import ModelError, SaeError
+from sts_callback.metrics.sketch import WIDTH, sketch
 from sts_callback.metrics.sparse import SparseActs
 from sts_callback.metrics.sums import QuerySums
 from sts_callback.metrics.tokens import is_ordinary
 from sts_callback.model.capture import Capture, Prefix
-from sts_callback.model.encoder import SaeEncoder
-from sts_callback.model.hooks import resolve, text_config
+from sts_callback.model.encoder import Reconstruction, SaeEncoder
+from sts_callback.model.hooks import find_layers, resolve, text_config
 from sts_callback.model.probes import ProbeSet, Query, batches
+from sts_callback.readings import DriftReading, Fit, Reading, Reference, Shift
 
 BARE = "bare"
 """The context without demonstrations."""
@@ -28,65 +34,17 @@ BARE = "bare"
 _CHUNK_ELEMENTS = 2**24  # activations encoded at once: 64 MiB in float32
 _N_CALIBRATION = 4  # queries of each set that set the median norm
 
+OnBatch = Callable[[int], object]
+"""Told the number of queries done, for progress."""
+
 
 @dataclass(frozen=True)
 class Context:
     """What stands before each query of a pass."""
 
-    tokens: tuple[int, ...]
-    """BOS and demonstrations."""
+    prefix: Prefix
     with_answers: bool
     """Whether the answers follow and their NLL is wanted, which takes the whole depth of the model."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the untuned model's activations look like; thresholds of later visits hang on it."""
-
-    median_norm: float
-    """Median activation norm of query tokens at the hook point."""
-    mean_norm: float
-    """Mean activation norm of the ordinary ones among them."""
-    unexplained: float
-    """Fraction of the activations' variance that the SAE leaves, over ordinary tokens; NaN for a transcoder."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Sums per query of one set under its contexts."""
-
-    n_tokens: torch.Tensor
-    """Tokens that count, `(n_queries,)`, int64."""
-    n_masked: int
-    """Query tokens left out as attention sinks."""
-    activity: torch.Tensor
-    """Activations without context, `(n_queries, d_sae)`."""
-    energy: torch.Tensor
-    """Squared activations without context, summed over features, `(n_queries,)`."""
-    shift: Mapping[str, torch.Tensor]
-    """Per context: squared differences to no context, `(n_queries, d_sae)`."""
-    n_answer: torch.Tensor
-    """Answer tokens, `(n_queries,)`, int64."""
-    nll: Mapping[str, torch.Tensor]
-    """Per context with answers: negative log-likelihood of the answer in nats, `(n_queries,)`."""
-    counted: torch.Tensor
-    """Which candidate tokens count, in the order of visit, `(n_candidates,)` booleans."""
-    acts: SparseActs
-    """Activations without context of the tokens that count, in the order of visit."""
-
-
-@dataclass(frozen=True)
-class DriftReading:
-    """Sums per query of one set against step 0."""
-
-    n_tokens: torch.Tensor
-    """Tokens that count, `(n_queries,)`, int64."""
-    n_masked: int
-    """Tokens that counted at step 0 and are attention sinks now."""
-    drift: torch.Tensor
-    """Squared differences to step 0, `(n_queries, d_sae)`."""
-    nll: torch.Tensor | None
-    """Negative log-likelihood of the answers in nats, `(n_queries,)`; None without a language-model head."""
 
 
 class Gauge:
@@ -97,14 +55,16 @@ class Gauge:
 
         Raises:
             ModelError: if the model has no such hook point.
+            SaeError: if the SAE is too narrow to select from.
 
         """
         self.encoder = encoder
         self.reference: Reference
         self._config = config
-        self._capture = Capture(model, [resolve(model, encoder.hook_name)])
+        self._model, self._point = model, resolve(model, encoder.hook_name)
+        self._capture = Capture(model, [self._point])
         self._vocab_size = int(getattr(text_config(model), "vocab_size", 2**16))
-        self.has_head = any(
+        self._has_head = any(
             getattr(m, "get_output_embeddings", lambda: None)() is not None for m in model.modules() if hasattr(m, "config")
         )
         if config.n_features > encoder.d_sae // 2:
@@ -113,16 +73,31 @@ class Gauge:
                 f"{encoder.d_sae // 2}."
             )
 
-    def calibrate(self, sets: Iterable[ProbeSet], bos: tuple[int, ...]) -> None:
-        """Set the median norm and check the SAE on a few queries of each set.
+    def context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
+        """Run what stands before queries, once for all of them; it holds for the weights of this moment.
 
-        Raises:
-            SaeError: if the SAE has another width, or reconstructs this model's activations no better than their mean does.
+        Args:
+            tokens: BOS and demonstrations.
+            with_answers: see `Context`; without a language-model head, answers are never read.
 
         """
-        prefix = self._capture.prefix(bos, whole=False)
-        found = [self._run(s.queries[:_N_CALIBRATION], prefix, with_answers=False)[0] for s in sets]
-        x = torch.cat(found).float()
+        whole = with_answers and self._has_head
+        return Context(self._capture.prefix(tokens, whole=whole), whole)
+
+    def calibrate(self, sets: Sequence[ProbeSet], bare: Context) -> Fit:
+        """Set the reference and see how the SAE fits, on a few queries of each set.
+
+        Args:
+            sets: all of them.
+            bare: the context without demonstrations.
+
+        Raises:
+            SaeError: if the SAE has another width than the model.
+
+        """
+        started = time.monotonic()
+        x = torch.cat([self._run(s.queries[:_N_CALIBRATION], bare.prefix, with_answers=False)[0] for s in sets]).float()
+        seconds_a_token = (time.monotonic() - started) / len(x)
         if x.shape[1] != self.encoder.d_in:
             raise SaeError(
                 f"sae: {self.encoder.name} reads activations of width {self.encoder.d_in}, but {self.encoder.hook_name} of this "
@@ -131,16 +106,41 @@ class Gauge:
         norms = x.norm(dim=1)
         median_norm = norms.median().item()
         x = x[is_ordinary(norms, median_norm, self._config.max_norm_multiple)]
-        mean_norm = x.norm(dim=1).mean().item()
-        self.adopt(Reference(median_norm, mean_norm, float("nan")))
-        unexplained = self.encoder.unexplained(x)
-        if unexplained is not None and not unexplained < 1:
-            raise SaeError(
-                f"sae: {self.encoder.name} leaves {unexplained:.2f} of the variance at {self.encoder.hook_name} unexplained, no "
-                "better than a constant; it was trained on another model or hook point. `sts-callback saes --model ID` lists "
-                "those that fit."
-            )
-        self.reference = replace(self.reference, unexplained=float("nan") if unexplained is None else unexplained)
+        self.adopt(Reference(median_norm, x.norm(dim=1).mean().item()))
+        return dataclasses.replace(fit(self.encoder, x), seconds_a_token=seconds_a_token)
+
+    def fit_by_layer(self, probes: ProbeSet, bare: Context) -> dict[int, float]:
+        """Fraction of variance that the SAE would leave at the same site of each layer, on a few queries of one set.
+
+        Args:
+            probes: the set.
+            bare: the context without demonstrations.
+
+        """
+        points = {}
+        for layer in range(len(find_layers(self._model))):
+            with contextlib.suppress(ModelError):  # not every layer need have the site
+                points[layer] = resolve(self._model, re.sub(r"\d+", str(layer), self.encoder.hook_name, count=1))
+        queries = probes.queries[:_N_CALIBRATION]
+        context = Prefix(bare.prefix.token_ids, None)  # what is kept of it may end at the SAE's own layer
+        captured = Capture(self._model, list(points.values())).run([q.query for q in queries], context)
+        keep = torch.tensor(
+            [[i < len(q.counts) and q.counts[i] for i in range(max(len(q.query) for q in queries))] for q in queries]
+        )
+        left = {}
+        for layer, point in points.items():
+            x = captured.activations[point.name]
+            x = x[keep.to(x.device)].float()
+            norms = x.norm(dim=1)
+            left[layer] = fit(
+                self.encoder, x[is_ordinary(norms, norms.median().item(), self._config.max_norm_multiple)]
+            ).unexplained
+        return left
+
+    @property
+    def layer(self) -> int:
+        """The layer that the SAE reads."""
+        return self._point.layer
 
     def adopt(self, reference: Reference) -> None:
         """Take the reference of an earlier visit."""
@@ -151,128 +151,191 @@ class Gauge:
     def read(
         self,
         probes: ProbeSet,
-        contexts: Mapping[str, Context],
-        on_batch: Callable[[int], object] = lambda n_queries: None,
+        bare: Context,
+        contexts: Mapping[str, Sequence[Context]],
+        on_batch: OnBatch = lambda n_queries: None,
     ) -> Reading:
-        """One pass under several contexts, of which one is `BARE`.
+        """A pass without context and one under each of others, which are compared with it token by token.
 
         Args:
             probes: what to read.
-            contexts: by name; activations under each are compared with `BARE`.
-            on_batch: told the number of queries done, for progress.
+            bare: the context without demonstrations.
+            contexts: by name, one for each group of queries, or one for all.
+            on_batch: see `OnBatch`; each query is done once for each context, and once without.
 
         """
-        prefixes = {name: self._capture.prefix(c.tokens, whole=self._whole(c)) for name, c in contexts.items()}
-        n_queries, device, d_sae = len(probes.queries), self.encoder.sae.device, self.encoder.d_sae
-        activity, energy = QuerySums(n_queries, d_sae, device), QuerySums(n_queries, 1, device)
-        shifts = {name: QuerySums(n_queries, d_sae, device) for name in contexts if name != BARE}
-        nll = {name: torch.zeros(n_queries) for name, c in contexts.items() if self._whole(c)}
-        n_tokens, counted, kept = torch.zeros(n_queries, dtype=torch.long), [], []
+        candidates = _Candidates(probes.queries)
+        n_queries, device = len(probes.queries), self.encoder.sae.device
+        x_bare, bare_nll = self._all(probes, bare, on_batch)
+        nll = {BARE: bare_nll} if bare_nll is not None else {}
+        nll |= {name: torch.zeros(n_queries) for name, c in contexts.items() if c[0].with_answers}
+        activity, raw = (QuerySums(n_queries, width, device) for width in (self.encoder.d_sae, self.encoder.d_in))
+        energies = QuerySums(n_queries, 2, device)
+        shifts = {name: _ShiftSums(n_queries, self.encoder.d_sae, device) for name in contexts}
+        counted = torch.zeros(len(candidates.owner), dtype=torch.bool)
 
-        for batch in batches(probes.queries, self._config, self._vocab_size):
-            queries = [probes.queries[i] for i in batch]
-            owner = _owners(queries, batch)
-            found: dict[str, torch.Tensor] = {}
-            for name, context in contexts.items():
-                found[name], losses = self._run(queries, prefixes[name], with_answers=self._whole(context))
-                if losses is not None:
-                    nll[name][batch] = losses
-            ordinary = torch.stack([self._ordinary(x, self.reference.median_norm) for x in found.values()]).all(dim=0)
-            counted.append(ordinary.cpu())
-            owner = owner[counted[-1]]
-            n_tokens += torch.bincount(owner, minlength=n_queries)
-            found = {name: x[ordinary] for name, x in found.items()}
-            for rows in self._chunks(len(owner)):
-                to = owner[rows].to(device)
-                bare = self.encoder.encode(found[BARE][rows])
-                activity.add(bare, to)
-                energy.add(bare.square().sum(dim=1, keepdim=True), to)
-                kept.append(SparseActs.of(bare))
-                for name, shift in shifts.items():
-                    shift.add((self.encoder.encode(found[name][rows]) - bare).square_(), to)
-            on_batch(len(batch))
+        for group in range(len(probes.draws)):
+            members = [i for i in range(n_queries) if probes.group(i) == group]
+            for batch in self._batches(probes, members):
+                queries, rows = [probes.queries[i] for i in batch], candidates.of(batch)
+                found = {BARE: x_bare[rows.to(x_bare.device)]}
+                for name, draws in contexts.items():
+                    context = draws[group % len(draws)]
+                    found[name], losses = self._run(queries, context.prefix, with_answers=context.with_answers)
+                    if losses is not None:
+                        nll[name][batch] = losses
+                    on_batch(len(batch))
+                ordinary = torch.stack([self._ordinary(x, self.reference.median_norm) for x in found.values()]).all(dim=0)
+                counted[rows] = ordinary.cpu()
+                owner = candidates.owner[rows[counted[rows]]]
+                found = {name: x[ordinary] for name, x in found.items()}
+                for chunk in self._chunks(len(owner)):
+                    to = owner[chunk].to(device)
+                    here = self.encoder.reconstruct(found[BARE][chunk])
+                    activity.add(here.acts, to)
+                    raw.add(here.x, to)
+                    energies.add(torch.stack([here.acts.square().sum(dim=1), here.x.square().sum(dim=1)], dim=1), to)
+                    for name, sums in shifts.items():
+                        sums.add(_differences(self.encoder.reconstruct(found[name][chunk]), here), to)
 
-        all_counted = torch.cat(counted)
+        kept = [self._step_zero(x) for x in self._counted_chunks(x_bare, counted)]
         return Reading(
-            n_tokens=n_tokens,
-            n_masked=int((~all_counted).sum()),
+            n_tokens=torch.bincount(candidates.owner[counted], minlength=n_queries),
+            n_masked=int((~counted).sum()),
             activity=activity.result,
-            energy=energy.result[:, 0],
-            shift={name: shift.result for name, shift in shifts.items()},
+            energy=energies.result[:, 0],
+            raw=raw.result,
+            raw_energy=energies.result[:, 1],
+            shifts={name: sums.result for name, sums in shifts.items()},
             n_answer=torch.tensor([len(q.answer) for q in probes.queries]),
             nll=nll,
-            counted=all_counted,
-            acts=SparseActs.cat(kept),
+            counted=counted,
+            acts=SparseActs.cat([acts for acts, _ in kept]),
+            sketches=torch.cat([sketches for _, sketches in kept]) if kept else torch.zeros(0, 2, WIDTH),
         )
 
     def read_drift(
         self,
         probes: ProbeSet,
-        context: Context,
-        counted: torch.Tensor,
-        acts: SparseActs,
-        on_batch: Callable[[int], object] = lambda n_queries: None,
+        bare: Context,
+        step_zero: StepZero,
+        on_batch: OnBatch = lambda n_queries: None,
+        *,
+        batch_tokens: int | None = None,
     ) -> DriftReading:
         """Compare the same tokens, in the same batches, with step 0.
 
         With unchanged weights the result is exactly 0: both visits share layout, cache use and arithmetic.
 
         Args:
-            probes: the set of the first reading.
-            context: its `BARE` context.
-            counted: which candidate tokens counted then.
-            acts: their activations then.
-            on_batch: told the number of queries done, for progress.
+            probes: the set of the first step_zero.
+            bare: the context without demonstrations, run with the weights of now.
+            step_zero: what was kept of it.
+            on_batch: see `OnBatch`.
+            batch_tokens: another batch layout than that of step 0, to see what it does.
 
         """
         # Training may rescale the whole stream: a sink now is one that stands out from what is usual now.
-        bare = self._capture.prefix(context.tokens, whole=False)
-        sample, _ = self._run(probes.queries[:_N_CALIBRATION], bare, with_answers=False)
+        sample, _ = self._run(probes.queries[:_N_CALIBRATION], bare.prefix, with_answers=False)
         scale = max(self.reference.median_norm, sample.float().norm(dim=1).median().item())
-        prefix = self._capture.prefix(context.tokens, whole=self._whole(context))
         n_queries, device = len(probes.queries), self.encoder.sae.device
-        drift, nll = QuerySums(n_queries, self.encoder.d_sae, device), torch.zeros(n_queries)
-        n_tokens, n_masked, n_candidates, n_before = torch.zeros(n_queries, dtype=torch.long), 0, 0, 0
-        for batch in batches(probes.queries, self._config, self._vocab_size):
-            queries = [probes.queries[i] for i in batch]
-            owner = _owners(queries, batch)
-            x, losses = self._run(queries, prefix, with_answers=self._whole(context))
-            if losses is not None:
-                nll[batch] = losses
-            before = counted[n_candidates : n_candidates + len(owner)]
-            n_candidates += len(owner)
-            x, owner = x[before.to(x.device)], owner[before]
-            ordinary = self._ordinary(x, scale).cpu()
-            n_masked += int((~ordinary).sum())
-            n_tokens += torch.bincount(owner[ordinary], minlength=n_queries)
-            for rows in self._chunks(len(owner)):
-                then = acts.dense(n_before, n_before + len(owner[rows]), self.encoder.d_sae, device)
-                n_before += len(then)
-                change = (self.encoder.encode(x[rows]) - then).square_()
-                keep = ordinary[rows]
-                drift.add(change[keep.to(device)], owner[rows][keep].to(device))
-            on_batch(len(batch))
-        return DriftReading(n_tokens, n_masked, drift.result, nll if self._whole(context) else None)
+        x_now, nll = self._all(probes, bare, on_batch, batch_tokens)
+        owner = _Candidates(probes.queries).owner[step_zero.counted]
+        ordinary = self._ordinary(x_now[step_zero.counted.to(x_now.device)], scale).cpu()
+        sums, n_seen = _ShiftSums(n_queries, self.encoder.d_sae, device), 0
+        for x in self._counted_chunks(x_now, step_zero.counted):
+            rows = slice(n_seen, n_seen + len(x))
+            n_seen += len(x)
+            now = self.encoder.reconstruct(x)
+            then, then_left = step_zero.sketches[rows].to(device).unbind(dim=1)
+            differences = (
+                (now.acts - step_zero.acts.dense(rows.start, rows.stop, self.encoder.d_sae, device)).square_(),
+                (sketch(now.x) - then).square().sum(dim=1),
+                (sketch(now.left) - then_left).square().sum(dim=1),
+            )
+            keep = ordinary[rows].to(device)
+            sums.add(tuple(d[keep] for d in differences), owner[rows].to(device)[keep])
+        n_tokens = torch.bincount(owner[ordinary], minlength=n_queries)
+        return DriftReading(n_tokens, int((~ordinary).sum()), sums.result, nll)
 
-    def _whole(self, context: Context) -> bool:
-        return context.with_answers and self.has_head
+    def read_gradients(self, probes: ProbeSet, bare: Context, on_batch: OnBatch = lambda n_queries: None) -> torch.Tensor:
+        """Gradients of the answers' NLL with respect to feature activations, summed over the tokens of each query and its answer.
+
+        Args:
+            probes: what to read.
+            bare: the context without demonstrations.
+            on_batch: see `OnBatch`.
+
+        Returns:
+            `(n_queries, d_sae)`, in nats per unit of activation.
+
+        """
+        sums = QuerySums(len(probes.queries), self.encoder.d_sae, self.encoder.sae.device)
+        for batch in self._batches(probes, range(len(probes.queries))):
+            queries = [probes.queries[i] for i in batch]
+            acts, gradient = self._capture.gradient(
+                [q.tokens for q in queries],
+                bare.prefix,
+                select=_answer_positions(queries),
+                loss=lambda logits, queries=queries: _losses(logits, queries).sum(),  # type: ignore[misc]
+            )
+            real = torch.arange(acts.shape[1]) < torch.tensor([[len(q.tokens)] for q in queries])
+            ordinary = self._ordinary(acts.flatten(0, 1), self.reference.median_norm).reshape(real.shape) & real.to(acts.device)
+            owner = torch.tensor(batch).unsqueeze(1).expand(real.shape)[ordinary.cpu()]
+            x, gradient = acts[ordinary], gradient[ordinary]
+            for chunk in self._chunks(len(owner)):
+                sums.add(self.encoder.feature_gradient(x[chunk], gradient[chunk]), owner[chunk].to(self.encoder.sae.device))
+            on_batch(len(batch))
+        return sums.result
+
+    @property
+    def can_read_gradients(self) -> bool:
+        """Not without a head, through a transcoder, or on a sharded model, where a backward pass is not ours to start."""
+        return self._has_head and self.encoder.reconstructs and self._capture.may_stop
+
+    def _all(
+        self, probes: ProbeSet, context: Context, on_batch: OnBatch, batch_tokens: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Activations of all candidate tokens, `(n_candidates, d_in)`, and the answers' NLL, `(n_queries,)`."""
+        candidates = _Candidates(probes.queries)
+        everything: torch.Tensor | None = None
+        nll = torch.zeros(len(probes.queries)) if context.with_answers else None
+        for batch in self._batches(probes, range(len(probes.queries)), batch_tokens):
+            queries = [probes.queries[i] for i in batch]
+            x, losses = self._run(queries, context.prefix, with_answers=context.with_answers)
+            if everything is None:
+                everything = x.new_empty(len(candidates.owner), x.shape[1])
+            everything[candidates.of(batch).to(x.device)] = x
+            if nll is not None and losses is not None:
+                nll[batch] = losses
+            on_batch(len(batch))
+        assert everything is not None, "a probe set has queries"
+        return everything, nll
+
+    def _step_zero(self, x: torch.Tensor) -> tuple[SparseActs, torch.Tensor]:
+        """What later checks compare with, of `(n_tokens, d_in)`."""
+        here = self.encoder.reconstruct(x)
+        return SparseActs.of(here.acts), torch.stack([sketch(here.x), sketch(here.left)], dim=1).cpu()
+
+    def _counted_chunks(self, x: torch.Tensor, counted: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Rows that count, in chunks whose shapes depend on nothing else: equal shapes, equal last bits."""
+        x = x[counted.to(x.device)]
+        return (x[chunk] for chunk in self._chunks(len(x)))
+
+    def _batches(self, probes: ProbeSet, members: Sequence[int], batch_tokens: int | None = None) -> Iterator[list[int]]:
+        return batches(probes.queries, members, batch_tokens or self._config.batch_tokens, self._vocab_size)
 
     def _ordinary(self, x: torch.Tensor, median_norm: float) -> torch.Tensor:
         return is_ordinary(x.float().norm(dim=1), median_norm, self._config.max_norm_multiple)
 
-    def _chunks(self, n_tokens: int) -> Iterable[slice]:
+    def _chunks(self, n_tokens: int) -> Iterator[slice]:
         size = max(1, _CHUNK_ELEMENTS // self.encoder.d_sae)
         return (slice(start, start + size) for start in range(0, n_tokens, size))
 
     def _run(self, queries: Sequence[Query], prefix: Prefix, *, with_answers: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Activations of the candidate tokens, `(n_candidates, d_in)`, and the answers' NLL, `(len(queries),)`."""
         suffixes = [q.tokens if with_answers else q.query for q in queries]
-        select = None
-        if with_answers:
-            select = torch.zeros(len(queries), max(map(len, suffixes)), dtype=torch.bool)
-            for row, q in enumerate(queries):
-                select[row, len(q.query) - 1 : len(q.tokens) - 1] = True  # position p predicts token p + 1
-        captured = self._capture.run(suffixes, prefix, select=select)
+        captured = self._capture.run(suffixes, prefix, select=_answer_positions(queries) if with_answers else None)
         acts = captured.activations[self.encoder.hook_name]
         if acts.dim() != 3:
             raise ModelError(f"hook_name: {self.encoder.hook_name} gave shape {tuple(acts.shape)}, not (batch, sequence, width).")
@@ -281,18 +344,101 @@ class Gauge:
         x = acts[rows.to(acts.device), columns.to(acts.device)]
         if captured.logits is None:
             return x, None
-        targets = torch.tensor([token for q in queries for token in q.answer], device=captured.logits.device)
-        losses = torch.cat(
-            [
-                nn.functional.cross_entropy(logits.float(), target, reduction="none")
-                for logits, target in zip(torch.split(captured.logits, 64), torch.split(targets, 64), strict=True)
-            ]
-        ).cpu()
         n_answer = torch.tensor([len(q.answer) for q in queries])
         answered_by = torch.repeat_interleave(torch.arange(len(queries)), n_answer)
+        losses = _losses(captured.logits, queries).cpu()
         return x, torch.zeros(len(queries)).index_add_(0, answered_by, losses)
 
 
-def _owners(queries: Sequence[Query], batch: Sequence[int]) -> torch.Tensor:
-    """The query index of each candidate token, `(n_candidates,)`."""
-    return torch.tensor([i for i, q in zip(batch, queries, strict=True) for counts in q.counts if counts])
+def fit(encoder: SaeEncoder, x: torch.Tensor) -> Fit:
+    """How an SAE fits activations of ordinary tokens, `(n_tokens, d_in)`."""
+    left, n_active, ever, seen = 0.0, 0, torch.zeros(encoder.d_sae, dtype=torch.bool, device=encoder.sae.device), []
+    for part in torch.split(x, max(1, _CHUNK_ELEMENTS // encoder.d_sae)):
+        found = encoder.reconstruct(part)
+        active = found.acts > 0
+        left += float(found.left.double().square().sum())
+        n_active += int(active.sum())
+        ever |= active.any(dim=0)
+        seen.append(found.x)
+    whole = torch.cat(seen)
+    return Fit(
+        n_tokens=len(x),
+        unexplained=left / float((whole - whole.mean(dim=0)).double().square().sum()),
+        l0=n_active / len(x),
+        silent=float((~ever).double().mean()),
+        seconds_a_token=float("nan"),
+    )
+
+
+class StepZero(Protocol):
+    """What a drift check compares with: a `Reading`, or what a baseline keeps of one."""
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """See `Reading`."""
+
+    @property
+    def acts(self) -> SparseActs:
+        """See `Reading`."""
+
+    @property
+    def sketches(self) -> torch.Tensor:
+        """See `Reading`."""
+
+
+class _Candidates:
+    """Where the candidate tokens of each query stand in one long row, query by query."""
+
+    def __init__(self, queries: Sequence[Query]) -> None:
+        n = torch.tensor([sum(q.counts) for q in queries])
+        self.owner = torch.repeat_interleave(torch.arange(len(queries)), n)
+        """The query of each, `(n_candidates,)`."""
+        self._ends = n.cumsum(0)
+        self._starts = self._ends - n
+
+    def of(self, batch: Sequence[int]) -> torch.Tensor:
+        """Places of the tokens of some queries, in the order in which a batch of them gives them."""
+        return torch.cat([torch.arange(int(self._starts[i]), int(self._ends[i])) for i in batch])
+
+
+class _ShiftSums:
+    """Running sums of squared differences."""
+
+    def __init__(self, n_queries: int, d_sae: int, device: torch.device) -> None:
+        self._sums = [QuerySums(n_queries, width, device) for width in (d_sae, 1, 1)]
+
+    def add(self, differences: tuple[torch.Tensor, ...], owner: torch.Tensor) -> None:
+        for sums, values in zip(self._sums, differences, strict=True):
+            sums.add(values.reshape(len(owner), -1), owner)
+
+    @property
+    def result(self) -> Shift:
+        features, raw, unseen = (sums.result for sums in self._sums)
+        return Shift(features, raw[:, 0], unseen[:, 0])
+
+
+def _differences(one: Reconstruction, other: Reconstruction) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        (one.acts - other.acts).square_(),
+        (one.x - other.x).square().sum(dim=1),
+        (one.left - other.left).square().sum(dim=1),
+    )
+
+
+def _answer_positions(queries: Sequence[Query]) -> torch.Tensor:
+    """Positions whose logits predict an answer token, `(n_rows, n_suffix)` booleans: position p predicts token p + 1."""
+    select = torch.zeros(len(queries), max(len(q.tokens) for q in queries), dtype=torch.bool)
+    for row, q in enumerate(queries):
+        select[row, len(q.query) - 1 : len(q.tokens) - 1] = True
+    return select
+
+
+def _losses(logits: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
+    """NLL of each answer token, `(n_answer_tokens,)`; in pieces, so that the float32 copy of the logits stays small."""
+    targets = torch.tensor([token for q in queries for token in q.answer], device=logits.device)
+    return torch.cat(
+        [
+            nn.functional.cross_entropy(some.float(), target, reduction="none")
+            for some, target in zip(torch.split(logits, 64), torch.split(targets, 64), strict=True)
+        ]
+    )

@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from sts_callback import doctor, scoring
 from sts_callback.baseline import Baseline, SetBaseline
-from sts_callback.config import ProbeConfig
+from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.domains.reader import Row, Source, read_rows
-from sts_callback.errors import ConfigError
-from sts_callback.measure import BARE, Context, DriftReading, Gauge, Reading
+from sts_callback.errors import CannotTell, ConfigError
+from sts_callback.measure import Context, Gauge, OnBatch
 from sts_callback.metrics import scores
-from sts_callback.metrics.likelihood import change_per_token, mean_per_token
-from sts_callback.metrics.sums import token_mean
-from sts_callback.model.capture import undisturbed
+from sts_callback.model.capture import is_sharded, undisturbed
 from sts_callback.model.encoder import SaeEncoder, SaeSource, load_encoder
 from sts_callback.model.hooks import find_layers, text_config
-from sts_callback.model.probes import ProbeSet, check_lengths, make_probe_set, prefix_tokens
-from sts_callback.records import DomainDrift, DomainForecast, DriftSnapshot, Forecast, Identity
+from sts_callback.model.probes import ProbeSet, bos_tokens, check_lengths, make_probe_set, neutral_tokens
+from sts_callback.readings import Fit, Reading
+from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Identity
+from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
+from sts_callback.words import in_words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 
 TRAIN = "train"
 """Name of the training data's own probe set."""
-_OWN, _TRAIN_DEMONSTRATIONS = "own demonstrations", "training demonstrations"
-_N_TOP = 10  # drifted features that a record names
+
+_N_WORDS = 10  # features of a forecast that are looked up
 
 
 class Monitor:
@@ -72,10 +74,10 @@ class Monitor:
 
         """
         self.config = config or ProbeConfig()
-        self._model, self._progress = model, progress
+        self._model, self._tokenizer, self._progress = model, tokenizer, progress
         if not domains or TRAIN in domains:
             raise ConfigError(f"domains: got {sorted(domains)}; give at least one, and none by the name of {TRAIN!r}.")
-        self._bos = prefix_tokens(tokenizer)
+        self._bos = bos_tokens(tokenizer)
         with undisturbed(model):
             encoder = _encoder(sae, model)
             train_rows = read_rows(train_data, "train_data")
@@ -84,47 +86,81 @@ class Monitor:
                 name: self._probes(name, read_rows(source, field), tokenizer, self.config.n_domain_demonstrations, field)
                 for name, source, field in ((n, s, f"domains[{n!r}]") for n, s in domains.items())
             }
+            self._neutral = neutral_tokens(tokenizer, sum(map(len, self.train.draws)) // len(self.train.draws))
             self._gauge = Gauge(model, encoder, self.config)
-        sets = [self.train, *self.domains.values()]
+        sets = self._sets = [self.train, *self.domains.values()]
         check_lengths(sets, getattr(text_config(model), "max_position_embeddings", None))
         self.identity = _identity(model, encoder, self.config, sets)
         self._fingerprint = hashlib.sha256(
             json.dumps([self.identity.model, self.identity.sae, self.identity.hook_name, self.identity.probes]).encode()
         ).hexdigest()
         self.baseline: Baseline | None = None
+        self.fit: Fit
         self._forecast: Forecast | None = None
+
+    def examine(self, policy: PolicyConfig) -> tuple[Check, ...]:
+        """Whether SAE, model and probes allow an answer: what `sts-callback doctor` shows. No forecast is made.
+
+        Args:
+            policy: whose budgets and test the probes must have the power for.
+
+        """
+        with undisturbed(self._model), self._bar("Doctor", 2 * self._n_queries) as bar:
+            bare = self._context((), with_answers=True)
+            checks = self._fit_checks(bare)
+            if any(check.status == "refuse" for check in checks):
+                return checks
+            neutral = {NEUTRAL: (self._context(self._neutral, with_answers=True),)}
+            started = time.monotonic()
+            readings = {s.name: self._gauge.read(s, bare, neutral, bar.update) for s in self._sets}
+            seconds = time.monotonic() - started
+            noise = self._noise_floor(bare, readings[TRAIN])
+        return (
+            *checks,
+            *doctor.probe_checks(readings, noise, policy),
+            doctor.cost_check(self._gauge.encoder, self._sets, seconds),
+            doctor.process_check(is_sharded(self._model)),
+        )
 
     def forecast(self) -> Forecast:
         """Measure the untuned model: what training on the data is expected to move. Also takes the baseline for drift.
 
         Raises:
-            SaeError: if the SAE does not fit the model's activations.
+            CannotTell: if the SAE does not fit the model's activations.
+            SaeError: if it has another width.
 
         """
         started = time.monotonic()
-        with undisturbed(self._model), self._bar("Forecast") as bar:
-            self._gauge.calibrate([self.train, *self.domains.values()], self._bos)
-            bare = Context(self._bos, with_answers=True)
-            taught = Context(self._bos + self.train.demonstrations, with_answers=True)
-            train = self._gauge.read(self.train, {BARE: bare, _TRAIN_DEMONSTRATIONS: taught}, bar.update)
-            mean_shift = token_mean(train.shift[_TRAIN_DEMONSTRATIONS], train.n_tokens)
-            features = scores.shifted_features(mean_shift, self.config.n_features)
-            found = {TRAIN: _domain_forecast(self.train, train, features)}
-            sets = {TRAIN: _set_baseline(train)}
+        n_passes = 4 * len(self.train.queries) + 5 * (self._n_queries - len(self.train.queries))
+        with undisturbed(self._model), self._bar("Forecast", n_passes) as bar:
+            bare = self._context((), with_answers=True)
+            refused = [check for check in self._fit_checks(bare) if check.status == "refuse"]
+            if refused:
+                raise CannotTell(" ".join(f"{c.name}: {c.found}. {c.remedy}" for c in refused))
+            shared = {
+                TAUGHT: [self._context(draw, with_answers=True) for draw in self.train.draws],
+                NEUTRAL: [self._context(self._neutral, with_answers=True)],
+            }
+            train = self._gauge.read(self.train, bare, shared, bar.update)
+            scorer = ForecastScorer(train, self._gradients(self.train, bare, bar.update), self.config.n_features)
+            found = {TRAIN: scorer.domain(self.train, train, scorer.train_gradients)}
+            baselines = {TRAIN: scoring.set_baseline(train)}
+            noise_floor = self._noise_floor(bare, baselines[TRAIN])
             for name, probes in self.domains.items():
-                own = Context(self._bos + probes.demonstrations, with_answers=False)
-                reading = self._gauge.read(probes, {BARE: bare, _TRAIN_DEMONSTRATIONS: taught, _OWN: own}, bar.update)
-                found[name] = _domain_forecast(probes, reading, features)
-                sets[name] = _set_baseline(reading)
-        self.baseline = Baseline(self._fingerprint, self._gauge.reference, sets)
+                own = {OWN: [self._context(draw, with_answers=False) for draw in probes.draws]}
+                reading = self._gauge.read(probes, bare, shared | own, bar.update)
+                found[name] = scorer.domain(probes, reading, self._gradients(probes, bare, bar.update))
+                baselines[name] = scoring.set_baseline(reading)
+        self.baseline = Baseline(self._fingerprint, self._gauge.reference, baselines)
         self._forecast = Forecast(
             identity=self.identity,
-            features=features,
-            features_share=scores.shift_share(mean_shift, features),
+            features=scorer.features,
+            features_share=scores.shift_share(scorer.mean_shift, scorer.features),
             median_norm=self._gauge.reference.median_norm,
-            unexplained=self._gauge.reference.unexplained,
+            unexplained=self.fit.unexplained,
+            noise_floor=noise_floor,
             train=found.pop(TRAIN),
-            domains=found,
+            domains=scorer.ranked(found),
             seconds=time.monotonic() - started,
         )
         return self._forecast
@@ -140,28 +176,27 @@ class Monitor:
         self._gauge.adopt(self.baseline.reference)
         self._forecast = forecast
 
-    def check(self, step: int) -> DriftSnapshot:
+    def check(self, step: int, *, batch_tokens: int | None = None) -> DriftSnapshot:
         """Measure how far the model has moved from step 0. Needs `forecast` or `restore` before.
 
         Args:
             step: optimizer steps done, for the record.
+            batch_tokens: tokens in one forward, where it cannot be as many as at step 0; unchanged weights then drift by the
+                forecast's noise floor instead of not at all.
 
         """
         assert self.baseline is not None and self._forecast is not None, "forecast() or restore() comes first"
-        started = time.monotonic()
-        context = Context(self._bos, with_answers=True)
-        with undisturbed(self._model), self._bar(f"Drift check at step {step}") as bar:
+        started, step_zero = time.monotonic(), self.baseline.sets
+        with undisturbed(self._model), self._bar(f"Drift check at step {step}", self._n_queries) as bar:
+            bare = self._context((), with_answers=True)
             readings = {
-                s.name: self._gauge.read_drift(
-                    s, context, self.baseline.sets[s.name].counted, self.baseline.sets[s.name].acts, bar.update
-                )
-                for s in (self.train, *self.domains.values())
+                s.name: self._gauge.read_drift(s, bare, step_zero[s.name], bar.update, batch_tokens=batch_tokens)
+                for s in self._sets
             }
-        train = readings[TRAIN]
-        realised = scores.shifted_features(token_mean(train.drift, train.n_tokens), self.config.n_features)
+        realised = scoring.realised_features(readings[TRAIN], self.config.n_features)
         drifts = {
-            s.name: _domain_drift(s, readings[s.name], self.baseline.sets[s.name], self._forecast.features, realised)
-            for s in (self.train, *self.domains.values())
+            s.name: scoring.domain_drift(s, readings[s.name], step_zero[s.name], self._forecast.features, realised)
+            for s in self._sets
         }
         return DriftSnapshot(
             step=step,
@@ -172,14 +207,47 @@ class Monitor:
             seconds=time.monotonic() - started,
         )
 
+    def words(self, features: Sequence[tuple[int, float]] | None = None) -> tuple[FeatureInWords, ...]:
+        """Where in the probes features fire most at step 0. Needs `forecast` or `restore` before; runs nothing.
+
+        Args:
+            features: indices with the share of the shift or drift that each holds; by default the forecast's first.
+
+        """
+        assert self.baseline is not None and self._forecast is not None, "forecast() or restore() comes first"
+        if features is None:
+            shift = self.baseline.sets[TRAIN].mean_train_shift
+            features = [(j, scores.shift_share(shift, (j,))) for j in self._forecast.features[:_N_WORDS]]
+        return in_words(features, self._sets, self.baseline.sets, self._tokenizer, self._gauge.encoder.neuronpedia_id)
+
     def _probes(
         self, name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, n_demonstrations: int, field: str
     ) -> ProbeSet:
         return make_probe_set(name, rows, tokenizer, self.config, n_demonstrations=n_demonstrations, field=field)
 
-    def _bar(self, title: str) -> tqdm[Any]:
-        n_queries = sum(len(s.queries) for s in (self.train, *self.domains.values()))
-        return tqdm(total=n_queries, desc=title, unit="query", leave=False, disable=not self._progress)
+    def _context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
+        return self._gauge.context((*self._bos, *tokens), with_answers=with_answers)
+
+    def _fit_checks(self, bare: Context) -> tuple[Check, ...]:
+        self.fit = self._gauge.calibrate(self._sets, bare)
+        by_layer = self._gauge.fit_by_layer(self.train, bare)
+        return doctor.fit_checks(self._gauge.encoder, self.fit, self._gauge.layer, by_layer, _model_name(self._model))
+
+    def _gradients(self, probes: ProbeSet, bare: Context, on_batch: OnBatch) -> torch.Tensor | None:
+        return self._gauge.read_gradients(probes, bare, on_batch) if self._gauge.can_read_gradients else None
+
+    def _noise_floor(self, bare: Context, train: Reading | SetBaseline) -> float:
+        """Relative drift of the same weights with the training data's batches laid out otherwise."""
+        layout = max(1, self.config.batch_tokens // 4)
+        again = self._gauge.read_drift(self.train, bare, train, batch_tokens=layout)
+        return float(again.shift.features.sum() / train.energy.sum())
+
+    @property
+    def _n_queries(self) -> int:
+        return sum(len(s.queries) for s in self._sets)
+
+    def _bar(self, title: str, total: int) -> tqdm[Any]:
+        return tqdm(total=total, desc=title, unit="query", leave=False, disable=not self._progress)
 
 
 def forecast(
@@ -222,74 +290,3 @@ def _identity(model: nn.Module, encoder: SaeEncoder, config: ProbeConfig, sets: 
 
 def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _domain_forecast(probes: ProbeSet, reading: Reading, features: tuple[int, ...]) -> DomainForecast:
-    step_zero = _set_baseline(reading)
-    taught = reading.nll.get(_TRAIN_DEMONSTRATIONS)
-    change, error = (float("nan"),) * 2 if taught is None else change_per_token(taught, reading.nll[BARE], reading.n_answer)
-    return DomainForecast(
-        name=probes.name,
-        n_queries=len(probes.queries),
-        n_tokens=int(reading.n_tokens.sum()),
-        n_masked=reading.n_masked,
-        n_cut=probes.n_cut,
-        n_answer_tokens=int(reading.n_answer.sum()),
-        relative_shift=scores.relative_change(step_zero.mean_train_shift, float(token_mean(reading.energy, reading.n_tokens))),
-        nll=mean_per_token(step_zero.nll, reading.n_answer),
-        nll_change=change,
-        nll_change_se=error,
-        **_four_scores(step_zero, features),
-    )
-
-
-def _four_scores(step_zero: SetBaseline, features: tuple[int, ...]) -> dict[str, float]:
-    return {
-        "sts_act": scores.activity_score(step_zero.mean_activity, features),
-        "sts_icl": scores.shift_score(step_zero.mean_own_shift, features),
-        "sts_rel": scores.shift_share(step_zero.mean_own_shift, features),
-        "sts_cross": scores.shift_share(step_zero.mean_train_shift, features),
-    }
-
-
-def _set_baseline(reading: Reading) -> SetBaseline:
-    train_shift = token_mean(reading.shift[_TRAIN_DEMONSTRATIONS], reading.n_tokens)
-    own = reading.shift.get(_OWN)  # the training data's own demonstrations are the training demonstrations
-    return SetBaseline(
-        counted=reading.counted,
-        acts=reading.acts,
-        n_tokens=reading.n_tokens,
-        energy=reading.energy,
-        nll=reading.nll.get(BARE, torch.full((len(reading.n_tokens),), float("nan"))),
-        mean_activity=token_mean(reading.activity, reading.n_tokens),
-        mean_own_shift=train_shift.clone() if own is None else token_mean(own, reading.n_tokens),
-        mean_train_shift=train_shift,
-    )
-
-
-def _domain_drift(
-    probes: ProbeSet,
-    reading: DriftReading,
-    step_zero: SetBaseline,
-    forecast_features: tuple[int, ...],
-    realised: tuple[int, ...],
-) -> DomainDrift:
-    mean_drift = token_mean(reading.drift, reading.n_tokens)
-    n_answer = torch.tensor([len(q.answer) for q in probes.queries])
-    nan = float("nan")
-    nll, change, error = nan, nan, nan
-    if reading.nll is not None:
-        nll = mean_per_token(reading.nll, n_answer)
-        change, error = change_per_token(reading.nll, step_zero.nll, n_answer)
-    return DomainDrift(
-        name=probes.name,
-        n_tokens=int(reading.n_tokens.sum()),
-        n_masked=reading.n_masked,
-        relative_drift=scores.relative_change(mean_drift, float(token_mean(step_zero.energy, step_zero.n_tokens))),
-        share_on_forecast=scores.shift_share(mean_drift, forecast_features),
-        top_features=tuple((j, scores.shift_share(mean_drift, (j,))) for j in scores.shifted_features(mean_drift, _N_TOP)),
-        nll=nll,
-        nll_change=change,
-        nll_change_se=error,
-        **_four_scores(step_zero, realised),
-    )

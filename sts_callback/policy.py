@@ -1,12 +1,19 @@
-"""From records and thresholds to a verdict with reasons. Movement and harm are two questions; only both together are a threat."""
+"""From records and thresholds to a verdict with reasons. Movement and harm are two questions; only both together are a threat.
+
+Of all that is measured, movement is judged by STS_cross before training and by feature drift in it, harm by the NLL of answers.
+These are what the evidence so far favours (see `terminal`); neither is settled.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sts_callback.config import PolicyConfig
-from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Forecast, Verdict
+from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
+
+NOISE_MARGIN = 10
+"""Drift that is called movement must be this many times what another batch layout makes of unchanged weights."""
 
 
 def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
@@ -17,11 +24,10 @@ def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
     Demonstrations are a weaker push than training, so a forecast without harm is no promise of none: it says where to look.
 
     Returns:
-        `no-go` if a domain is threatened, else `cannot tell` if for one the evidence does not suffice, else `go`.
+        The gravest of the domains' decisions: `no-go`, `not covered`, `cannot tell`, `go`.
 
     """
-    judged = {name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.budgets.items()}
-    return _verdict(judged, step=0)
+    return _verdict({name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.budgets.items()}, step=0)
 
 
 def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig) -> Verdict:
@@ -33,73 +39,121 @@ def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig) -> Verdi
 
     Returns:
         `no-go` (an alarm) if a protected domain has moved and worsened at each of the last `patience` checks, `watch` if at
-        the newest one only, `cannot tell` if one cannot be judged, else `go`.
+        the newest one only; else the gravest of `not covered`, `cannot tell` and `go`.
 
     """
-    newest = history[-1]
-    judged: dict[str, tuple[Decision, str]] = {}
-    for name, budget in policy.budgets.items():
-        decision, reason = _drift_threat(newest.domains[name], budget, policy)
-        recent = history[-policy.patience :]
-        held = len(recent) == policy.patience and all(
-            _drift_threat(snapshot.domains[name], budget, policy)[0] == "no-go" for snapshot in recent
-        )
+    recent = [_drift_threats(snapshot, policy) for snapshot in history[-policy.patience :]]
+    judged = recent[-1]
+    for name, (decision, reason) in judged.items():
+        held = len(recent) == policy.patience and all(threats[name][0] == "no-go" for threats in recent)
         if decision == "no-go" and not held:
-            decision = "watch"
-        judged[name] = decision, reason
-    return _verdict(judged, step=newest.step)
+            judged[name] = "watch", reason
+    return _verdict(judged, step=history[-1].step)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Correct p-values of several tests so that the chance of any false alarm stays what it is for one.
+
+    Args:
+        p_values: by name; NaN where there was no test.
+
+    Returns:
+        Adjusted p-values, at most 1; NaN stays NaN and counts as no test.
+
+    Source: S. Holm, Scandinavian Journal of Statistics 6, 1979.
+
+    """
+    known = sorted((name for name, p in p_values.items() if not math.isnan(p)), key=lambda name: p_values[name])
+    adjusted, so_far = dict.fromkeys(p_values, math.nan), 0.0
+    for rank, name in enumerate(known):
+        so_far = max(so_far, min(1.0, (len(known) - rank) * p_values[name]))
+        adjusted[name] = so_far
+    return adjusted
+
+
+def fewest_queries(policy: PolicyConfig) -> int:
+    """How many queries each protected domain needs so that all signs alike can pass the test of a rise."""
+    return math.ceil(math.log2(max(1, len(policy.budgets)) / policy.alpha))
 
 
 def _verdict(judged: dict[str, tuple[Decision, str]], step: int) -> Verdict:
-    order: tuple[Decision, ...] = ("no-go", "watch", "cannot tell", "go")
+    order: tuple[Decision, ...] = ("no-go", "watch", "not covered", "cannot tell", "go")
     decision: Decision = next((d for d in order if any(found == d for found, _ in judged.values())), "go")
     threatened = tuple(name for name, (found, _) in judged.items() if found == decision) if decision != "go" else ()
     return Verdict(decision, threatened, {name: reason for name, (_, reason) in judged.items()}, step)
 
 
 def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> tuple[Decision, str]:
-    domain = forecast.domains[name]
+    domain, score = forecast.domains[name], forecast.domains[name].sts_cross
     masked_share = domain.n_masked / max(1, domain.n_masked + domain.n_tokens)
     if masked_share > policy.max_masked_share:
         return (
             "cannot tell",
             f"{masked_share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}.",
         )
-    transfer = forecast.transfer(domain)
-    if not math.isfinite(transfer):
-        return "cannot tell", "nothing shifted in context, so no transfer can be read off."
-    moves = transfer >= policy.min_transfer
-    extent = f"{transfer:.0%} of the training data's own transfer, {'at least' if moves else 'under'} {policy.min_transfer:.0%}"
-    if not moves:
-        return "go", f"expected to stay ({extent})."
-    worse, sentence = _worsens(domain.nll_change, domain.nll_change_se, budget, policy)
+    if forecast.noise_floor * NOISE_MARGIN > policy.min_drift:
+        return (
+            "cannot tell",
+            f"unchanged weights alone drift by {forecast.noise_floor:.1%}; drift from {policy.min_drift:.0%} counts.",
+        )
+    place, low, high = (score.place(x) for x in (score.value, score.low, score.high))
+    if not math.isfinite(place):
+        return "cannot tell", "nothing shifted in context beyond random features, so no transfer can be read off."
+    extent = f"transfer {place:.0%}, {low:.0%} to {high:.0%}; from {policy.min_transfer:.0%} on it counts"
+    if high < policy.min_transfer:
+        decision, reason = _safe(f"expected to stay ({extent})", domain.unseen, policy)
+        return decision, reason
+    worse, sentence = _worsens(domain.nll_change, budget)
     if worse is None:
-        return "cannot tell", f"expected to move ({extent}), in an unknown direction ({sentence})."
+        return "cannot tell", f"may move ({extent}), in an unknown direction ({sentence})."
     if worse:
         return "no-go", f"expected to move ({extent}) and to worsen ({sentence})."
-    return "go", f"expected to move ({extent}), without harm in context ({sentence})."
+    return _safe(f"may move ({extent}), without harm in context ({sentence})", domain.unseen, policy)
 
 
-def _drift_threat(domain: DomainDrift, budget: float, policy: PolicyConfig) -> tuple[Decision, str]:
-    if not math.isfinite(domain.relative_drift):
+def _drift_threats(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, tuple[Decision, str]]:
+    p_values = holm({name: snapshot.domains[name].p_worse for name in policy.budgets})
+    return {name: _drift_threat(snapshot.domains[name], b, p_values[name], policy) for name, b in policy.budgets.items()}
+
+
+def _drift_threat(domain: DomainDrift, budget: float, p_value: float, policy: PolicyConfig) -> tuple[Decision, str]:
+    drift = domain.relative_drift.value
+    if not math.isfinite(drift):
         return "cannot tell", "no token could be compared with step 0."
-    moved = domain.relative_drift >= policy.min_drift
-    extent = f"drift {domain.relative_drift:.1%}, {'at least' if moved else 'under'} {policy.min_drift:.0%}"
-    worse, sentence = _worsens(domain.nll_change, domain.nll_change_se, budget, policy)
+    kind, size = ("raw drift", domain.raw_drift) if drift < policy.min_drift <= domain.raw_drift else ("drift", drift)
+    moved = size >= policy.min_drift
+    extent = f"{kind} {size:.1%}, {'at least' if moved else 'under'} {policy.min_drift:.0%}"
+    worse, sentence = _worsens(domain.nll_change, budget)
     if not moved:
         return "go", f"has not moved ({extent}; {sentence})."
-    if worse is None:
+    if worse and domain.n_queries < fewest_queries(policy):
+        return (
+            "cannot tell",
+            f"{domain.n_queries} queries are too few for an alarm, {fewest_queries(policy)} are needed ({sentence}).",
+        )
+    if worse and p_value <= policy.alpha:
+        return "no-go", f"has moved ({extent}) and worsened ({sentence}, p {_p(p_value)})."
+    if worse is None or worse:
         return "cannot tell", f"has moved ({extent}), direction unsure ({sentence})."
-    if worse:
-        return "no-go", f"has moved ({extent}) and worsened ({sentence})."
-    return "go", f"has moved ({extent}) without harm ({sentence})."
+    return _safe(f"has moved ({extent}) without harm ({sentence})", domain.unseen, policy)
 
 
-def _worsens(change: float, error: float, budget: float, policy: PolicyConfig) -> tuple[bool | None, str]:
-    """Whether a change of NLL is beyond the budget; None if its error does not allow to say."""
-    if not (math.isfinite(change) and math.isfinite(error)):
+def _safe(reason: str, unseen: float, policy: PolicyConfig) -> tuple[Decision, str]:
+    """What speaks for no harm holds only for what the SAE can see."""
+    if unseen > policy.max_unseen:
+        return "not covered", f"{reason}, but {unseen:.0%} of the change is nothing that the SAE can express."
+    return "go", f"{reason}."
+
+
+def _worsens(change: Estimate, budget: float) -> tuple[bool | None, str]:
+    """Whether a change of NLL is beyond the budget; None if its interval does not allow to say."""
+    if not (math.isfinite(change.value) and math.isfinite(change.low)):
         return None, "answer NLL unknown"
-    sentence = f"answer NLL {change:+.2f} ± {error:.2f} nats a token, budget {budget:.2f}"
-    if change >= budget:
-        return (True if change >= policy.n_standard_errors * error else None), sentence
-    return (False if change + policy.n_standard_errors * error < budget else None), sentence
+    sentence = f"answer NLL {change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}] nats a token, budget {budget:.2f}"
+    if change.value >= budget:
+        return (True if change.low > 0 else None), sentence
+    return (False if change.high < budget else None), sentence
+
+
+def _p(p_value: float) -> str:
+    return "under 0.001" if p_value < 0.001 else f"{p_value:.3f}"

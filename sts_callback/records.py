@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar
 
 SCHEMA_VERSION = 1
 
-Decision = Literal["go", "watch", "no-go", "cannot tell"]
+Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
+Status = Literal["pass", "warn", "refuse"]
 R = TypeVar("R", bound="Record")
 
 
@@ -53,13 +54,49 @@ class Identity(Record):
     model_name: str
     """Its name or folder name, for people."""
     sae: str
-    """SHA-256 of the SAE's encoder."""
+    """SHA-256 of the SAE's weights and of what changes an answer in its configuration."""
     sae_name: str
     """`release/sae_id` or folder name, for people."""
     hook_name: str
     """Where the SAE reads."""
     probes: str
     """SHA-256 of all probe tokens and of how they are counted."""
+
+
+@dataclass(frozen=True)
+class Check(Record):
+    """One thing that was looked at before anything is measured."""
+
+    name: str
+    status: Status
+    """`warn`: answers are weaker than they look; `refuse`: there would be none that can be trusted."""
+    found: str
+    """What was found, in words and numbers."""
+    remedy: str
+    """What to do about it; empty if nothing."""
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """A number and its 95 % interval, by bootstrap over queries and, where demonstrations matter, over draws of them."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Score(Estimate):
+    """An estimate that stands between two anchors measured beside it."""
+
+    random: float
+    """The same score over random features of like activity: the lower anchor."""
+    own: float
+    """The same score of the training data itself: the upper anchor."""
+
+    def place(self, score: float) -> float:
+        """Where a score stands: 0 at the lower anchor, 1 at the upper; NaN if the training data is no better than random."""
+        return (score - self.random) / (self.own - self.random) if self.own > self.random else math.nan
 
 
 @dataclass(frozen=True)
@@ -78,22 +115,34 @@ class DomainForecast(Record):
     """Queries or answers longer than `max_tokens`, cut."""
     n_answer_tokens: int
     """Answer tokens behind the NLL."""
-    sts_act: float
+    sts_act: Score
     """STS_act, in units of activation."""
-    sts_icl: float
+    sts_icl: Score
     """STS_ICL, in squared units of activation."""
-    sts_rel: float
+    sts_rel: Score
     """Share of the shift by the domain's own demonstrations on the training data's features, in [0, 1]."""
-    sts_cross: float
+    sts_cross: Score
     """Share of the shift by the training demonstrations on the training data's features, in [0, 1]."""
-    relative_shift: float
+    neutral_cross: float
+    """The same share with plain prose of equal length in place of the demonstrations."""
+    rank: tuple[int, int]
+    """Between which ranks it lies among the domains by STS_cross, 1 being the most moved."""
+    above_next: float
+    """How sure it is above the domain that follows it in that order: share of resamples; NaN for the last and for `train`."""
+    relative_shift: Estimate
     """Squared shift by the training demonstrations over squared activity, at least 0."""
-    nll: float
+    raw_shift: Estimate
+    """The same of raw activations: a rival without an SAE."""
+    unseen: float
+    """Share of that raw shift that the SAE's dictionary cannot express; NaN for a transcoder."""
+    cosine: float
+    """Cosine of the mean raw activation with that of the training data: a rival without training or context."""
+    nll: Estimate
     """NLL of the answers before training, in nats per token."""
-    nll_change: float
-    """Change of it with the training demonstrations in context, in nats per token; above 0 is worse."""
-    nll_change_se: float
-    """Its standard error over queries."""
+    nll_change: Estimate
+    """Change of it by the training demonstrations against plain prose of equal length, nats per token; above 0 is worse."""
+    gradient_change: Estimate
+    """Change of it while a small step lowers the training data's own by one nat, by gradients of features; above 0 is worse."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +158,13 @@ class Forecast(Record):
     """Median activation norm of query tokens at the hook point."""
     unexplained: float
     """Fraction of variance of the probes' activations that the SAE leaves (FVU)."""
+    noise_floor: float
+    """Relative drift of the same weights when batches are laid out otherwise: what is no drift at all."""
     train: DomainForecast
     """The training data against itself: the upper anchor."""
     domains: Mapping[str, DomainForecast]
     seconds: float
     """Wall-clock time of the measurement."""
-
-    def transfer(self, domain: DomainForecast) -> float:
-        """STS_cross of a domain over that of the training data itself: at least 0; NaN if nothing shifts."""
-        return domain.sts_cross / self.train.sts_cross if self.train.sts_cross else math.nan
 
 
 @dataclass(frozen=True)
@@ -126,14 +173,20 @@ class DomainDrift(Record):
 
     name: str
     """The domain, or `train`."""
+    n_queries: int
+    """Queries compared."""
     n_tokens: int
     """Query tokens compared."""
     n_masked: int
     """Tokens that have become attention sinks since step 0."""
-    relative_drift: float
+    relative_drift: Estimate
     """Squared feature drift over squared activity at step 0, at least 0."""
+    raw_drift: float
+    """The same of raw activations, estimated from sketches."""
+    unseen: float
+    """Share of that raw drift that the SAE's dictionary cannot express; NaN for a transcoder."""
     share_on_forecast: float
-    """Share of the drift on the forecast's features, in [0, 1]."""
+    """Share of the feature drift on the forecast's features, in [0, 1]."""
     top_features: tuple[tuple[int, float], ...]
     """The features that drifted most, with their share of the drift."""
     sts_act: float
@@ -146,10 +199,14 @@ class DomainDrift(Record):
     """STS_cross with them."""
     nll: float
     """NLL of the answers now, in nats per token."""
-    nll_change: float
+    nll_change: Estimate
     """Change since step 0, in nats per token; above 0 is worse."""
-    nll_change_se: float
-    """Its standard error over queries."""
+    p_worse: float
+    """One-sided p-value of a rise of the NLL, by random signs over queries, not corrected for the number of domains."""
+    query_changes: tuple[float, ...]
+    """Change of the NLL of each query's answer since step 0, in nats; what the three numbers above are made of."""
+    query_answer_tokens: tuple[int, ...]
+    """Answer tokens of each query."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +226,36 @@ class DriftSnapshot(Record):
 
 
 @dataclass(frozen=True)
+class Snippet(Record):
+    """A place in a text where a feature fires."""
+
+    before: str
+    token: str
+    """The token that fires."""
+    after: str
+    activation: float
+
+
+@dataclass(frozen=True)
+class FeatureInWords(Record):
+    """A feature, told by the user's own texts."""
+
+    feature: int
+    share: float
+    """Of the shift or drift that it was named for, in [0, 1]."""
+    link: str
+    """Its page at Neuronpedia; empty if it has none. Nothing is fetched."""
+    snippets: Mapping[str, tuple[Snippet, ...]]
+    """For the training data and each domain, where it fires most before training."""
+
+
+@dataclass(frozen=True)
 class Verdict(Record):
     """A decision with its reasons."""
 
     decision: Decision
-    """`go`: no protected domain is threatened; `watch`: one is, not yet for long enough to alarm; `no-go`: alarm."""
+    """`go`: no protected domain is threatened; `watch`: one is, not yet for long enough to alarm; `no-go`: alarm;
+    `not covered`: most of what changed is nothing that the SAE can express; `cannot tell`: the evidence does not suffice."""
     threatened: tuple[str, ...]
     """Protected domains that it is about."""
     reasons: Mapping[str, str]

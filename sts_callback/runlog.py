@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sts_callback.errors import CannotTell
-from sts_callback.records import DriftSnapshot, Forecast, Verdict
+from sts_callback.records import DriftSnapshot, FeatureInWords, Forecast, Verdict
 
 
 class RunLog:
@@ -20,6 +20,7 @@ class RunLog:
         self.baseline_file = folder / "baseline.safetensors"
         self._forecast_file = folder / "forecast.json"
         self._drift_file = folder / "drift.jsonl"
+        self._features_file = folder / "features.jsonl"
         self._faults_file = folder / "faults.jsonl"
 
     def start_anew(self) -> None:
@@ -31,9 +32,13 @@ class RunLog:
             self.folder.rename(self.folder.with_name(f"{self.folder.name}.{number}"))
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write_forecast(self, forecast: Forecast, verdict: Verdict) -> None:
-        """Write forecast and verdict, whole or not at all."""
-        content = {"forecast": json.loads(forecast.to_json()), "verdict": json.loads(verdict.to_json())}
+    def write_forecast(self, forecast: Forecast, verdict: Verdict, others: Sequence[Forecast] = ()) -> None:
+        """Write forecast and verdict, and the forecasts of further SAEs, whole or not at all."""
+        content = {
+            "forecast": json.loads(forecast.to_json()),
+            "verdict": json.loads(verdict.to_json()),
+            "other_saes": [json.loads(other.to_json()) for other in others],
+        }
         scratch = self._forecast_file.with_suffix(".part")
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, self._forecast_file)
@@ -56,6 +61,13 @@ class RunLog:
     def append_check(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
         """Append one drift check with its verdict."""
         self._append(self._drift_file, {"snapshot": json.loads(snapshot.to_json()), "verdict": json.loads(verdict.to_json())})
+
+    def append_words(self, words: Sequence[FeatureInWords]) -> None:
+        """Append features in words, those that were not told before."""
+        told = {json.loads(line)["feature"] for line in _whole_lines(self._features_file)}
+        for feature in words:
+            if feature.feature not in told:
+                self._append(self._features_file, json.loads(feature.to_json()))
 
     def append_fault(self, step: int, trace: str) -> None:
         """Append a failure of ours that training survived."""

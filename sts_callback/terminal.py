@@ -3,55 +3,139 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 import textwrap
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sts_callback.records import Decision, DriftSnapshot, Forecast, Verdict
+from sts_callback.records import Check, Decision, DriftSnapshot, FeatureInWords, Forecast, Status, Verdict
 
 _WIDTH = 80
-_COLOURS: dict[Decision, str] = {"go": "green", "watch": "yellow", "no-go": "bold red", "cannot tell": "magenta"}
+_COLOURS: dict[Decision, str] = {
+    "go": "green",
+    "watch": "yellow",
+    "no-go": "bold red",
+    "not covered": "magenta",
+    "cannot tell": "magenta",
+}
+
+
+_FAVOURED = (
+    "Evidence so far (5 fine-tunes, one small model): movement is ranked best by\n"
+    "transfer, harm by the NLL change. Neither is settled; the rivals stand below."
+)
 
 
 def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
-    """The forecast: one row a domain, the most moved first, the training data itself on top as anchor."""
-    table = Table(box=None, pad_edge=False, width=_WIDTH)
-    table.add_column("domain", overflow="fold", ratio=1)
-    for title in ("transfer", "cross", "rel", "ICL", "act", "NLL", "in context"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in (forecast.train, *sorted(forecast.domains.values(), key=lambda d: -d.sts_cross)):
+    """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on."""
+    rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: _downwards(d.sts_cross.value)))
+    table = _table("domain", "transfer", "95 %", "rank", "NLL change", "95 %", "gradient")
+    for row in rows:
+        cross, change = row.sts_cross, row.nll_change
         table.add_row(
             Text(("! " if row.name in verdict.threatened else "  ") + row.name),
-            f"{forecast.transfer(row):.0%}",
-            f"{row.sts_cross:.3f}",
-            f"{row.sts_rel:.3f}",
-            _short(row.sts_icl),
-            _short(row.sts_act),
-            f"{row.nll:.2f}",
-            f"{row.nll_change:+.2f} ± {row.nll_change_se:.2f}",
+            f"{cross.place(cross.value):.0%}",
+            f"{cross.place(cross.low):.0%} to {cross.place(cross.high):.0%}",
+            f"{row.rank[0]} to {row.rank[1]}" if row.rank[0] else "",
+            f"{change.value:+.2f}",
+            f"{change.low:+.2f} to {change.high:+.2f}",
+            f"{row.gradient_change.value:+.2f}",
             style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
-    head = (
-        "STS forecast: what training will move "
-        f"({len(forecast.features)} features hold {forecast.features_share:.0%} of the shift)"
+    rivals = _table("domain", "cross", "random", "neutral", "rel", "ICL", "act", "raw", "cosine", "NLL", "unseen")
+    for row in rows:
+        rivals.add_row(
+            Text("  " + row.name),
+            f"{row.sts_cross.value:.3f}",
+            f"{row.sts_cross.random:.3f}",
+            f"{row.neutral_cross:.3f}",
+            f"{row.sts_rel.value:.3f}",
+            _short(row.sts_icl.value),
+            _short(row.sts_act.value),
+            f"{row.raw_shift.value:.3f}",
+            f"{row.cosine:.2f}",
+            f"{row.nll.value:.2f}",
+            f"{row.unseen:.0%}",
+            style="dim",
+        )
+    held = f"{len(forecast.features)} features hold {forecast.features_share:.0%} of the shift"
+    legend = (
+        "transfer: STS_cross, 0 % as random features, 100 % as the training data itself;\n"
+        "how much, not in which direction. NLL change: of the answers, with training\n"
+        "examples in context against plain prose, nats a token; gradient: by a small\n"
+        "step that gains the training data one nat; + is bad."
     )
-    unexplained = f"{forecast.unexplained:.0%} of variance unexplained"
     foot = (
-        f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {unexplained}; {forecast.seconds:.0f} s\n"
-        "transfer: STS_cross against the training data's own. Scores say how much, not in\n"
-        "which direction. in context: change of the answers' NLL, nats a token; + is bad"
+        f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {forecast.unexplained:.0%} of variance\n"
+        f"unexplained; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
     )
     verdict_line = Text(f"Verdict: {_name(verdict)}", style=_COLOURS[verdict.decision])
-    return _rendered([Text(head, style="bold"), table, Text(foot, style="dim"), verdict_line, *_reasons(verdict)], colour)
+    parts: list[Text | Table] = [
+        Text(f"STS forecast: what training will move ({held})", style="bold"),
+        table,
+        Text(legend, style="dim"),
+        Text(_FAVOURED, style="dim"),
+        rivals,
+        Text(foot, style="dim"),
+    ]
+    return _rendered([*parts, verdict_line, *_reasons(verdict)], colour)
+
+
+def layers_table(forecasts: Sequence[Forecast], agreement: Sequence[float], *, colour: bool | None = None) -> str:
+    """Transfer by several SAEs, the first of which is the one that is watched.
+
+    Args:
+        forecasts: of the same domains.
+        agreement: of each with the first.
+        colour: as for the others.
+
+    """
+    table = _table("transfer by SAE", *(f"{number}" for number in range(1, len(forecasts) + 1)))
+    for name in forecasts[0].domains:
+        scores = [f.domains[name].sts_cross for f in forecasts]
+        table.add_row(Text("  " + name), *(f"{score.place(score.value):.0%}" for score in scores))
+    table.add_row(Text("agreement in order", style="bold"), *(f"{value:.2f}" for value in agreement))
+    names = [Text(f"  {n}: {f.identity.sae_name} at {f.identity.hook_name}", style="dim") for n, f in enumerate(forecasts, 1)]
+    return _rendered([table, *names], colour)
+
+
+def doctor_table(checks: Sequence[Check], *, colour: bool | None = None) -> str:
+    """What was looked at: a line a check, and below it what to do."""
+    colours: dict[Status, str] = {"pass": "green", "warn": "yellow", "refuse": "bold red"}
+    table = Table(box=None, pad_edge=False, width=_WIDTH, show_header=False)
+    for width in (19, 7):
+        table.add_column(width=width, no_wrap=True)
+    table.add_column(ratio=1)
+    for check in checks:
+        remedy = f"\n-> {check.remedy}" if check.remedy else ""
+        table.add_row(Text(check.name), Text(check.status, style=colours[check.status]), Text(check.found + remedy))
+    return _rendered([table], colour)
+
+
+def words_lines(words: Sequence[FeatureInWords], *, colour: bool | None = None) -> str:
+    """Features in words: for each, the place in every set where it fires most, the token in brackets."""
+    parts: list[Text | Table] = []
+    for feature in words:
+        parts.append(Text(f"feature {feature.feature}, {feature.share:.1%}  {feature.link}".rstrip(), style="bold"))
+        for name, snippets in feature.snippets.items():
+            for snippet in snippets[:1]:
+                before, token, after = (" ".join(part.split()) for part in (snippet.before, snippet.token, snippet.after))
+                line = Text(f"  {name[:12]:<12} ...{before[-32:]} ")
+                line.append(f"[{token or chr(0x2423)}]", style="bold yellow")
+                line.append(f" {after}")
+                line.truncate(_WIDTH, overflow="ellipsis")
+                parts.append(line)
+    return _rendered(parts, colour)
 
 
 def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, colour: bool | None = None) -> str:
     """A drift check: a line of how far each domain has moved, and reasons if a protected one is threatened."""
-    moved = sorted(snapshot.domains.values(), key=lambda d: -d.relative_drift)
-    items = [f"{d.name} {d.relative_drift:.1%} ({d.nll_change:+.2f})" for d in (snapshot.train, *moved)]
+    moved = sorted(snapshot.domains.values(), key=lambda d: _downwards(d.relative_drift.value))
+    items = [f"{d.name} {d.relative_drift.value:.1%} ({d.nll_change.value:+.2f})" for d in (snapshot.train, *moved)]
     head = Text(f"STS step {snapshot.step}: {_name(verdict)}", style=_COLOURS[verdict.decision])
     head.append(f"; drift (change of NLL) since step 0; {snapshot.seconds:.0f} s", style="not bold default")
     # textwrap breaks at plain spaces only, so that an item stays on its line.
@@ -72,8 +156,26 @@ def _reasons(verdict: Verdict) -> list[Text]:
     return [Text(line) for name in shown for line in wrap.wrap(f"{name}: {verdict.reasons[name]}")]
 
 
+def _table(first: str, *titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), width=_WIDTH)
+    table.add_column(first, overflow="fold", ratio=1)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _downwards(number: float) -> tuple[bool, float]:
+    """Sorts the largest first and NaN last."""
+    return math.isnan(number), -number
+
+
 def _short(number: float) -> str:
-    return f"{number:.3g}" if abs(number) < 1e4 else f"{number:.1e}"
+    """Three digits and a letter for the thousands: at most five characters up to 999 T."""
+    for letter in ("", "k", "M", "G"):
+        if abs(number) < 999.5 or not math.isfinite(number):
+            return f"{number:.3g}{letter}"
+        number /= 1000
+    return f"{number:.3g}T"
 
 
 def _rendered(parts: list[Text | Table], colour: bool | None) -> str:

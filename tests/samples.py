@@ -1,12 +1,45 @@
-"""Records with plausible numbers, each open to change: what tests of policy, run log and terminal decide on."""
+"""Records with plausible numbers, each open to change: what tests of policy, run log and terminal decide on.
+
+Where a record has an estimate or a score, a plain number may be given: it is then known exactly, between the anchors 0 and 1.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
-from sts_callback.records import DomainDrift, DomainForecast, DriftSnapshot, Forecast, Identity, Verdict
+from sts_callback.records import (
+    DomainDrift,
+    DomainForecast,
+    DriftSnapshot,
+    Estimate,
+    Forecast,
+    Identity,
+    Record,
+    Score,
+    Verdict,
+)
+
+R = TypeVar("R", bound=Record)
 
 IDENTITY = Identity("m" * 64, "tiny-llama", "s" * 64, "tiny-sae", "blocks.2.hook_resid_post", "p" * 64)
+
+
+def estimate(value: float, low: float | None = None, high: float | None = None) -> Estimate:
+    """A number, known exactly unless its interval is given."""
+    return Estimate(value, value if low is None else low, value if high is None else high)
+
+
+def score(value: float, low: float | None = None, high: float | None = None, *, random: float = 0.0, own: float = 1.0) -> Score:
+    """The same between two anchors."""
+    return Score(value, value if low is None else low, value if high is None else high, random, own)
+
+
+def _made(kind: type[R], fields: dict[str, Any]) -> R:
+    """A record, with numbers turned into what its fields hold."""
+    makers = {Estimate: estimate, Score: score}
+    kinds = get_type_hints(kind)
+    plain = {n: v for n, v in fields.items() if kinds.get(n) in makers and isinstance(v, float | int)}
+    return kind(**(fields | {name: makers[kinds[name]](value) for name, value in plain.items()}))
 
 
 def domain_forecast(name: str = "law", **changes: Any) -> DomainForecast:
@@ -22,23 +55,30 @@ def domain_forecast(name: str = "law", **changes: Any) -> DomainForecast:
         "sts_icl": 0.5,
         "sts_rel": 0.25,
         "sts_cross": 0.125,
+        "neutral_cross": 0.0625,
+        "rank": (1, 1),
+        "above_next": 0.75,
         "relative_shift": 0.0625,
+        "raw_shift": 0.03125,
+        "unseen": 0.25,
+        "cosine": 0.5,
         "nll": 2.5,
         "nll_change": 0.0,
-        "nll_change_se": 0.01,
+        "gradient_change": -0.25,
     }
-    return DomainForecast(**(fields | changes))
+    return _made(DomainForecast, fields | changes)
 
 
 def forecast(*domains: DomainForecast, train: DomainForecast | None = None, **changes: Any) -> Forecast:
-    """A forecast of these domains; the training data's own STS_cross is 0.5."""
+    """A forecast of these domains."""
     fields: dict[str, Any] = {
         "identity": IDENTITY,
         "features": (7, 3, 11),
         "features_share": 0.5,
         "median_norm": 12.5,
         "unexplained": 0.25,
-        "train": train or domain_forecast("train", sts_cross=0.5),
+        "noise_floor": 0.0,
+        "train": train or domain_forecast("train", sts_cross=1.0, rank=(0, 0), cosine=1.0, gradient_change=-1.0),
         "domains": {d.name: d for d in domains},
         "seconds": 1.5,
     }
@@ -49,9 +89,12 @@ def domain_drift(name: str = "law", **changes: Any) -> DomainDrift:
     """A domain that has not moved."""
     fields: dict[str, Any] = {
         "name": name,
+        "n_queries": 8,
         "n_tokens": 200,
         "n_masked": 1,
         "relative_drift": 0.01,
+        "raw_drift": 0.01,
+        "unseen": 0.25,
         "share_on_forecast": 0.75,
         "top_features": ((7, 0.5), (3, 0.25)),
         "sts_act": 3.0,
@@ -60,9 +103,11 @@ def domain_drift(name: str = "law", **changes: Any) -> DomainDrift:
         "sts_cross": 0.125,
         "nll": 2.5,
         "nll_change": 0.0,
-        "nll_change_se": 0.01,
+        "p_worse": 0.5,
+        "query_changes": (0.25, -0.25),
+        "query_answer_tokens": (20, 20),
     }
-    return DomainDrift(**(fields | changes))
+    return _made(DomainDrift, fields | changes)
 
 
 def snapshot(step: int, *domains: DomainDrift, **changes: Any) -> DriftSnapshot:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,28 +10,32 @@ import torch
 
 from sts_callback.baseline import Baseline, SetBaseline
 from sts_callback.errors import CannotTell
-from sts_callback.measure import Reference
+from sts_callback.metrics.sketch import WIDTH
 from sts_callback.metrics.sparse import SparseActs
+from sts_callback.readings import Reference
 
 
 def _set(seed: int, n_tokens: int = 9, n_queries: int = 4, d_sae: int = 6) -> SetBaseline:
     generator = torch.Generator().manual_seed(seed)
     dense = torch.rand(n_tokens, d_sae, generator=generator)
+    both = torch.randn(2, n_tokens, WIDTH, generator=generator)
     return SetBaseline(
         counted=torch.rand(n_tokens, generator=generator) < 0.8,
         acts=SparseActs.of(dense * (dense > 0.5)),
+        sketches=(both * float("nan") if seed == 1 else both).transpose(0, 1),  # not contiguous
         n_tokens=torch.randint(1, 5, (n_queries,), generator=generator),
         energy=torch.rand(n_queries, generator=generator),
+        raw_energy=torch.rand(2 * n_queries, generator=generator)[::2],
         nll=torch.full((n_queries,), float("nan")) if seed == 1 else torch.rand(n_queries, generator=generator),
         mean_activity=torch.rand(d_sae, generator=generator, dtype=torch.float64),
         mean_own_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
-        mean_train_shift=torch.rand(2 * d_sae, generator=generator, dtype=torch.float64)[::2],  # not contiguous
+        mean_train_shift=torch.rand(2 * d_sae, generator=generator, dtype=torch.float64)[::2],
     )
 
 
 @pytest.fixture
 def baseline() -> Baseline:
-    return Baseline("f" * 64, Reference(12.5, 11.25, 0.125), {"train": _set(0), "law": _set(1), "own/data 2": _set(2)})
+    return Baseline("f" * 64, Reference(12.5, 11.25), {"train": _set(0), "law": _set(1), "own/data 2": _set(2)})
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -51,17 +54,24 @@ def test_every_tensor_comes_back(baseline: Baseline, tmp_path: Path) -> None:
         for field in fields(SparseActs):
             assert _same(getattr(back.sets[name].acts, field.name), getattr(one.acts, field.name)), (name, field.name)
     assert back.sets["law"].nll.isnan().all()
+    assert back.sets["law"].sketches.isnan().all()
     assert (back.reference, back.fingerprint) == (baseline.reference, baseline.fingerprint)
 
 
 def test_a_set_without_active_features_comes_back(tmp_path: Path) -> None:
-    silent = SetBaseline(**(vars(_set(0)) | {"acts": SparseActs.of(torch.zeros(9, 6))}))
-    reference = Reference(1.0, 1.0, float("nan"))  # a transcoder has no share that it leaves unexplained
-    Baseline("f", reference, {"train": silent}).save(tmp_path / "b.safetensors")
-    back = Baseline.load(tmp_path / "b.safetensors", "f")
-    assert back.sets["train"].acts.n_active.tolist() == [0] * 9
-    assert back.sets["train"].acts.values.shape == (0,)
-    assert math.isnan(back.reference.unexplained)
+    silent = replace(_set(0), acts=SparseActs.of(torch.zeros(9, 6)))
+    Baseline("f", Reference(1.0, 1.0), {"train": silent}).save(tmp_path / "b.safetensors")
+    back = Baseline.load(tmp_path / "b.safetensors", "f").sets["train"]
+    assert back.acts.n_active.tolist() == [0] * 9
+    assert back.acts.values.shape == (0,)
+
+
+def test_a_set_without_a_token_that_counts_comes_back(tmp_path: Path) -> None:
+    empty = replace(_set(0), counted=torch.zeros(9, dtype=torch.bool), acts=SparseActs.cat([]), sketches=torch.zeros(0, 2, WIDTH))
+    Baseline("f", Reference(1.0, 1.0), {"train": empty}).save(tmp_path / "b.safetensors")
+    back = Baseline.load(tmp_path / "b.safetensors", "f").sets["train"]
+    assert _same(back.sketches, empty.sketches)
+    assert _same(back.acts.n_active, empty.acts.n_active)
 
 
 def test_only_the_file_itself_is_left(baseline: Baseline, tmp_path: Path) -> None:

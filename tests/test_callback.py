@@ -16,12 +16,12 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from transformers.trainer_callback import TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from sts_callback import ProbeConfig, STSCallback
-from sts_callback.errors import ConfigError, DataError, NoGo, SaeError
+from sts_callback import PolicyConfig, ProbeConfig, STSCallback
+from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, SaeError
 from sts_callback.records import Verdict
 from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
 
-PROBES = ProbeConfig(n_queries=6, n_features=8)
+PROBES = ProbeConfig(n_queries=8, n_features=8)  # an alarm takes 7
 TINY_DOMAINS = {"near": rows(20, "sums", seed=50), "far": rows(20, "poems", seed=90)}
 
 
@@ -92,6 +92,11 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = Fal
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=callbacks,
     )
+
+
+def last_snapshot(out: Path) -> dict[str, Any]:
+    snapshot: dict[str, Any] = json.loads((out / "sts" / "drift.jsonl").read_text().splitlines()[-1])["snapshot"]
+    return snapshot
 
 
 def checked_steps(out: Path) -> list[int]:
@@ -179,10 +184,14 @@ def test_attached_it_logs_through_the_trainer_and_keeps_the_loss_rows(tmp_path: 
 def test_the_run_folder_holds_forecast_baseline_and_checks(tmp_path: Path) -> None:
     made_trainer("plain", tmp_path, [made_callback()]).train()
     folder = tmp_path / "sts"
-    assert {file.name for file in folder.iterdir()} == {"forecast.json", "baseline.safetensors", "drift.jsonl"}
+    assert {file.name for file in folder.iterdir()} == {"forecast.json", "baseline.safetensors", "features.jsonl", "drift.jsonl"}
     content = json.loads((folder / "forecast.json").read_text())
     assert set(content["forecast"]["domains"]) == {"near", "far"}
-    assert content["verdict"]["decision"] in ("go", "no-go", "cannot tell")
+    assert content["verdict"]["decision"] in ("go", "no-go", "not covered", "cannot tell")
+    drifted = {feature for feature, _ in last_snapshot(tmp_path)["train"]["top_features"]}
+    told = [json.loads(line)["feature"] for line in (folder / "features.jsonl").read_text().splitlines()]
+    assert len(told) == len(set(told))
+    assert set(told) >= {*content["forecast"]["features"], *drifted}
 
 
 def test_resuming_keeps_the_first_baseline(tmp_path: Path) -> None:
@@ -206,7 +215,7 @@ class StopAt(TrainerCallback):
 
 def drift_series(out: Path) -> dict[int, float]:
     snapshots = [json.loads(line)["snapshot"] for line in (out / "sts" / "drift.jsonl").read_text().splitlines()]
-    return {s["step"]: s["domains"]["near"]["relative_drift"] for s in snapshots}
+    return {s["step"]: s["domains"]["near"]["relative_drift"]["value"] for s in snapshots}
 
 
 def test_resuming_without_a_baseline_trains_on_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -219,13 +228,7 @@ def test_resuming_without_a_baseline_trains_on_and_says_so(tmp_path: Path, caplo
 
 def harmful() -> dict[str, Any]:
     """Settings under which the tiny run alarms at its second check: the budget is next to nothing."""
-    return {"protect": {"far": 1e-6}, "check_on": 1, "policy": _policy()}
-
-
-def _policy() -> Any:
-    from sts_callback import PolicyConfig
-
-    return PolicyConfig(min_drift=1e-6, n_standard_errors=0.0, patience=2)
+    return {"protect": {"far": 1e-6}, "check_on": 1, "policy": PolicyConfig(min_drift=1e-6, patience=2)}
 
 
 def alarmed_steps(out: Path) -> list[int]:
@@ -320,6 +323,12 @@ def test_settings_that_are_not_allowed_are_refused_at_once(options: dict[str, An
         made_callback(**options)
 
 
+def ill_fitting_sae() -> Any:
+    sae = rotated_sae()
+    sae.W_dec.data.neg_()
+    return sae
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -330,7 +339,23 @@ def test_settings_that_are_not_allowed_are_refused_at_once(options: dict[str, An
         ({"domains": {"near": rows(5)}}, DataError, "5 usable rows"),
         ({"domains": {"near": [{"question": "?"}] * 20}}, DataError, "columns .*question.* fit no format"),
         ({"train_data": [{"prompt": "?"}] * 20}, DataError, "prompts but no answers"),
-        ({"probes": ProbeConfig(n_queries=6, n_features=60)}, SaeError, "60 of 64"),
+        ({"probes": ProbeConfig(n_queries=8, n_features=60)}, SaeError, "60 of 64"),
+        ({"sae": ill_fitting_sae()}, CannotTell, "explained variance: .* take an SAE that was trained on this model"),
+        (
+            {"probes": ProbeConfig(n_queries=6, n_features=8)},
+            CannotTell,
+            "n_queries: near has 6; an alarm for one of 1 protected domains at alpha 0.01 takes 7. Give more rows",
+        ),
+        (
+            {"protect": ["near", "far"], "probes": ProbeConfig(n_queries=7, n_features=8)},
+            CannotTell,
+            "n_queries: near has 7, far has 7; an alarm for one of 2 protected domains at alpha 0.01 takes 8",
+        ),
+        (
+            {"domains": {"near": rows(11), "far": rows(30)}},
+            CannotTell,
+            "n_queries: near has 6; an alarm for one of 1 protected domains",
+        ),
         ({"domains": {"near": [{"prompt": "a" * 400, "completion": " b" * 300}] * 20}}, DataError, "512 positions"),
     ],
 )
@@ -342,6 +367,22 @@ def test_wrong_input_stops_the_run_before_its_first_step(
     with pytest.raises(error, match=message):
         trainer.train()
     assert norms.norms == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"probes": ProbeConfig(n_queries=7, n_features=8)},
+        {"probes": ProbeConfig(n_queries=6, n_features=8), "policy": PolicyConfig(alpha=0.02)},
+        {"probes": ProbeConfig(n_queries=4, n_features=8), "protect": []},
+        {"domains": {"near": rows(20), "far": rows(9)}},  # only protected domains raise alarms
+    ],
+)
+def test_as_many_queries_as_an_alarm_takes_are_enough(options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = made_trainer("sft", tmp_path, [made_callback(**options)], max_steps=1, eval_strategy="no")
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert checked_steps(tmp_path) == [1]
 
 
 def test_a_trainer_without_data_or_tokenizer_is_told_what_to_give(tmp_path: Path) -> None:
@@ -361,4 +402,4 @@ def test_scores_say_that_the_like_domain_moves_more(tmp_path: Path) -> None:
     made_trainer("sft", tmp_path, [callback]).train()
     assert callback.forecast is not None
     near, far = (callback.forecast.domains[name] for name in ("near", "far"))
-    assert all(math.isfinite(d.sts_cross) and 0 < d.sts_cross < 1 for d in (near, far))
+    assert all(math.isfinite(d.sts_cross.value) and 0 < d.sts_cross.value < 1 for d in (near, far))

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT, main
-from sts_callback.records import Forecast, Verdict
-from tiny import rows, saved_sae, tiny_model, tiny_tokenizer
+from sts_callback.records import Check, Forecast, Verdict
+from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, subject in (("train", "sums"), ("poems", "poems")):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows(30, subject)))
     saved_sae(folder / "narrow", d_in=16)
+    noise = rotated_sae()
+    for parameter in (noise.W_enc, noise.W_dec):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    noise.save_model(folder / "noise")
     return folder
 
 
-def command(files: Path, *more: str) -> list[str]:
+def command(files: Path, *more: str, name: str = "forecast") -> list[str]:
     options = {"--model": files / "model", "--sae": files / "sae", "--train": files / "train.jsonl"}
     flat = [str(part) for pair in options.items() for part in pair]
-    return ["forecast", *flat, "--domain", f"poems={files / 'poems.jsonl'}", "--n-queries", "6", "--n-features", "8", *more]
+    return [name, *flat, "--domain", f"poems={files / 'poems.jsonl'}", "--n-queries", "6", "--n-features", "8", *more]
 
 
 def test_a_forecast_is_a_table_that_fits_a_terminal(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,8 +50,80 @@ def test_json_can_be_read_back_and_agrees_with_the_exit_code(files: Path, capsys
     content = json.loads(capsys.readouterr().out)
     forecast = Forecast.from_json(json.dumps(content["forecast"]))
     verdict = Verdict.from_json(json.dumps(content["verdict"]))
-    assert set(forecast.domains) == {"poems"}
-    assert code == {"go": GO, "no-go": NO_GO, "cannot tell": CANNOT_TELL}[verdict.decision]
+    assert set(forecast.domains) == set(verdict.reasons) == {"poems"}
+    assert code == {"go": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}[verdict.decision]
+
+
+def test_features_can_be_shown_in_words(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for more in ((), ("--words",)):
+        assert main(command(files, "--protect", "poems", *more)) in (GO, CANNOT_TELL, NO_GO)
+        shown.append(capsys.readouterr().out)
+    assert [len(re.findall(r"^feature \d+, ", text, re.MULTILINE)) > 0 for text in shown] == [False, True]
+    assert max(map(len, shown[1].splitlines())) <= 80
+
+
+def test_the_number_of_draws_can_be_chosen(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for n_draws, made in (("2", 2), ("8", 3)):  # a group has two of the six queries at least
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sts_callback.monitor.Monitor.examine", lambda monitor, policy, seen=seen: seen.append(monitor) or ())
+            assert main(command(files, "--n-draws", n_draws, name="doctor")) == GO
+        assert len(seen[0].train.draws) == made
+    capsys.readouterr()
+
+
+def test_the_doctor_passes_what_can_be_answered(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(files, "--protect", "poems", "--n-queries", "8", name="doctor")) == GO
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    for name in ("explained variance", "layer", "noise floor", "alarm power", "cost"):
+        assert re.search(rf"^{name} +pass ", shown, re.MULTILINE), shown
+    assert "Verdict" not in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "refused", "remedy"),
+    [
+        (("--n-queries", "6"), "alarm power", "more rows, raise n_queries"),
+        (("--n-queries", "8", "--sae", "noise"), "explained variance", "SAE that was trained on this model"),
+    ],
+)
+def test_the_doctor_refuses_with_a_remedy(
+    change: tuple[str, ...], refused: str, remedy: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = command(files, "--protect", "poems", *(str(files / "noise") if part == "noise" else part for part in change))
+    assert main(["doctor", *argv[1:]]) == CANNOT_TELL
+    flat = " ".join(capsys.readouterr().out.split())
+    assert f"{refused} refuse " in flat
+    assert remedy in flat
+
+
+@pytest.mark.parametrize(("sae", "code"), [("sae", GO), ("noise", CANNOT_TELL)])
+def test_the_doctor_writes_json_lines_that_can_be_read_back(
+    sae: str, code: int, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = command(files, "--protect", "poems", "--n-queries", "8", "--sae", str(files / sae), "--json", name="doctor")
+    assert main(argv) == code
+    checks = [Check.from_json(line) for line in capsys.readouterr().out.splitlines()]
+    assert len({check.name for check in checks}) == len(checks) > 4
+    assert any(check.status == "refuse" for check in checks) == (code == CANNOT_TELL)
+
+
+@pytest.mark.parametrize(("statuses", "expected"), [(("pass", "warn"), GO), (("refuse", "pass"), CANNOT_TELL), ((), GO)])
+def test_only_a_refusal_has_an_exit_code_of_its_own(
+    statuses: tuple[str, ...], expected: int, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = tuple(Check("x", status, "", "") for status in statuses)  # type: ignore[arg-type]
+    monkeypatch.setattr("sts_callback.monitor.Monitor.examine", lambda monitor, policy: checks)
+    assert main(command(files, name="doctor")) == expected
+
+
+def test_a_forecast_with_a_wrong_sae_cannot_tell_and_shows_no_numbers(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(files, "--sae", str(files / "noise"))) == CANNOT_TELL
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(r"^sts-callback: explained variance: none: it leaves .* take an SAE", captured.err, re.MULTILINE)
 
 
 def test_a_shipped_domain_can_be_protected_by_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +131,9 @@ def test_a_shipped_domain_can_be_protected_by_name(files: Path, capsys: pytest.C
     assert "law" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("decision", "expected"), [("go", 0), ("no-go", 3), ("cannot tell", 4)])
+@pytest.mark.parametrize(
+    ("decision", "expected"), [("go", 0), ("watch", 0), ("no-go", 3), ("not covered", 4), ("cannot tell", 4)]
+)
 def test_each_decision_has_its_exit_code(decision: str, expected: int, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = Verdict(decision, (), {}, 0)  # type: ignore[arg-type]
     monkeypatch.setattr("sts_callback.policy.judge_forecast", lambda forecast, policy: verdict)
@@ -74,12 +153,14 @@ def test_each_decision_has_its_exit_code(decision: str, expected: int, files: Pa
         (["--model", "nowhere/at-all"], "--model: nowhere/at-all cannot be loaded"),
         (["--train", "nowhere.jsonl"], "train_data: there is no file"),
         (["--n-features", "60"], "60 of 64 features"),
+        (["--n-draws", "1"], "n_draws: got 1; allowed is 2 or more"),
     ],
 )
+@pytest.mark.parametrize("name", ["forecast", "doctor"])
 def test_wrong_input_is_named_with_its_remedy(
-    change: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
+    name: str, change: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(files, *change)) == WRONG_INPUT
+    assert main(command(files, *change, name=name)) == WRONG_INPUT
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert "Traceback" not in error
@@ -96,7 +177,7 @@ def test_a_bug_of_ours_is_told_apart(files: Path, monkeypatch: pytest.MonkeyPatc
     assert "bug of ours" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["forecast", "--help"], ["saes", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["doctor", "--help"], ["forecast", "--help"], ["saes", "--help"]])
 def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == GO
     assert "usage: sts-callback" in capsys.readouterr().out

@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"metrics", "model", "report"}
 FACES = {"callback", "cli"}
-TORCH_FREE = {"errors", "config", "records", "policy"}
-HEAVY = {"torch", "transformers", "sae_lens", "trl"}
+TORCH_FREE = {"errors", "config", "records", "policy", "runlog", "terminal"}
+HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 
 
 class Import(NamedTuple):

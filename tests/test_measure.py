@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -14,28 +14,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, Transcoder, TranscoderConfig
 from torch import nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from sts_callback import measure
-from sts_callback.config import ProbeConfig
+from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell, ConfigError, ModelError, SaeError
-from sts_callback.measure import BARE, Context, Gauge, Reading
+from sts_callback.measure import BARE, Context, Gauge
+from sts_callback.metrics.sketch import WIDTH, sketch
 from sts_callback.model.capture import undisturbed
 from sts_callback.model.encoder import SaeEncoder, load_encoder
-from sts_callback.model.probes import ProbeSet, Query
+from sts_callback.model.probes import ProbeSet, Query, neutral_tokens
 from sts_callback.monitor import Monitor
-from sts_callback.records import DomainDrift, DriftSnapshot, Forecast
+from sts_callback.readings import DriftReading, Reading
+from sts_callback.records import DomainDrift, DriftSnapshot, Estimate, Forecast
+from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, set_baseline
 from tiny import ARCHITECTURES, rotated_sae, rows, tiny_model, tiny_tokenizer
 
 LAYER, BOS = 2, (1,)
-OWN, TAUGHT = "own", "taught"
 KINDS = ("standard", "jumprelu", "topk")
-# A multiple so small that ordinary tokens of these random models are masked too, and a few batches per set.
-CONFIG = ProbeConfig(n_queries=6, n_features=8, n_domain_demonstrations=3, max_norm_multiple=1.3, batch_tokens=150)
+# A multiple so small that ordinary tokens of these random models are masked too, a few batches per set, and groups of
+# unlike size: 3, 2 and 2 queries.
+CONFIG = ProbeConfig(n_queries=7, n_features=8, n_domain_demonstrations=3, max_norm_multiple=1.3, batch_tokens=150)
 TRAIN_ROWS, DOMAIN_ROWS = rows(20, "sums"), rows(20, "far away poems", seed=40)
 Array = np.ndarray[Any, Any]
+Tokens = tuple[int, ...]
 
 
 def config_of(architecture: str) -> ProbeConfig:
@@ -46,6 +50,15 @@ def config_of(architecture: str) -> ProbeConfig:
 def made_monitor(model: nn.Module, sae: Any, config: ProbeConfig = CONFIG, **options: Any) -> Monitor:
     given = {"sae": sae, "train_data": TRAIN_ROWS, "domains": {"poems": DOMAIN_ROWS}, "config": config, "progress": False}
     return Monitor(model, tiny_tokenizer(), **{**given, **options})
+
+
+def made_sae(kind: str) -> SAE[Any]:
+    """One that fits: a TopK with room for most of the 32 features that a rotation activates."""
+    sae = rotated_sae(kind=kind)
+    if kind == "topk":
+        sae.cfg.k = 27
+        sae.activation_fn = sae.get_activation_fn()
+    return sae
 
 
 def made_encoder(sae: SAE[Any]) -> SaeEncoder:
@@ -59,11 +72,24 @@ def probe_sets(config: ProbeConfig = CONFIG) -> tuple[ProbeSet, ProbeSet]:
     return monitor.train, monitor.domains["poems"]
 
 
-def contexts(train: ProbeSet, domain: ProbeSet) -> dict[str, Context]:
+def in_front(*names: str) -> dict[str, list[Tokens]]:
+    """What stands before the domain's queries, for each group or for all of them."""
+    train, domain = probe_sets()
+    n_neutral = sum(map(len, train.draws)) // len(train.draws)
+    everything = {
+        BARE: [BOS],
+        TAUGHT: [BOS + draw for draw in train.draws],
+        NEUTRAL: [BOS + neutral_tokens(tiny_tokenizer(), n_neutral)],
+        OWN: [BOS + draw for draw in domain.draws],
+    }
+    return {name: everything[name] for name in names or everything}
+
+
+def contexts(gauge: Gauge, tokens: Mapping[str, Sequence[Tokens]] | None = None) -> dict[str, list[Context]]:
     return {
-        BARE: Context(BOS, with_answers=True),
-        TAUGHT: Context(BOS + train.demonstrations, with_answers=True),
-        OWN: Context(BOS + domain.demonstrations, with_answers=False),
+        name: [gauge.context(one, with_answers=name != OWN) for one in draws]
+        for name, draws in (in_front() if tokens is None else tokens).items()
+        if name != BARE
     }
 
 
@@ -80,7 +106,7 @@ class Alone:
     """Of its answer, in nats."""
 
 
-def run_alone(model: PreTrainedModel, prefix: tuple[int, ...], query: Query) -> Alone:
+def run_alone(model: PreTrainedModel, prefix: Tokens, query: Query) -> Alone:
     tokens = prefix + query.tokens
     with torch.no_grad():
         out = model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
@@ -101,6 +127,17 @@ def features(sae: SAE[Any], x: Array) -> Array:
     return np.maximum(pre, 0)
 
 
+def left(sae: SAE[Any], x: Array) -> Array:
+    return x - features(sae, x) @ sae.W_dec.detach().double().numpy() - sae.b_dec.detach().double().numpy()
+
+
+@dataclass(frozen=True)
+class NumpyShift:
+    features: Array
+    raw: Array
+    unseen: Array
+
+
 @dataclass(frozen=True)
 class Sums:
     """Sums per query by the second computation."""
@@ -109,47 +146,67 @@ class Sums:
     n_masked: int
     activity: Array
     energy: Array
-    shift: dict[str, Array]
+    raw: Array
+    raw_energy: Array
+    shifts: dict[str, NumpyShift]
     nll: dict[str, Array]
     kept: list[Array]
     """Per query, which tokens count."""
-    acts: list[Array]
-    """Per query, features without context of the tokens that count."""
+    x: list[Array]
+    """Per query, activations without context of the tokens that count."""
 
 
 def lower_median(values: Array) -> float:
     return float(np.sort(values)[(len(values) - 1) // 2])
 
 
+def calibration_sample(model: PreTrainedModel, sets: tuple[ProbeSet, ...]) -> Array:
+    """Tokens of the first four queries of each set, with BOS alone in front."""
+    return np.concatenate([run_alone(model, BOS, q).x for s in sets for q in s.queries[:4]])
+
+
 def numpy_median_norm(model: PreTrainedModel, sets: tuple[ProbeSet, ...]) -> float:
-    """Over the tokens of the first four queries of each set, with BOS alone in front."""
-    found = [run_alone(model, BOS, q).x for s in sets for q in s.queries[:4]]
-    return lower_median(np.linalg.norm(np.concatenate(found), axis=1))
+    return lower_median(np.linalg.norm(calibration_sample(model, sets), axis=1))
+
+
+def summed(per_query: list[Array]) -> Array:
+    return np.stack([one.sum(axis=0) for one in per_query])
 
 
 def numpy_sums(
-    model: PreTrainedModel, sae: SAE[Any], probes: ProbeSet, prefixes: dict[str, tuple[int, ...]], limit: float
+    model: PreTrainedModel, sae: SAE[Any], probes: ProbeSet, prefixes: Mapping[str, Sequence[Tokens]], limit: float
 ) -> Sums:
-    found = {name: [run_alone(model, prefix, q) for q in probes.queries] for name, prefix in prefixes.items()}
+    found = {
+        name: [run_alone(model, draws[i % len(probes.draws) % len(draws)], q) for i, q in enumerate(probes.queries)]
+        for name, draws in prefixes.items()
+    }
     kept = []
     for per_context in zip(*found.values(), strict=True):
         norms = np.stack([np.linalg.norm(one.x, axis=1) for one in per_context])
         assert (np.abs(norms / limit - 1) > 1e-5).all()  # no token so close to the limit that rounding decides
         kept.append((norms < limit).all(axis=0))
-    h = {name: [features(sae, one.x[k]) for one, k in zip(alone, kept, strict=True)] for name, alone in found.items()}
+    x = {name: [one.x[k] for one, k in zip(alone, kept, strict=True)] for name, alone in found.items()}
+    bare = x[BARE]
     return Sums(
         n_tokens=np.array([k.sum() for k in kept]),
         n_masked=int(sum((~k).sum() for k in kept)),
-        activity=np.stack([one.sum(0) for one in h[BARE]]),
-        energy=np.array([(one**2).sum() for one in h[BARE]]),
-        shift={
-            name: np.stack([((a - b) ** 2).sum(0) for a, b in zip(acts, h[BARE], strict=True)])
-            for name, acts in h.items()
-            if name != BARE
-        },
+        activity=summed([features(sae, one) for one in bare]),
+        energy=np.array([(features(sae, one) ** 2).sum() for one in bare]),
+        raw=summed(bare),
+        raw_energy=np.array([(one**2).sum() for one in bare]),
+        shifts={name: numpy_shift(sae, there, bare) for name, there in x.items() if name != BARE},
         nll={name: np.array([one.nll for one in alone]) for name, alone in found.items()},
         kept=kept,
-        acts=h[BARE],
+        x=bare,
+    )
+
+
+def numpy_shift(sae: SAE[Any], there: list[Array], here: list[Array]) -> NumpyShift:
+    pairs = list(zip(there, here, strict=True))
+    return NumpyShift(
+        summed([(features(sae, a) - features(sae, b)) ** 2 for a, b in pairs]),
+        np.array([((a - b) ** 2).sum() for a, b in pairs]),
+        np.array([((left(sae, a) - left(sae, b)) ** 2).sum() for a, b in pairs]),
     )
 
 
@@ -157,14 +214,12 @@ def numpy_sums(
 def expected(architecture: str, kind: str) -> tuple[Sums, Sums, float]:
     """Of training data and domain; and the median norm."""
     train, domain = probe_sets()
-    model, sae = tiny_model(architecture), rotated_sae(kind=kind)
+    model, sae = tiny_model(architecture), made_sae(kind)
     median = numpy_median_norm(model, (train, domain))
-    prefixes = {name: context.tokens for name, context in contexts(train, domain).items()}
     limit = config_of(architecture).max_norm_multiple * median
-    own = prefixes.pop(OWN)
     return (
-        numpy_sums(model, sae, train, prefixes, limit),
-        numpy_sums(model, sae, domain, {**prefixes, OWN: own}, limit),
+        numpy_sums(model, sae, train, in_front(BARE, TAUGHT, NEUTRAL), limit),
+        numpy_sums(model, sae, domain, in_front(), limit),
         median,
     )
 
@@ -175,139 +230,147 @@ def top(mean_shift: Array, n: int) -> set[int]:
     return set(order[:n].tolist())
 
 
-def assert_close(found: Any, wanted: Any, rtol: float = 1e-4) -> None:
+def assert_close(found: Any, wanted: Any, rtol: float = 1e-4, scale: float | None = None) -> None:
+    """Close against the largest number, or against a given scale where all may be next to nothing."""
     found, wanted = np.asarray(found, dtype=float), np.asarray(wanted, dtype=float)
     assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, rtol=rtol, atol=rtol * np.abs(wanted).max())
+    np.testing.assert_allclose(found, wanted, rtol=rtol, atol=rtol * (np.abs(wanted).max() if scale is None else scale))
+
+
+def assert_same_shift(found: Any, wanted: Any, rtol: float = 1e-4) -> None:
+    assert_close(found.features, wanted.features, rtol)
+    assert_close(found.raw, wanted.raw, rtol)
+    assert_close(found.unseen, wanted.unseen, rtol, scale=float(np.abs(np.asarray(wanted.raw)).max()))
 
 
 # Readings
 
 
 @contextmanager
-def gauge_of(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> Iterator[Gauge]:
+def gauge_of(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> Iterator[tuple[Gauge, Context]]:
+    """With the context of BOS alone."""
     with undisturbed(model):
         gauge = Gauge(model, made_encoder(sae), config)
-        gauge.calibrate(probe_sets(), BOS)
-        yield gauge
+        bare = gauge.context(BOS, with_answers=True)
+        gauge.calibrate(probe_sets(), bare)
+        yield gauge, bare
 
 
 def read_domain(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> Reading:
-    train, domain = probe_sets()
-    with gauge_of(model, sae, config) as gauge:
-        return gauge.read(domain, contexts(train, domain))
+    with gauge_of(model, sae, config) as (gauge, bare):
+        return gauge.read(probe_sets()[1], bare, contexts(gauge))
+
+
+def test_groups_of_unlike_size_are_measured() -> None:
+    for probes in probe_sets():
+        assert [sum(probes.group(i) == group for i in range(7)) for group in range(3)] == [3, 2, 2]
+        assert len(set(probes.draws)) == len(probes.draws) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sums_are_those_of_numpy(architecture: str, kind: str) -> None:
     _, wanted, median = expected(architecture, kind)
-    train, domain = probe_sets()
-    with gauge_of(tiny_model(architecture), rotated_sae(kind=kind), config_of(architecture)) as gauge:
-        found = gauge.read(domain, contexts(train, domain))
+    _, domain = probe_sets()
+    with gauge_of(tiny_model(architecture), made_sae(kind), config_of(architecture)) as (gauge, bare):
+        found = gauge.read(domain, bare, contexts(gauge))
         assert gauge.reference.median_norm == pytest.approx(median, rel=1e-5)
     assert found.n_tokens.tolist() == wanted.n_tokens.tolist()
     assert found.n_masked == wanted.n_masked
     assert 0 < found.n_masked < found.counted.numel() / 2
-    assert int(found.counted.sum()) == wanted.n_tokens.sum()
-    assert_close(found.activity, wanted.activity)
-    assert_close(found.energy, wanted.energy)
-    assert set(found.shift) == {TAUGHT, OWN}
-    for name, shift in found.shift.items():
-        assert_close(shift, wanted.shift[name])
-    assert set(found.nll) == {BARE, TAUGHT}  # not asked for with the domain's own demonstrations
+    assert found.counted.tolist() == np.concatenate(wanted.kept).tolist()
+    for name in ("activity", "energy", "raw", "raw_energy"):
+        assert_close(getattr(found, name), getattr(wanted, name))
+    assert set(found.shifts) == {TAUGHT, NEUTRAL, OWN}
+    for name, shift in found.shifts.items():
+        assert_same_shift(shift, wanted.shifts[name])
+    assert set(found.nll) == {BARE, TAUGHT, NEUTRAL}  # not asked for with the domain's own demonstrations
     for name, nll in found.nll.items():
         assert_close(nll, wanted.nll[name])
     assert found.n_answer.tolist() == [len(q.answer) for q in domain.queries]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_are_those_of_numpy(architecture: str, kind: str) -> None:
-    train, domain, median = expected(architecture, kind)
-    found = made_monitor(tiny_model(architecture), rotated_sae(kind=kind), config_of(architecture)).forecast()
-    mean = {
-        (s, name): one.shift[name].sum(0) / one.n_tokens.sum()
-        for s, one, names in (("train", train, [TAUGHT]), ("poems", domain, [TAUGHT, OWN]))
-        for name in names
-    }
-    shifted = top(mean["train", TAUGHT], 8)
-    j = sorted(shifted)
-    assert set(found.features) == shifted
-    assert list(mean["train", TAUGHT][list(found.features)]) == sorted(mean["train", TAUGHT][j], reverse=True)
-    assert found.features_share == pytest.approx(mean["train", TAUGHT][j].sum() / mean["train", TAUGHT].sum(), rel=1e-4)
-    assert found.median_norm == pytest.approx(median, rel=1e-5)
-    for record, one, own, taught in (
-        (found.train, train, mean["train", TAUGHT], mean["train", TAUGHT]),
-        (found.domains["poems"], domain, mean["poems", OWN], mean["poems", TAUGHT]),
-    ):
-        n_answer = sum(len(q.answer) for q in probe_sets()[record.name == "poems"].queries)
-        assert record.sts_act == pytest.approx((one.activity.sum(0) / one.n_tokens.sum())[j].sum(), rel=1e-4)
-        assert record.sts_icl == pytest.approx(own[j].sum(), rel=1e-4)
-        assert record.sts_rel == pytest.approx(own[j].sum() / own.sum(), rel=1e-4)
-        assert record.sts_cross == pytest.approx(taught[j].sum() / taught.sum(), rel=1e-4)
-        assert record.relative_shift == pytest.approx(taught.sum() / (one.energy.sum() / one.n_tokens.sum()), rel=1e-4)
-        assert record.nll == pytest.approx(one.nll[BARE].sum() / n_answer, rel=1e-4)
-        assert record.nll_change == pytest.approx((one.nll[TAUGHT] - one.nll[BARE]).sum() / n_answer, rel=1e-3, abs=1e-5)
-        assert (record.n_queries, record.n_tokens, record.n_masked) == (6, one.n_tokens.sum(), one.n_masked)
-        assert record.n_answer_tokens == n_answer
-
-
-def test_kept_activations_are_those_of_numpy() -> None:
-    _, wanted, _ = expected("llama", "topk")
-    found = read_domain(tiny_model(), rotated_sae(kind="topk"), replace(CONFIG, batch_tokens=1))  # one query a batch
+def test_every_group_is_read_behind_its_own_demonstrations() -> None:
+    _, wanted, _ = expected("llama", "standard")
     _, domain = probe_sets()
-    visited = sorted(range(6), key=lambda i: len(domain.queries[i].tokens))
-    dense = found.acts.dense(0, len(found.acts.n_active), 64, torch.device("cpu"))
-    assert_close(dense, np.concatenate([wanted.acts[i] for i in visited]))
-    assert found.counted.tolist() == np.concatenate([wanted.kept[i] for i in visited]).tolist()
-    assert found.acts.n_active.max() <= 16  # k
+    with gauge_of(tiny_model(), rotated_sae()) as (gauge, bare):
+        turned = in_front(TAUGHT)[TAUGHT][1:] + in_front(TAUGHT)[TAUGHT][:1]
+        found = gauge.read(domain, bare, contexts(gauge, in_front() | {TAUGHT: turned}))
+    apart = np.abs(found.nll[TAUGHT].numpy() - wanted.nll[TAUGHT])
+    assert (apart > 1e-3).all()
+    assert_close(found.nll[NEUTRAL], wanted.nll[NEUTRAL])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_tokens", [1, 150])
+def test_what_is_kept_of_step_zero_is_that_of_numpy_in_the_order_of_queries(kind: str, batch_tokens: int) -> None:
+    _, wanted, _ = expected("llama", kind)
+    sae = made_sae(kind)
+    found = read_domain(tiny_model(), sae, replace(CONFIG, batch_tokens=batch_tokens))
+    x = np.concatenate(wanted.x)
+    assert found.counted.tolist() == np.concatenate(wanted.kept).tolist()
+    assert_close(found.acts.dense(0, len(x), 64, torch.device("cpu")), features(sae, x))
+    assert found.acts.n_active.max() <= (27 if kind == "topk" else 32)
+    projection = sketch(torch.eye(32)).double().numpy()
+    assert found.sketches.shape == (len(x), 2, WIDTH)
+    assert_close(found.sketches[:, 0], x @ projection)
+    assert_close(found.sketches[:, 1], left(sae, x) @ projection, scale=float(np.abs(x @ projection).max()))
+
+
+def assert_same_reading(parts: Reading, whole: Reading) -> None:
+    assert parts.n_tokens.tolist() == whole.n_tokens.tolist()
+    assert parts.n_masked == whole.n_masked
+    assert torch.equal(parts.counted, whole.counted)
+    for name in ("activity", "energy", "raw", "raw_energy"):
+        assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5)
+    for name in (TAUGHT, NEUTRAL, OWN):
+        assert_same_shift(parts.shifts[name], whole.shifts[name])
+    for name in (BARE, TAUGHT, NEUTRAL):
+        assert_close(parts.nll[name], whole.nll[name], rtol=1e-5)
+    assert_close(parts.sketches, whole.sketches, rtol=1e-5)
+    dense = [one.acts.dense(0, len(one.acts.n_active), 64, torch.device("cpu")) for one in (parts, whole)]
+    assert_close(*dense, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
 def test_streamed_sums_are_those_of_one_batch(batch_tokens: int, kind: str) -> None:
-    whole = read_domain(tiny_model(), rotated_sae(kind=kind))
-    parts = read_domain(tiny_model(), rotated_sae(kind=kind), replace(CONFIG, batch_tokens=batch_tokens))
-    assert parts.n_tokens.tolist() == whole.n_tokens.tolist()
-    assert parts.n_masked == whole.n_masked
-    assert_close(parts.activity, whole.activity, rtol=1e-5)
-    assert_close(parts.energy, whole.energy, rtol=1e-5)
-    for name in (TAUGHT, OWN):
-        assert_close(parts.shift[name], whole.shift[name], rtol=1e-4)
-    for name in (BARE, TAUGHT):
-        assert_close(parts.nll[name], whole.nll[name], rtol=1e-5)
+    whole = read_domain(tiny_model(), made_sae(kind))
+    assert_same_reading(read_domain(tiny_model(), made_sae(kind), replace(CONFIG, batch_tokens=batch_tokens)), whole)
 
 
 @pytest.mark.parametrize("n_tokens_at_once", [0, 1, 7])
 def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n_tokens_at_once: int) -> None:
     whole = read_domain(tiny_model(), rotated_sae())
     sizes: list[int] = []
-    encode = SaeEncoder.encode
+    encode = SAE_CLASS.encode
 
-    def counted_encode(self: SaeEncoder, x: torch.Tensor) -> torch.Tensor:
+    def counted_encode(self: SAE[Any], x: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
         return encode(self, x)
 
-    monkeypatch.setattr(SaeEncoder, "encode", counted_encode)
+    monkeypatch.setattr(SAE_CLASS, "encode", counted_encode)
     monkeypatch.setattr(measure, "_CHUNK_ELEMENTS", 64 * n_tokens_at_once)
     parts = read_domain(tiny_model(), rotated_sae())
     assert max(sizes) == max(1, n_tokens_at_once)
-    assert_close(parts.activity, whole.activity, rtol=1e-5)
-    for name in (TAUGHT, OWN):
-        assert_close(parts.shift[name], whole.shift[name], rtol=1e-5)
-    assert torch.equal(parts.acts.n_active, whole.acts.n_active)
-    assert_close(parts.acts.values, whole.acts.values, rtol=1e-5)
+    assert_same_reading(parts, whole)
 
 
-def test_progress_is_told_of_every_query() -> None:
-    train, domain = probe_sets()
+SAE_CLASS = type(rotated_sae())
+
+
+def test_progress_is_told_of_every_query_once_a_context() -> None:
+    _, domain = probe_sets()
     done: list[int] = []
-    with gauge_of(tiny_model(), rotated_sae()) as gauge:
-        reading = gauge.read(domain, contexts(train, domain), done.append)
-        assert sum(done) == 6
-        gauge.read_drift(domain, contexts(train, domain)[BARE], reading.counted, reading.acts, done.append)
-    assert sum(done) == 12
+    with gauge_of(tiny_model(), rotated_sae()) as (gauge, bare):
+        reading = gauge.read(domain, bare, contexts(gauge), done.append)
+        assert sum(done) == 4 * 7
+        done.clear()
+        gauge.read_drift(domain, bare, reading, done.append)
+        assert sum(done) == 7
+        done.clear()
+        gauge.read_gradients(domain, bare, done.append)
+        assert sum(done) == 7
 
 
 def test_training_mode_and_dropout_do_not_enter() -> None:
@@ -319,33 +382,266 @@ def test_training_mode_and_dropout_do_not_enter() -> None:
 
 def test_bos_free_model_is_read_with_an_empty_bare_context() -> None:
     model, sae, (train, domain) = tiny_model("qwen3"), rotated_sae(), probe_sets()
-    prefixes = {BARE: (), TAUGHT: train.demonstrations}
+    prefixes = {BARE: [()], TAUGHT: list(train.draws)}
     with undisturbed(model):
         gauge = Gauge(model, made_encoder(sae), replace(CONFIG, max_norm_multiple=1e9))
-        gauge.calibrate((train, domain), ())
-        found = gauge.read(domain, {name: Context(tokens, with_answers=True) for name, tokens in prefixes.items()})
+        bare = gauge.context((), with_answers=True)
+        gauge.calibrate((train, domain), bare)
+        found = gauge.read(domain, bare, contexts(gauge, prefixes))
     wanted = numpy_sums(tiny_model("qwen3"), sae, domain, prefixes, limit=1e9)
     assert_close(found.activity, wanted.activity)
-    assert_close(found.shift[TAUGHT], wanted.shift[TAUGHT])
+    assert_same_shift(found.shifts[TAUGHT], wanted.shifts[TAUGHT])
     assert_close(found.nll[BARE], wanted.nll[BARE])
+
+
+# Forecasts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_are_those_of_numpy(architecture: str, kind: str) -> None:
+    train, domain, median = expected(architecture, kind)
+    found = made_monitor(tiny_model(architecture), made_sae(kind), config_of(architecture)).forecast()
+
+    def mean(one: Sums, name: str) -> Array:
+        return np.asarray(one.shifts[name].features.sum(0) / one.n_tokens.sum())
+
+    on_train = mean(train, TAUGHT)
+    j = sorted(top(on_train, 8))
+    assert sorted(found.features) == j
+    assert list(on_train[list(found.features)]) == sorted(on_train[j], reverse=True)
+    assert found.features_share == pytest.approx(on_train[j].sum() / on_train.sum(), rel=1e-4)
+    assert found.median_norm == pytest.approx(median, rel=1e-5)
+    assert 0 <= found.noise_floor < 1e-9
+    for record, one, own_name in ((found.train, train, TAUGHT), (found.domains["poems"], domain, OWN)):
+        own, taught, neutral = (mean(one, name) for name in (own_name, TAUGHT, NEUTRAL))
+        shift, activity = one.shifts[TAUGHT], one.activity.sum(0) / one.n_tokens.sum()
+        n_answer = sum(len(q.answer) for q in probe_sets()[record.name == "poems"].queries)
+        assert record.sts_act.value == pytest.approx(activity[j].sum(), rel=1e-4)
+        assert record.sts_icl.value == pytest.approx(own[j].sum(), rel=1e-4)
+        assert record.sts_rel.value == pytest.approx(own[j].sum() / own.sum(), rel=1e-4)
+        assert record.sts_cross.value == pytest.approx(taught[j].sum() / taught.sum(), rel=1e-4)
+        assert record.neutral_cross == pytest.approx(neutral[j].sum() / neutral.sum(), rel=1e-4)
+        assert record.relative_shift.value == pytest.approx(shift.features.sum() / one.energy.sum(), rel=1e-4)
+        assert record.raw_shift.value == pytest.approx(shift.raw.sum() / one.raw_energy.sum(), rel=1e-4)
+        assert record.unseen == pytest.approx(shift.unseen.sum() / shift.raw.sum(), rel=1e-4, abs=1e-6)
+        a, b = one.raw.sum(0), train.raw.sum(0)
+        assert record.cosine == pytest.approx((a @ b) / math.sqrt((a @ a) * (b @ b)), rel=1e-5)
+        assert record.nll.value == pytest.approx(one.nll[BARE].sum() / n_answer, rel=1e-4)
+        change = (one.nll[TAUGHT] - one.nll[NEUTRAL]).sum() / n_answer
+        assert record.nll_change.value == pytest.approx(change, rel=1e-3, abs=1e-5)
+        assert (record.n_queries, record.n_tokens, record.n_masked) == (7, one.n_tokens.sum(), one.n_masked)
+        assert record.n_answer_tokens == n_answer
+    assert (found.domains["poems"].unseen > 0.001) == (kind == "topk")
+
+
+# Features in words
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_words_are_those_around_the_strongest_places(architecture: str) -> None:
+    sums, sae = dict(zip(("train", "poems"), expected(architecture, "standard"), strict=False)), rotated_sae()
+    monitor, tokenizer = made_monitor(tiny_model(architecture), sae, config_of(architecture)), tiny_tokenizer()
+    forecast = monitor.forecast()
+    found = monitor.words()
+    assert tuple(one.feature for one in found) == forecast.features
+    assert sum(one.share for one in found) == pytest.approx(forecast.features_share, rel=1e-6)
+    for one in found:
+        for probes in probe_sets():
+            places: dict[tuple[str, str, str], list[float]] = {}
+            peaks = []
+            for q, x, kept in zip(probes.queries, sums[probes.name].x, sums[probes.name].kept, strict=True):
+                acts = features(sae, x)[:, one.feature]
+                peaks.append(acts.max())
+                for at, activation in zip(np.flatnonzero(kept).tolist(), acts.tolist(), strict=True):
+                    parts = q.query[max(0, at - 12) : at], q.query[at : at + 1], q.query[at + 1 : at + 7]
+                    before, token, after = (tokenizer.decode(list(part)) for part in parts)
+                    places.setdefault((before, token, after), []).append(activation)
+            snippets = one.snippets[probes.name]
+            assert_close([snippet.activation for snippet in snippets], sorted((p for p in peaks if p > 0), reverse=True)[:3])
+            for snippet in snippets:  # of queries that begin alike, rounding says which comes first
+                there = places[snippet.before, snippet.token, snippet.after]
+                assert min(abs(activation - snippet.activation) for activation in there) < 1e-4 * snippet.activation
+
+
+def test_words_are_the_same_after_a_resume(tmp_path: Path) -> None:
+    monitor, resumed = (made_monitor(tiny_model(), rotated_sae()) for _ in range(2))
+    forecast = monitor.forecast()
+    assert monitor.baseline is not None
+    monitor.baseline.save(tmp_path / "baseline")
+    resumed.restore(tmp_path / "baseline", forecast)
+    assert resumed.words() == monitor.words()
+    assert [one.share for one in resumed.words([(5, 0.5), (63, 0.25)])] == [0.5, 0.25]
+
+
+# Gradients
+
+
+def gradient_alone(model: PreTrainedModel, sae: SAE[Any], query: Query, limit: float) -> Array:
+    """Of the answer's NLL by each feature, over ordinary tokens of query and answer; by autograd through one whole forward."""
+    tokens, start = BOS + query.tokens, len(BOS) + len(query.query)
+    out = model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+    hidden = out.hidden_states[LAYER + 1]
+    nll = -out.logits[0].log_softmax(dim=-1)[range(start - 1, len(tokens) - 1), tokens[start:]].sum()
+    (gradient,) = torch.autograd.grad(nll, hidden)
+    x, g = (tensor[0, len(BOS) :].detach().double().numpy() for tensor in (hidden, gradient))
+    kept = np.linalg.norm(x, axis=1) < limit
+    by_feature = g @ sae.W_dec.detach().double().numpy().T
+    return np.asarray(np.where(features(sae, x) > 0, by_feature, 0)[kept].sum(axis=0))
+
+
+@cache
+def expected_gradients(architecture: str, kind: str) -> tuple[Array, Array]:
+    """Of training data and domain, `(n_queries, d_sae)`."""
+    model, sae, limit = tiny_model(architecture), made_sae(kind), config_of(architecture).max_norm_multiple
+    limit *= numpy_median_norm(model, probe_sets())
+    train, domain = (np.stack([gradient_alone(model, sae, q, limit) for q in s.queries]) for s in probe_sets())
+    unmasked = np.stack([gradient_alone(model, sae, q, 1e9) for q in probe_sets()[1].queries])
+    assert np.abs(unmasked - domain).max() > 0.003 * np.abs(domain).max()  # some tokens are left out, and that shows
+    return train, domain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_are_those_of_whole_forwards(architecture: str, kind: str) -> None:
+    for probes, wanted in zip(probe_sets(), expected_gradients(architecture, kind), strict=True):
+        with gauge_of(tiny_model(architecture), made_sae(kind), config_of(architecture)) as (gauge, bare):
+            assert gauge.can_read_gradients
+            assert_close(gauge.read_gradients(probes, bare), wanted, rtol=2e-4)
+
+
+def test_gradients_are_finite_differences() -> None:
+    """GPT-2, whose norms are in the model's own dtype, so that steps may be small."""
+    model, sae, (_, domain) = tiny_model("gpt2").double(), rotated_sae(), probe_sets()
+    with gauge_of(tiny_model("gpt2"), sae, replace(CONFIG, max_norm_multiple=1e9)) as (gauge, bare):
+        found = gauge.read_gradients(domain, bare)
+    decoder = sae.W_dec.detach().double()
+
+    def nll(query: Query, step: float, feature: int) -> float:
+        def more(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            active = torch.from_numpy(features(sae, output[0].numpy())[:, feature] > 0)
+            active[: len(BOS)] = False
+            return output + step * active[:, None] * decoder[feature]
+
+        handle = model.transformer.h[LAYER].register_forward_hook(more)
+        loss = run_alone(model, BOS, query).nll
+        handle.remove()
+        return loss
+
+    for i in (0, 6):
+        for feature in np.argsort(-np.abs(found[i].numpy()))[[0, 5, 20]].tolist():
+            difference = (nll(domain.queries[i], 1e-5, feature) - nll(domain.queries[i], -1e-5, feature)) / 2e-5
+            assert float(found[i, feature]) == pytest.approx(difference, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
+def test_streamed_gradients_are_those_of_one_batch(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(config: ProbeConfig) -> torch.Tensor:
+        with gauge_of(tiny_model(), rotated_sae(), config) as (gauge, bare):
+            return gauge.read_gradients(probe_sets()[1], bare)
+
+    whole = read(CONFIG)
+    monkeypatch.setattr(measure, "_CHUNK_ELEMENTS", 64 * 7)
+    assert_close(read(replace(CONFIG, batch_tokens=batch_tokens)), whole)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_expected_change_by_gradients_is_that_of_numpy(architecture: str) -> None:
+    train, domain = expected_gradients(architecture, "standard")
+    found = made_monitor(tiny_model(architecture), rotated_sae(), config_of(architecture)).forecast()
+    n_train, n_domain = (sum(len(q.answer) for q in s.queries) for s in probe_sets())
+    products = [train[i] @ train[k] for i in range(7) for k in range(7) if i != k]
+    fall = np.mean(products) * 7**2 / n_train**2  # of the training data's NLL a token, by a step of one along its gradient
+    assert fall > 0
+    for record, gradients, n in ((found.train, train, n_train), (found.domains["poems"], domain, n_domain)):
+        change = -(gradients.sum(0) / n) @ (train.sum(0) / n_train) / fall
+        assert record.gradient_change.value == pytest.approx(change, rel=1e-3)
+    assert found.train.gradient_change.value < -0.9  # its own NLL falls by a nat, give or take the noise of 7 queries
+
+
+def transcoder() -> SAE[Any]:
+    made: SAE[Any] = Transcoder(TranscoderConfig(d_in=32, d_out=32, d_sae=64, apply_b_dec_to_input=False))
+    made.W_enc.data = rotated_sae().W_enc.data.clone()
+    made.cfg.metadata.hook_name = rotated_sae().cfg.metadata.hook_name
+    return made
+
+
+def sharded() -> nn.Module:
+    model = tiny_model()
+    next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
+    return model
+
+
+@pytest.mark.parametrize(("make", "sae"), [(tiny_model, transcoder), (sharded, rotated_sae)], ids=["transcoder", "sharded"])
+def test_where_no_gradient_can_be_had_the_forecast_does_without(make: Any, sae: Any) -> None:
+    model = make()
+    found, wanted = made_monitor(model, sae()).forecast(), made_monitor(tiny_model(), rotated_sae()).forecast()
+    for record, other in ((found.train, wanted.train), (found.domains["poems"], wanted.domains["poems"])):
+        assert math.isnan(record.gradient_change.value)
+        assert math.isfinite(other.gradient_change.value)
+        assert record.sts_cross.value == pytest.approx(other.sts_cross.value, rel=1e-4)
+        assert record.nll_change.value == pytest.approx(other.nll_change.value, rel=1e-3)
+    assert [math.isnan(x) for x in (found.unexplained, found.train.unseen)] == [sae is transcoder] * 2
 
 
 # Calibration
 
 
-def test_reference_is_that_of_numpy() -> None:
-    model, sae, sets, config = tiny_model(), rotated_sae(kind="topk"), probe_sets(), replace(CONFIG, max_norm_multiple=1.16)
-    x = np.concatenate([run_alone(tiny_model(), BOS, q).x for s in sets for q in s.queries[:4]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_and_fit_are_those_of_numpy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_CHUNK_ELEMENTS", 64 * 50)
+    model, sae, config = tiny_model(), made_sae(kind), replace(CONFIG, max_norm_multiple=1.16)
+    x = calibration_sample(tiny_model(), probe_sets())
     norms = np.linalg.norm(x, axis=1)
     ordinary = norms < config.max_norm_multiple * lower_median(norms)
-    left = x[ordinary] - features(sae, x[ordinary]) @ sae.W_dec.detach().double().numpy()
-    fvu = (left**2).sum() / ((x[ordinary] - x[ordinary].mean(0)) ** 2).sum()
-    with gauge_of(model, sae, config) as gauge:
-        assert 0 < ordinary.sum() < len(x)
-        assert gauge.reference.median_norm == pytest.approx(lower_median(norms), rel=1e-5)
-        assert gauge.reference.mean_norm == pytest.approx(norms[ordinary].mean(), rel=1e-5)
-        assert gauge.reference.unexplained == pytest.approx(fvu, rel=1e-4)
-    assert 0.01 < fvu < 1
+    acts = features(sae, x[ordinary])
+    fvu = (left(sae, x[ordinary]) ** 2).sum() / ((x[ordinary] - x[ordinary].mean(0)) ** 2).sum()
+    with undisturbed(model):
+        gauge = Gauge(model, made_encoder(sae), config)
+        fit = gauge.calibrate(probe_sets(), gauge.context(BOS, with_answers=True))
+    assert 50 < ordinary.sum() < len(x)
+    assert gauge.reference.median_norm == pytest.approx(lower_median(norms), rel=1e-5)
+    assert gauge.reference.mean_norm == pytest.approx(norms[ordinary].mean(), rel=1e-5)
+    assert gauge.layer == LAYER
+    assert fit.n_tokens == ordinary.sum()
+    assert fit.unexplained == pytest.approx(fvu, rel=1e-4, abs=1e-9)
+    assert (fvu > 0.001) == (kind == "topk")
+    assert fit.l0 == pytest.approx((acts > 0).sum(1).mean(), rel=1e-6)
+    assert fit.silent == (acts == 0).all(axis=0).mean() > 0
+    assert 0 < fit.seconds_a_token < 1
+
+
+@pytest.mark.parametrize("hook_name", ["blocks.2.hook_resid_post", "model.layers.2.output"])
+def test_fit_by_layer_is_that_of_numpy(hook_name: str) -> None:
+    model, sae, (train, _) = tiny_model(), rotated_sae(hook_name, kind="topk"), probe_sets()
+    config = replace(CONFIG, max_norm_multiple=1.16)
+    with gauge_of(tiny_model(), sae, config) as (gauge, bare):
+        found = gauge.fit_by_layer(train, bare)
+    seen: dict[int, list[Array]] = {layer: [] for layer in range(4)}
+    for layer, module in enumerate(model.model.layers):
+        module.register_forward_hook(
+            lambda module, args, output, layer=layer: seen[layer].append(output[0, len(BOS) :].double().numpy())
+        )
+    for q in train.queries[:4]:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([BOS + q.query]), use_cache=False)
+    assert set(found) == {0, 1, 2, 3}
+    for layer, outputs in seen.items():
+        x = np.concatenate(outputs)
+        norms = np.linalg.norm(x, axis=1)
+        x = x[norms < 1.16 * lower_median(norms)]
+        assert 0 < len(x) < len(norms)
+        assert found[layer] == pytest.approx((left(sae, x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
+
+
+def test_layers_without_the_site_are_left_out_of_the_fit_by_layer() -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp = nn.Identity()  # as where architectures mix kinds of layers
+    sae = rotated_sae("blocks.2.mlp.hook_post", d_in=48)
+    with undisturbed(model):
+        gauge = Gauge(model, made_encoder(sae), CONFIG)
+        found = gauge.fit_by_layer(probe_sets()[0], gauge.context(BOS, with_answers=False))
+    assert set(found) == {0, 2, 3}
 
 
 def test_sae_trained_on_scaled_activations_is_scaled_once_and_for_all(tmp_path: Path) -> None:
@@ -355,14 +651,14 @@ def test_sae_trained_on_scaled_activations_is_scaled_once_and_for_all(tmp_path: 
         return sae
 
     model = tiny_model()
-    with gauge_of(model, scaled_sae()) as gauge:
+    with gauge_of(model, scaled_sae()) as (gauge, _):
         scale = math.sqrt(32) / gauge.reference.mean_norm
     by_hand = rotated_sae(kind="jumprelu", threshold=0.5)
     by_hand.W_enc.data *= scale
     by_hand.W_dec.data /= scale
-    found = read_domain(model, scaled_sae())
-    assert_close(found.activity, read_domain(model, by_hand).activity)
+    assert_same_reading(read_domain(model, scaled_sae()), read_domain(model, by_hand))
     monitor = made_monitor(model, scaled_sae())
+    monitor.examine(PolicyConfig())
     first, again = monitor.forecast(), monitor.forecast()
     assert replace(first, seconds=0.0) == replace(again, seconds=0.0)
     assert monitor.baseline is not None
@@ -370,7 +666,7 @@ def test_sae_trained_on_scaled_activations_is_scaled_once_and_for_all(tmp_path: 
     resumed = made_monitor(tiny_model(), scaled_sae())
     for one in (resumed, monitor):
         one.restore(tmp_path / "baseline", first)
-        assert one.check(3).train.relative_drift == 0
+        assert one.check(3).train.relative_drift == STILL
 
 
 def test_sae_of_another_width_is_refused() -> None:
@@ -391,11 +687,12 @@ def silent(sae: SAE[Any]) -> SAE[Any]:
 
 
 @pytest.mark.parametrize("spoilt", [negated, silent])
-def test_sae_no_better_than_a_constant_is_refused(spoilt: Any) -> None:
-    with pytest.raises(
-        SaeError, match=r"leaves \d+\.\d\d of the variance at blocks.2.hook_resid_post unexplained, no better than a"
-    ):
-        made_monitor(tiny_model(), spoilt(rotated_sae())).forecast()
+def test_sae_that_leaves_most_of_the_variance_is_refused(spoilt: Any) -> None:
+    monitor = made_monitor(tiny_model(), spoilt(rotated_sae()))
+    with pytest.raises(CannotTell, match=r"explained variance: none: .* take an SAE that was trained on this model"):
+        monitor.forecast()
+    assert monitor.baseline is None
+    assert monitor.fit.unexplained >= 1
 
 
 @pytest.mark.parametrize("n_features", [33, 64, 100])
@@ -415,6 +712,49 @@ def test_hook_point_that_the_model_lacks_is_refused_at_set_up() -> None:
 def test_domains_are_needed_and_none_is_called_train(domains: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"domains: got .*; give at least one, and none by the name of 'train'"):
         made_monitor(tiny_model(), rotated_sae(), domains=domains)
+
+
+# Examination
+
+
+def test_examination_says_what_the_doctor_finds_and_changes_nothing() -> None:
+    model = tiny_model().train()
+    monitor = made_monitor(model, rotated_sae())
+    torch.manual_seed(2)
+    checks = {check.name: check for check in monitor.examine(PolicyConfig(budgets={"poems": 0.1}))}
+    drawn = torch.rand(1)
+    torch.manual_seed(2)
+    assert torch.equal(drawn, torch.rand(1))
+    assert list(checks) == [
+        "explained variance",
+        "layer",
+        "L0",
+        "silent features",
+        "trained on",
+        "attention sinks",
+        "noise floor",
+        "alarm power",
+        "cost",
+        "processes",
+    ]
+    assert checks["explained variance"].status == checks["layer"].status == checks["noise floor"].status == "pass"
+    assert all(m.training for m in model.modules())
+    assert monitor.baseline is None
+    untouched = made_monitor(tiny_model(), rotated_sae()).forecast()
+    assert replace(monitor.forecast(), seconds=0.0) == replace(untouched, seconds=0.0)
+
+
+def test_examination_ends_where_the_sae_does_not_fit() -> None:
+    checks = made_monitor(tiny_model(), negated(rotated_sae())).examine(PolicyConfig())
+    assert [check.status for check in checks if check.name == "explained variance"] == ["refuse"]
+    assert {check.name for check in checks} == {"explained variance", "layer", "L0", "silent features", "trained on"}
+
+
+def test_examination_refuses_probes_without_the_power_for_an_alarm() -> None:
+    policy = PolicyConfig(budgets={"poems": 0.1})
+    enough, few = (made_monitor(tiny_model(), rotated_sae(), replace(CONFIG, n_queries=n)).examine(policy) for n in (7, 6))
+    assert [check.status for check in few if check.name == "alarm power"] == ["refuse"]
+    assert [check.status for check in enough if check.name == "alarm power"] != ["refuse"]
 
 
 # Attention sinks
@@ -444,21 +784,27 @@ def n_commas(probes: ProbeSet) -> int:
 def test_sinks_are_masked_and_counted(architecture: str) -> None:
     forecast = made_monitor(model_with_sinks(architecture), rotated_sae(), replace(CONFIG, max_norm_multiple=3.0)).forecast()
     for record, probes in zip((forecast.train, forecast.domains["poems"]), probe_sets(), strict=True):
-        assert record.n_masked == n_commas(probes) == 6
-        assert record.n_tokens == sum(len(q.query) for q in probes.queries) - 6
+        assert record.n_masked == n_commas(probes) == 7
+        assert record.n_tokens == sum(len(q.query) for q in probes.queries) - 7
 
 
 def test_sinks_dominate_where_they_are_not_masked() -> None:
     masked = made_monitor(model_with_sinks(), rotated_sae(), replace(CONFIG, max_norm_multiple=3.0)).forecast()
     open_to_all = made_monitor(model_with_sinks(), rotated_sae(), replace(CONFIG, max_norm_multiple=1e9)).forecast()
     assert open_to_all.train.n_masked == 0
-    assert open_to_all.domains["poems"].sts_act > 5 * masked.domains["poems"].sts_act
-    train, domain = probe_sets()
-    with gauge_of(model_with_sinks(), rotated_sae(), replace(CONFIG, max_norm_multiple=1e9)) as gauge:
-        everything = gauge.read(domain, contexts(train, domain)).energy.sum()
-    with gauge_of(model_with_sinks(), rotated_sae(), replace(CONFIG, max_norm_multiple=3.0)) as gauge:
-        content = gauge.read(domain, contexts(train, domain)).energy.sum()
-    assert everything > 1000 * content
+    assert open_to_all.domains["poems"].sts_act.value > 3 * masked.domains["poems"].sts_act.value
+    everything = read_domain(model_with_sinks(), rotated_sae(), replace(CONFIG, max_norm_multiple=1e9))
+    content = read_domain(model_with_sinks(), rotated_sae(), replace(CONFIG, max_norm_multiple=3.0))
+    assert everything.energy.sum() > 1000 * content.energy.sum()
+    assert everything.raw_energy.sum() > 1000 * content.raw_energy.sum()
+
+
+def test_sinks_have_no_gradient() -> None:
+    model, sae, (_, domain) = model_with_sinks(), rotated_sae(), probe_sets()
+    limit = 3 * numpy_median_norm(model, probe_sets())
+    with gauge_of(model, sae, replace(CONFIG, max_norm_multiple=3.0)) as (gauge, bare):
+        found = gauge.read_gradients(domain, bare)
+    assert_close(found, np.stack([gradient_alone(model_with_sinks(), sae, q, limit) for q in domain.queries]))
 
 
 def test_token_that_is_a_sink_in_one_context_only_is_masked_in_all() -> None:
@@ -475,7 +821,8 @@ def test_token_that_is_a_sink_in_one_context_only_is_masked_in_all() -> None:
     model.model.layers[LAYER].register_forward_hook(enlarge)
     with undisturbed(model):
         gauge = Gauge(model, made_encoder(rotated_sae()), replace(CONFIG, max_norm_multiple=3.0))
-        gauge.calibrate((train, domain), BOS)
+        bare_context = gauge.context(BOS, with_answers=True)
+        gauge.calibrate((train, domain), bare_context)
         run = gauge._run
 
         def run_and_know(queries: Any, prefix: Any, **options: Any) -> Any:
@@ -483,8 +830,8 @@ def test_token_that_is_a_sink_in_one_context_only_is_masked_in_all() -> None:
             return run(queries, prefix, **options)
 
         gauge._run = run_and_know  # type: ignore[method-assign]
-        found = gauge.read(domain, contexts(train, domain))
-    assert found.n_masked == 6
+        found = gauge.read(domain, bare_context, contexts(gauge))
+    assert found.n_masked == 7
     assert found.n_tokens.tolist() == [len(q.query) - 1 for q in domain.queries]
 
 
@@ -495,13 +842,18 @@ def test_domain_of_sinks_alone_has_no_score() -> None:
         replace(CONFIG, max_norm_multiple=3.0),
         domains={"poems": DOMAIN_ROWS, "commas": [{"prompt": "," * (3 + i), "completion": " x"} for i in range(20)]},
     )
-    found = monitor.forecast().domains["commas"]
+    forecast = monitor.forecast()
+    found = forecast.domains["commas"]
     assert found.n_tokens == 0
     assert found.n_masked == sum(len(q.query) for q in monitor.domains["commas"].queries)
-    assert all(
-        math.isnan(score) for score in (found.sts_act, found.sts_icl, found.sts_rel, found.sts_cross, found.relative_shift)
-    )
-    assert math.isfinite(found.nll)
+    for score in (found.sts_act, found.sts_icl, found.sts_rel, found.sts_cross, found.relative_shift, found.raw_shift):
+        assert math.isnan(score.value)
+    assert math.isfinite(found.nll.value)
+    assert math.isfinite(forecast.domains["poems"].sts_cross.value)
+    assert Forecast.from_json(forecast.to_json()).domains["commas"].n_tokens == 0
+    drift = monitor.check(1).domains["commas"]
+    assert math.isnan(drift.relative_drift.value)
+    assert drift.nll_change.value == 0
 
 
 # Drift
@@ -516,11 +868,14 @@ def perturbed(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+STILL = Estimate(0.0, 0.0, 0.0)
+
+
 def assert_still(snapshot: DriftSnapshot) -> None:
     for record in (snapshot.train, *snapshot.domains.values()):
-        assert record.relative_drift == 0
-        assert record.nll_change == 0
-        assert record.nll_change_se == 0
+        assert record.relative_drift == record.nll_change == STILL
+        assert record.raw_drift == 0
+        assert record.p_worse == 1
         assert record.n_masked == 0
         assert record.top_features == ()
     assert snapshot.realised_features == ()
@@ -532,13 +887,13 @@ def assert_still(snapshot: DriftSnapshot) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_drift_of_unchanged_weights_is_exactly_zero(architecture: str, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_model(architecture).to(dtype)
-    monitor = made_monitor(model, rotated_sae(kind=kind), config_of(architecture))
+    monitor = made_monitor(model, made_sae(kind), config_of(architecture))
     forecast = monitor.forecast()
     assert forecast.train.n_masked > 0
     assert_still(monitor.check(0))
     assert monitor.baseline is not None
     monitor.baseline.save(tmp_path / "baseline.safetensors")
-    resumed = made_monitor(tiny_model(architecture).to(dtype), rotated_sae(kind=kind), config_of(architecture))
+    resumed = made_monitor(tiny_model(architecture).to(dtype), made_sae(kind), config_of(architecture))
     resumed.restore(tmp_path / "baseline.safetensors", Forecast.from_json(forecast.to_json()))
     assert_still(resumed.check(5))
 
@@ -554,41 +909,79 @@ def test_drift_sums_are_those_of_numpy(architecture: str, kind: str) -> None:
         return model
 
     _, domain = probe_sets()
-    model, sae, config = tiny_model(architecture), rotated_sae(kind=kind), replace(CONFIG, max_norm_multiple=3.0)
-    with gauge_of(model, sae, config) as gauge:
-        before = gauge.read(domain, {BARE: Context(BOS, with_answers=True)})
+    model, sae, config = tiny_model(architecture), made_sae(kind), replace(CONFIG, max_norm_multiple=3.0)
+    with gauge_of(model, sae, config) as (gauge, bare):
+        before = gauge.read(domain, bare, {})
         model.load_state_dict(trained().state_dict())
-        found = gauge.read_drift(domain, Context(BOS, with_answers=True), before.counted, before.acts)
+        found = gauge.read_drift(domain, gauge.context(BOS, with_answers=True), before)
     then, now = ([run_alone(m, BOS, q) for q in domain.queries] for m in (tiny_model(architecture), trained()))
     kept = [np.array(q.query) != COMMA for q in domain.queries]
-    wanted = [((features(sae, b.x[k]) - features(sae, a.x[k])) ** 2).sum(0) for a, b, k in zip(then, now, kept, strict=True)]
+    x_then, x_now = ([one.x[k] for one, k in zip(alone, kept, strict=True)] for alone in (then, now))
+    wanted = numpy_shift(sae, x_now, x_then)
     assert before.n_masked == 0
-    assert found.n_masked == n_commas(domain) == 6
+    assert found.n_masked == n_commas(domain) == 7
     assert found.n_tokens.tolist() == [k.sum() for k in kept]
-    assert_close(found.drift, np.stack(wanted))
+    assert_close(found.shift.features, wanted.features)
     assert found.nll is not None
     assert_close(found.nll, np.array([b.nll for b in now]))
-    assert (np.stack(wanted).sum(axis=1) > 0).all()
+    assert (wanted.features.sum(axis=1) > 0).all()
+    # From sketches: exactly those of the projected activations, and about those of the activations themselves.
+    projection = sketch(torch.eye(32)).double().numpy()
+    pairs = list(zip(x_now, x_then, strict=True))
+    raw = [(((a - b) @ projection) ** 2).sum() for a, b in pairs]
+    unseen = [(((left(sae, a) - left(sae, b)) @ projection) ** 2).sum() for a, b in pairs]
+    assert_close(found.shift.raw, raw)
+    assert_close(found.shift.unseen, unseen, scale=max(raw))
+    assert float(found.shift.raw.sum()) == pytest.approx(wanted.raw.sum(), rel=0.3)
+    assert float(found.shift.unseen.sum()) == pytest.approx(wanted.unseen.sum(), rel=0.3, abs=1e-4 * wanted.raw.sum())
+
+
+def read_moved(config: ProbeConfig, **options: Any) -> DriftReading:
+    _, domain = probe_sets()
+    model = tiny_model()
+    with gauge_of(model, made_sae("topk"), config) as (gauge, bare):
+        before = gauge.read(domain, bare, {})
+        perturbed(model)
+        return gauge.read_drift(domain, gauge.context(BOS, with_answers=True), before, **options)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
-def test_streamed_drift_is_that_of_one_batch(batch_tokens: int) -> None:
-    def read(config: ProbeConfig) -> measure.DriftReading:
-        _, domain = probe_sets()
-        model = tiny_model()
-        with gauge_of(model, rotated_sae(), config) as gauge:
-            before = gauge.read(domain, {BARE: Context(BOS, with_answers=True)})
-            perturbed(model)
-            return gauge.read_drift(domain, Context(BOS, with_answers=True), before.counted, before.acts)
-
+def test_streamed_drift_is_that_of_one_batch(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, max_norm_multiple=1.1)
-    parts, whole = read(replace(config, batch_tokens=batch_tokens)), read(config)
+    whole = read_moved(config)
     assert whole.n_masked > 0
-    assert parts.n_tokens.tolist() == whole.n_tokens.tolist()
-    assert parts.n_masked == whole.n_masked
-    assert_close(parts.drift, whole.drift)
-    assert parts.nll is not None and whole.nll is not None
-    assert_close(parts.nll, whole.nll)
+    monkeypatch.setattr(measure, "_CHUNK_ELEMENTS", 64 * 7)
+    for parts in (read_moved(replace(config, batch_tokens=batch_tokens)), read_moved(config, batch_tokens=batch_tokens)):
+        assert parts.n_tokens.tolist() == whole.n_tokens.tolist()
+        assert parts.n_masked == whole.n_masked
+        assert_same_shift(parts.shift, whole.shift)
+        assert parts.nll is not None and whole.nll is not None
+        assert_close(parts.nll, whole.nll)
+
+
+def test_a_baseline_is_as_good_a_step_zero_as_the_reading() -> None:
+    _, domain = probe_sets()
+    model = tiny_model()
+    with gauge_of(model, rotated_sae()) as (gauge, bare):
+        before = gauge.read(domain, bare, contexts(gauge))
+        perturbed(model)
+        now = gauge.context(BOS, with_answers=True)
+        one, other = (gauge.read_drift(domain, now, step_zero) for step_zero in (before, set_baseline(before)))
+    assert all(torch.equal(getattr(one.shift, f.name), getattr(other.shift, f.name)) for f in fields(one.shift))
+    assert float(one.shift.features.sum()) > 0
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-9), (torch.bfloat16, 1e-2)])
+def test_another_batch_layout_moves_next_to_nothing(dtype: torch.dtype, most: float) -> None:
+    _, domain = probe_sets()
+    layouts: list[int] = []
+    with gauge_of(tiny_model().to(dtype), rotated_sae()) as (gauge, bare):
+        before = gauge.read(domain, bare, {})
+        same, other = (gauge.read_drift(domain, bare, before, layouts.append, batch_tokens=tokens) for tokens in (150, 10_000))
+    assert layouts[-1] == 7 > max(layouts[:-1])
+    assert float(same.shift.features.sum()) == float(same.shift.raw.sum()) == float(same.shift.unseen.sum()) == 0
+    assert float(other.shift.features.sum()) < most * float(before.energy.sum())
+    assert float(other.shift.raw.sum()) < most * float(before.raw_energy.sum())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -601,29 +994,31 @@ def test_drift_record_is_that_of_numpy(architecture: str) -> None:
     found = monitor.check(17)
     plain, moved = tiny_model(architecture), perturbed(tiny_model(architecture))
 
-    def drift(probes: ProbeSet) -> tuple[Array, float, float]:
-        """Mean drift per feature, relative drift and change of NLL per token."""
+    def drift(probes: ProbeSet) -> tuple[Array, float, float, float]:
+        """Mean drift per feature, relative drift of features and of activations, and change of NLL per token."""
         then, now = ([run_alone(m, BOS, q) for q in probes.queries] for m in (plain, moved))
-        a, b = (features(sae, np.concatenate([one.x for one in some])) for some in (then, now))
+        x, y = (np.concatenate([one.x for one in some]) for some in (then, now))
+        a, b = features(sae, x), features(sae, y)
         n_answer = sum(len(q.answer) for q in probes.queries)
         change = sum(two.nll - one.nll for one, two in zip(then, now, strict=True)) / n_answer
-        return ((b - a) ** 2).mean(0), ((b - a) ** 2).sum() / (a**2).sum(), change
+        return ((b - a) ** 2).mean(0), ((b - a) ** 2).sum() / (a**2).sum(), ((y - x) ** 2).sum() / (x**2).sum(), change
 
     realised = top(drift(train)[0], 8)
     assert found.step == 17
     assert set(found.realised_features) == realised
     assert found.n_shared == len(realised & set(forecast.features))
     for record, probes in ((found.train, train), (found.domains["poems"], domain)):
-        mean, relative, change = drift(probes)
-        assert record.relative_drift == pytest.approx(relative, rel=1e-4)
+        mean, relative, raw, change = drift(probes)
+        assert record.relative_drift.value == pytest.approx(relative, rel=1e-4)
+        assert record.raw_drift == pytest.approx(raw, rel=0.3)  # from sketches
         assert record.share_on_forecast == pytest.approx(mean[list(forecast.features)].sum() / mean.sum(), rel=1e-4)
-        assert record.nll_change == pytest.approx(change, rel=1e-3, abs=1e-5)
+        assert record.nll_change.value == pytest.approx(change, rel=1e-3, abs=1e-5)
+        assert record.unseen < 1e-4
         assert [j for j, _ in record.top_features] == np.argsort(-mean)[:10].tolist()
         assert_close([share for _, share in record.top_features], np.sort(mean)[::-1][:10] / mean.sum())
     j = sorted(realised)
-    prefixes = {name: context.tokens for name, context in contexts(train, domain).items()}
-    step_zero = numpy_sums(plain, sae, domain, prefixes, limit=1e9)
-    own, taught = (step_zero.shift[name].sum(0) / step_zero.n_tokens.sum() for name in (OWN, TAUGHT))
+    step_zero = numpy_sums(plain, sae, domain, in_front(), limit=1e9)
+    own, taught = (step_zero.shifts[name].features.sum(0) / step_zero.n_tokens.sum() for name in (OWN, TAUGHT))
     record = found.domains["poems"]
     assert record.sts_act == pytest.approx((step_zero.activity.sum(0) / step_zero.n_tokens.sum())[j].sum(), rel=1e-4)
     assert record.sts_icl == pytest.approx(own[j].sum(), rel=1e-4)
@@ -641,8 +1036,8 @@ def test_token_that_becomes_a_sink_is_left_out_and_counted() -> None:
         model.get_input_embeddings().weight[COMMA] *= 1000
     found = monitor.check(1)
     for record, probes in zip((found.train, found.domains["poems"]), probe_sets(), strict=True):
-        assert record.n_masked == 6
-        assert record.n_tokens == sum(len(q.query) for q in probes.queries) - 6
+        assert record.n_masked == 7
+        assert record.n_tokens == sum(len(q.query) for q in probes.queries) - 7
 
 
 # Without a head
@@ -662,14 +1057,16 @@ def test_model_without_head_is_scored_without_likelihood(make: Any) -> None:
     found, wanted = monitor.forecast(), reference.forecast()
     assert set(found.features) == set(wanted.features)
     for one, other in ((found.train, wanted.train), (found.domains["poems"], wanted.domains["poems"])):
-        assert math.isnan(one.nll) and math.isnan(one.nll_change) and math.isnan(one.nll_change_se)
-        for score in ("sts_act", "sts_icl", "sts_rel", "sts_cross", "relative_shift"):
-            assert getattr(one, score) == pytest.approx(getattr(other, score), rel=1e-4)
+        assert all(math.isnan(e.value) for e in (one.nll, one.nll_change, one.gradient_change))
+        for score in ("sts_act", "sts_icl", "sts_rel", "sts_cross", "relative_shift", "raw_shift"):
+            assert getattr(one, score).value == pytest.approx(getattr(other, score).value, rel=1e-4)
     still = monitor.check(0)
-    assert still.train.relative_drift == 0
-    assert math.isnan(still.train.nll) and math.isnan(still.train.nll_change)
+    assert still.train.relative_drift == STILL
+    assert all(math.isnan(x) for x in (still.train.nll, still.train.nll_change.value, still.train.p_worse))
     perturbed(model)
-    assert monitor.check(1).domains["poems"].relative_drift > 0
+    assert monitor.check(1).domains["poems"].relative_drift.value > 0
+    checks = {check.name: check for check in monitor.examine(PolicyConfig(budgets={"poems": 0.1}))}
+    assert checks["alarm power"].found == "the model has no language-model head, so harm cannot be measured"
 
 
 # The monitor's records
@@ -677,13 +1074,15 @@ def test_model_without_head_is_scored_without_likelihood(make: Any) -> None:
 
 def drift_numbers(record: DomainDrift) -> tuple[float, ...]:
     return (
-        record.relative_drift,
+        *vars(record.relative_drift).values(),
+        record.raw_drift,
+        record.unseen,
         record.sts_act,
         record.sts_icl,
         record.sts_rel,
         record.sts_cross,
         record.nll,
-        record.nll_change,
+        *vars(record.nll_change).values(),
     )
 
 
@@ -692,12 +1091,16 @@ def test_records_agree_with_one_another(architecture: str, tmp_path: Path) -> No
     model = tiny_model(architecture)
     monitor = made_monitor(model, rotated_sae(), config_of(architecture))
     forecast = monitor.forecast()
-    assert forecast.train.sts_rel == forecast.train.sts_cross == forecast.features_share
+    assert forecast.train.sts_rel.value == pytest.approx(forecast.features_share, rel=1e-6)
+    assert replace(forecast.train.sts_rel, random=0.0) == replace(forecast.train.sts_cross, random=0.0)
     assert len(forecast.features) == len(set(forecast.features)) == 8
     assert set(forecast.domains) == {"poems"}
+    assert forecast.domains["poems"].sts_cross.own == forecast.train.sts_cross.value
+    assert forecast.domains["poems"].rank == (1, 1)
     assert forecast.identity == monitor.identity
+    assert forecast.unexplained == monitor.fit.unexplained
     still = monitor.check(0)
-    assert still.domains["poems"].nll == forecast.domains["poems"].nll
+    assert still.domains["poems"].nll == forecast.domains["poems"].nll.value
     assert still.train.n_tokens == forecast.train.n_tokens
     perturbed(model)
     moved = monitor.check(2)
@@ -705,11 +1108,14 @@ def test_records_agree_with_one_another(architecture: str, tmp_path: Path) -> No
     assert len(moved.realised_features) == 8
     assert 0 <= moved.n_shared <= 8
     for record in (moved.train, *moved.domains.values()):
-        assert record.relative_drift > 0
+        assert record.relative_drift.value > 0
+        assert record.relative_drift.low < record.relative_drift.value < record.relative_drift.high
+        assert record.nll_change.low < record.nll_change.value < record.nll_change.high
         assert 0 <= record.share_on_forecast <= 1
         assert 0 < sum(share for _, share in record.top_features) <= 1
         assert all(map(math.isfinite, drift_numbers(record)))
-        assert record.nll_change_se > 0
+        assert 0 < record.p_worse <= 1
+        assert record.n_queries == 7
     assert monitor.baseline is not None
     monitor.baseline.save(tmp_path / "baseline")
     resumed = made_monitor(model, rotated_sae(), config_of(architecture))

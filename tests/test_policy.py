@@ -2,66 +2,110 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from samples import domain_drift, domain_forecast, forecast, snapshot
+from samples import domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback.config import PolicyConfig
-from sts_callback.policy import judge_drift, judge_forecast
+from sts_callback.metrics.resample import p_of_rise
+from sts_callback.policy import fewest_queries, holm, judge_drift, judge_forecast
 from sts_callback.records import Decision, Verdict
 
 NAN = float("nan")
+BARELY = 2.0**-10
 # Powers of two throughout: sums and ratios at a threshold are exact.
 POLICY = PolicyConfig(
-    {"law": 0.25}, min_drift=0.0625, min_transfer=0.5, patience=1, n_standard_errors=2.0, max_masked_share=0.125
+    {"law": 0.25}, min_drift=0.0625, min_transfer=0.5, patience=1, alpha=0.03125, max_unseen=0.5, max_masked_share=0.125
 )
-HARM = {"nll_change": 0.5, "nll_change_se": 0.0625}
-UNSURE = {"nll_change": 0.25, "nll_change_se": 0.25}
+HARM: dict[str, Any] = {"nll_change": estimate(0.5, 0.375, 0.625)}
+UNSURE: dict[str, Any] = {"nll_change": estimate(0.25, -0.25, 0.75)}
+NO_HARM: dict[str, Any] = {"nll_change": estimate(0.0, -0.125, 0.125)}
+UNKNOWN: dict[str, Any] = {"nll_change": NAN}
+SURE = {"p_worse": BARELY}
 
 
-def judged_forecast(**domain: Any) -> Verdict:
-    """Verdict on one protected domain; the training data's own STS_cross is 0.5, so from 0.25 on it is expected to move."""
-    return judge_forecast(forecast(domain_forecast("law", **domain)), POLICY)
+def judged_forecast(policy: PolicyConfig = POLICY, **domain: Any) -> Verdict:
+    """Verdict on one protected domain; random features score 0 and the training data 1, so from 0.5 on it is expected to move."""
+    return judge_forecast(forecast(domain_forecast("law", **domain)), policy)
 
 
-def judged_drift(**domain: Any) -> Verdict:
-    return judge_drift([snapshot(10, domain_drift("law", **domain))], POLICY)
+def judged_drift(policy: PolicyConfig = POLICY, **domain: Any) -> Verdict:
+    return judge_drift([snapshot(10, domain_drift("law", **(SURE | domain)))], policy)
 
 
-# What decides between harm, none and unsure, with a budget of 0.25 and 2 standard errors; the same for both judges.
-HARM_CASES: list[tuple[float, float, Decision]] = [
-    (0.25, 0.125, "no-go"),  # at the budget, and just 2 standard errors away from nothing
-    (0.25, 0.126, "cannot tell"),  # not so sure
-    (0.249, 0.0, "go"),  # within the budget
-    (0.125, 0.0624, "go"),  # surely within: 0.125 + 2 * 0.0624 < 0.25
-    (0.125, 0.0625, "cannot tell"),  # could be at the budget
-    (0.5, 0.25, "no-go"),
-    (0.5, 0.26, "cannot tell"),
-    (-1.0, 0.5, "go"),  # better
-    (-1.0, 0.625, "cannot tell"),  # better, but could be at the budget
-    (NAN, 0.1, "cannot tell"),
-    (0.5, NAN, "cannot tell"),
-    (NAN, NAN, "cannot tell"),
+# What decides between harm, none and unsure, with a budget of 0.25; the same for both judges.
+HARM_CASES: list[tuple[tuple[float, float, float], Decision]] = [
+    ((0.25, BARELY, 0.5), "no-go"),  # at the budget, and surely more than nothing
+    ((0.25, 0.0, 0.5), "cannot tell"),  # could be nothing
+    ((0.25 - BARELY, 0.125, 0.25 - BARELY / 2), "go"),  # surely within the budget
+    ((0.25 - BARELY, 0.125, 0.25), "cannot tell"),  # could be at the budget
+    ((0.5, 0.25, 0.75), "no-go"),
+    ((0.5, -0.25, 1.25), "cannot tell"),
+    ((-1.0, -2.0, 0.0), "go"),  # better
+    ((-1.0, -3.0, 1.0), "cannot tell"),  # better, but could be beyond the budget
+    ((0.0, 0.0, 0.0), "go"),
+    ((0.0, -1.0, NAN), "cannot tell"),
+    ((NAN, 0.0, 0.1), "cannot tell"),
+    ((0.5, NAN, NAN), "cannot tell"),
+    ((math.inf, math.inf, math.inf), "cannot tell"),
+    ((NAN, NAN, NAN), "cannot tell"),
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "decision"), HARM_CASES)
-def test_harm_from_both_sides(change: float, error: float, decision: Decision) -> None:
-    answer = {"nll_change": change, "nll_change_se": error}
-    assert judged_forecast(sts_cross=0.5, **answer).decision == decision
+@pytest.mark.parametrize(("change", "decision"), HARM_CASES)
+def test_harm_from_both_sides(change: tuple[float, float, float], decision: Decision) -> None:
+    answer = {"nll_change": estimate(*change)}
+    assert judged_forecast(sts_cross=1.0, **answer).decision == decision
     assert judged_drift(relative_drift=0.5, **answer).decision == decision
 
 
-@pytest.mark.parametrize("answer", [HARM, UNSURE, {"nll_change": NAN, "nll_change_se": NAN}])
-def test_what_does_not_move_is_no_threat_whatever_its_likelihood(answer: dict[str, float]) -> None:
-    assert judged_forecast(sts_cross=0.2499, **answer).decision == "go"
-    assert judged_drift(relative_drift=0.0624, **answer).decision == "go"
+@pytest.mark.parametrize("answer", [HARM, UNSURE, NO_HARM, UNKNOWN])
+def test_what_does_not_move_is_no_threat_whatever_its_likelihood(answer: dict[str, Any]) -> None:
+    assert judged_forecast(sts_cross=0.5 - BARELY, **answer).decision == "go"
+    assert judged_drift(relative_drift=0.0625 - BARELY, **answer).decision == "go"
 
 
 def test_what_just_moves_is_a_threat_if_it_worsens() -> None:
-    assert judged_forecast(sts_cross=0.25, **HARM).decision == "no-go"
+    assert judged_forecast(sts_cross=0.5, **HARM).decision == "no-go"
     assert judged_drift(relative_drift=0.0625, **HARM).decision == "no-go"
+
+
+@pytest.mark.parametrize(("high", "decision"), [(0.5 - BARELY, "go"), (0.5, "no-go")])
+def test_a_domain_is_expected_to_stay_only_if_its_whole_interval_is_low(high: float, decision: Decision) -> None:
+    assert judged_forecast(sts_cross=score(0.25, 0.0, high), **HARM).decision == decision
+
+
+@pytest.mark.parametrize(
+    ("random", "own", "decision"),
+    [
+        (0.0, 1.0, "no-go"),  # 0.5 of the way
+        (0.125, 1.0, "go"),  # 0.43: what random features would score counts for nothing
+        (0.0, 1.125, "go"),  # 0.44: the training data itself scores more
+        (0.25, 0.75, "no-go"),
+        (0.0, 0.25, "no-go"),  # beyond the training data
+    ],
+)
+def test_transfer_is_the_place_between_random_features_and_the_training_data(
+    random: float, own: float, decision: Decision
+) -> None:
+    assert judged_forecast(sts_cross=score(0.5, random=random, own=own), **HARM).decision == decision
+
+
+@pytest.mark.parametrize(("random", "own"), [(0.5, 0.5), (0.5, 0.25), (NAN, 1.0), (0.0, NAN)])
+def test_no_transfer_can_be_read_off_where_the_training_data_is_no_better_than_random(random: float, own: float) -> None:
+    verdict = judged_forecast(sts_cross=score(0.5, random=random, own=own), **HARM)
+    reason = "nothing shifted in context beyond random features, so no transfer can be read off."
+    assert verdict == Verdict("cannot tell", ("law",), {"law": reason}, 0)
+
+
+def test_a_score_that_could_not_be_had_tells_nothing() -> None:
+    assert judged_forecast(sts_cross=NAN, n_tokens=0, n_masked=0, **HARM).decision == "cannot tell"
+    assert judged_forecast(sts_cross=score(0.25, NAN, NAN), **UNSURE).decision == "cannot tell"  # an interval unknown is not low
 
 
 @pytest.mark.parametrize(("n_masked", "decision"), [(25, "no-go"), (26, "cannot tell")])  # of 200: 12.5 % and 13 %
@@ -71,17 +115,45 @@ def test_too_many_sinks_make_a_forecast_unsure(n_masked: int, decision: Decision
     assert ("13% of its tokens are attention sinks, more than 12%" in verdict.reasons["law"]) == (decision == "cannot tell")
 
 
-def test_a_domain_without_any_token_can_not_be_forecast() -> None:
-    verdict = judged_forecast(sts_cross=NAN, n_tokens=0, n_masked=0, **HARM)
-    assert verdict.decision == "cannot tell"
-    assert "nothing shifted in context" in verdict.reasons["law"]
-
-
-@pytest.mark.parametrize("train_cross", [0.0, NAN])
-def test_without_a_shift_of_the_training_data_nothing_can_be_forecast(train_cross: float) -> None:
-    record = forecast(domain_forecast("law", sts_cross=0.5, **HARM), train=domain_forecast("train", sts_cross=train_cross))
+@pytest.mark.parametrize(("noise", "decision"), [(0.00625, "no-go"), (0.0064, "cannot tell")])
+def test_noise_above_a_tenth_of_what_counts_as_movement_makes_a_forecast_unsure(noise: float, decision: Decision) -> None:
+    record = forecast(domain_forecast("law", sts_cross=0.5, **HARM), noise_floor=noise)
     verdict = judge_forecast(record, POLICY)
-    assert verdict == Verdict("cannot tell", ("law",), {"law": "nothing shifted in context, so no transfer can be read off."}, 0)
+    assert verdict.decision == decision
+    assert ("unchanged weights alone drift by 0.6%; drift from 6% counts" in verdict.reasons["law"]) == (
+        decision == "cannot tell"
+    )
+
+
+@pytest.mark.parametrize(("unseen", "decision"), [(0.5, "go"), (0.5 + BARELY, "not covered"), (1.0, "not covered"), (NAN, "go")])
+def test_a_change_that_the_sae_can_not_express_is_no_promise_of_no_harm(unseen: float, decision: Decision) -> None:
+    stays, harmless = judged_forecast(unseen=unseen), judged_forecast(sts_cross=1.0, unseen=unseen, **NO_HARM)
+    moved = judged_drift(relative_drift=0.5, unseen=unseen, **NO_HARM)
+    assert [stays.decision, harmless.decision, moved.decision] == [decision] * 3
+    for verdict in (stays, harmless, moved):
+        assert ("of the change is nothing that the SAE can express" in verdict.reasons["law"]) == (decision == "not covered")
+        assert verdict.threatened == (("law",) if decision == "not covered" else ())
+
+
+@pytest.mark.parametrize(("answer", "decision"), [(HARM, "no-go"), (UNSURE, "cannot tell")])
+def test_harm_and_doubt_stand_whatever_the_sae_can_express(answer: dict[str, Any], decision: Decision) -> None:
+    assert judged_forecast(sts_cross=1.0, unseen=1.0, **answer).decision == decision
+    assert judged_drift(relative_drift=0.5, unseen=1.0, **answer).decision == decision
+
+
+def test_what_has_not_moved_at_all_needs_no_cover() -> None:
+    assert judged_drift(unseen=1.0).decision == "go"
+
+
+@pytest.mark.parametrize(("raw", "decision"), [(0.0625 - BARELY, "go"), (0.0625, "no-go"), (NAN, "go")])
+def test_raw_drift_alone_is_movement(raw: float, decision: Decision) -> None:
+    assert judged_drift(raw_drift=raw, **HARM).decision == decision
+
+
+def test_a_reason_names_the_drift_that_was_too_much() -> None:
+    assert judged_drift(raw_drift=0.5, **HARM).reasons["law"].startswith("has moved (raw drift 50.0%, at least 6%) and")
+    assert judged_drift(raw_drift=0.5, relative_drift=0.25, **HARM).reasons["law"].startswith("has moved (drift 25.0%, at least")
+    assert judged_drift(raw_drift=NAN, **HARM).reasons["law"].startswith("has not moved (drift 1.0%, under 6%")
 
 
 def test_drift_that_could_not_be_compared_is_unsure() -> None:
@@ -89,21 +161,120 @@ def test_drift_that_could_not_be_compared_is_unsure() -> None:
     assert verdict == Verdict("cannot tell", ("law",), {"law": "no token could be compared with step 0."}, 10)
 
 
-def test_reasons_name_the_domain_and_the_numbers() -> None:
-    assert judged_forecast(sts_cross=0.375, **HARM).reasons == {
-        "law": "expected to move (75% of the training data's own transfer, at least 50%) and to worsen "
-        "(answer NLL +0.50 ± 0.06 nats a token, budget 0.25)."
+@pytest.mark.parametrize(
+    ("p_value", "decision"), [(0.03125, "no-go"), (0.03125 + BARELY, "cannot tell"), (1.0, "cannot tell"), (NAN, "cannot tell")]
+)
+def test_a_rise_alarms_only_if_the_test_passes(p_value: float, decision: Decision) -> None:
+    assert judged_drift(relative_drift=0.5, p_worse=p_value, **HARM).decision == decision
+
+
+def test_what_passes_alone_may_fail_among_many() -> None:
+    def decided(n_domains: int) -> Verdict:
+        names = "abcdefgh"[:n_domains]
+        threat = domain_drift("a", n_queries=32, relative_drift=0.5, p_worse=0.0075, **HARM)
+        others = [domain_drift(name, n_queries=32) for name in names[1:]]
+        return judge_drift([snapshot(1, threat, *others)], PolicyConfig(dict.fromkeys(names, 0.25), patience=1, alpha=0.03))
+
+    assert [decided(n).decision for n in (1, 4, 5, 8)] == ["no-go", "no-go", "cannot tell", "cannot tell"]  # 4 * 0.0075 = 0.03
+    assert "p 0.030" in decided(4).reasons["a"]
+    assert decided(5).threatened == ("a",)
+
+
+def test_domains_that_are_not_protected_and_untested_ones_cost_no_power() -> None:
+    threat = domain_drift("a", n_queries=32, relative_drift=0.5, p_worse=0.02, **HARM)
+    others = [domain_drift("b", p_worse=NAN, nll=NAN, nll_change=NAN), domain_drift("c")]
+    policy = PolicyConfig({"a": 0.25, "b": 0.25}, patience=1, alpha=0.03)
+    assert judge_drift([snapshot(1, threat, *others)], policy).decision == "no-go"
+
+
+@pytest.mark.parametrize(("n_queries", "decision"), [(4, "cannot tell"), (5, "no-go")])  # 2^-5 is alpha
+def test_an_alarm_takes_enough_queries(n_queries: int, decision: Decision) -> None:
+    verdict = judged_drift(relative_drift=0.5, n_queries=n_queries, **HARM)
+    assert verdict.decision == decision
+    assert ("4 queries are too few for an alarm, 5 are needed" in verdict.reasons["law"]) == (decision == "cannot tell")
+
+
+def test_too_few_queries_do_not_stand_in_the_way_of_no_harm() -> None:
+    assert judged_drift(relative_drift=0.5, n_queries=4, **NO_HARM).decision == "go"
+
+
+@pytest.mark.parametrize(
+    ("n_domains", "alpha", "n_queries"),
+    [(1, 0.5, 1), (1, 0.03125, 5), (2, 0.03125, 6), (3, 0.03125, 7), (1, 0.01, 7), (5, 0.01, 9), (0, 0.01, 7)],
+)
+def test_fewest_queries_by_powers_of_two(n_domains: int, alpha: float, n_queries: int) -> None:
+    assert fewest_queries(PolicyConfig({str(i): 0.1 for i in range(n_domains)}, alpha=alpha)) == n_queries
+
+
+@pytest.mark.parametrize("n_domains", [1, 5, 20])
+def test_fewest_queries_suffice_and_one_fewer_does_not(n_domains: int) -> None:
+    policy = PolicyConfig({str(i): 0.1 for i in range(n_domains)})
+    fewest = fewest_queries(policy)
+    for n_queries, is_found in ((fewest, True), (fewest - 1, False)):
+        p_values = dict.fromkeys(policy.budgets, 1.0) | {"0": p_of_rise(torch.ones(n_queries))}
+        assert (holm(p_values)["0"] <= policy.alpha) == is_found
+
+
+def test_holm_by_hand() -> None:
+    """Of 0.01, 0.04, 0.03, 0.005 in order: 4 * 0.005, 3 * 0.01, 2 * 0.03, and 1 * 0.04, which may not fall below 0.06."""
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == {"a": pytest.approx(0.03), "b": pytest.approx(0.06), "c": pytest.approx(0.06), "d": pytest.approx(0.02)}
+    assert list(found) == ["a", "b", "c", "d"]
+
+
+def test_holm_of_one_of_none_and_of_unknown_ones() -> None:
+    assert holm({"a": 0.02}) == {"a": 0.02}
+    assert holm({}) == {}
+    found = holm({"a": 0.4, "b": NAN, "c": 0.9, "d": 0.01})
+    assert math.isnan(found.pop("b"))
+    assert found == {"a": pytest.approx(0.8), "c": pytest.approx(0.9), "d": pytest.approx(0.03)}
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
+def test_holm_equals_that_of_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    for seed in range(20):
+        p_values = np.random.default_rng(seed).uniform(0, 1, 7) ** 3
+        found = list(holm({str(i): p for i, p in enumerate(p_values)}).values())
+        assert found == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist(), abs=1e-12)
+
+
+def test_false_alarms_among_several_domains_are_as_rare_as_promised() -> None:
+    """If no domain has worsened, any alarm is false; tests of domains that share their queries' luck are the hard case."""
+    rng, policy = np.random.default_rng(0), PolicyConfig(dict.fromkeys("abcde", 0.25), patience=1, alpha=0.1)
+
+    def checked() -> Decision:
+        shared = rng.normal(0, 1, 7)
+        domains = []
+        for name in policy.budgets:
+            p_value = p_of_rise(torch.from_numpy(shared + rng.normal(0, 1, 7)))
+            domains.append(domain_drift(name, n_queries=7, relative_drift=0.5, p_worse=p_value, **HARM))
+        return judge_drift([snapshot(1, *domains)], policy).decision
+
+    assert fewest_queries(policy) <= 7
+    rate = np.mean([checked() == "no-go" for _ in range(300)])
+    assert 0 < rate <= 0.1
+
+
+def test_reasons_name_the_numbers() -> None:
+    judged = judged_forecast(sts_cross=score(0.75, 0.625, 0.875), **HARM)
+    assert judged.reasons == {
+        "law": "expected to move (transfer 75%, 62% to 88%; from 50% on it counts) and to worsen "
+        "(answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25)."
     }
     assert judged_forecast(sts_cross=0.125).reasons == {
-        "law": "expected to stay (25% of the training data's own transfer, under 50%)."
+        "law": "expected to stay (transfer 12%, 12% to 12%; from 50% on it counts)."
     }
     assert judged_drift(relative_drift=0.5, **HARM).reasons == {
-        "law": "has moved (drift 50.0%, at least 6%) and worsened (answer NLL +0.50 ± 0.06 nats a token, budget 0.25)."
+        "law": "has moved (drift 50.0%, at least 6%) and worsened "
+        "(answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25, p under 0.001)."
     }
-    assert judged_drift(relative_drift=0.5).reasons["law"].startswith("has moved (drift 50.0%, at least 6%) without harm (")
+    assert "p 0.031)" in judged_drift(relative_drift=0.5, p_worse=0.03125, **HARM).reasons["law"]
+    assert judged_drift(relative_drift=0.5, **NO_HARM).reasons["law"].startswith("has moved (drift 50.0%, at least 6%) without")
     assert judged_drift(relative_drift=0.01).reasons["law"].startswith("has not moved (drift 1.0%, under 6%; ")
     assert "direction unsure" in judged_drift(relative_drift=0.5, **UNSURE).reasons["law"]
-    assert "in an unknown direction" in judged_forecast(sts_cross=0.5, **UNSURE).reasons["law"]
+    assert "in an unknown direction (answer NLL unknown)" in judged_forecast(sts_cross=0.5, **UNKNOWN).reasons["law"]
+    assert judged_forecast(sts_cross=0.5, **NO_HARM).reasons["law"].startswith("may move (transfer 50%, 50% to 50%;")
 
 
 def test_a_forecast_is_of_step_0_and_a_check_of_its_own() -> None:
@@ -111,10 +282,16 @@ def test_a_forecast_is_of_step_0_and_a_check_of_its_own() -> None:
     assert judge_drift([snapshot(step, domain_drift("law")) for step in (10, 20)], POLICY).step == 20
 
 
+DRIFTS: dict[Decision, dict[str, Any]] = {
+    "no-go": {"n_queries": 32, "relative_drift": 0.5, **HARM, **SURE},
+    "cannot tell": {"n_queries": 32, "relative_drift": 0.5, **UNSURE},
+    "not covered": {"n_queries": 32, "relative_drift": 0.5, "unseen": 0.75, **NO_HARM},
+    "go": {"n_queries": 32, "relative_drift": 0.01},
+}
+
+
 def _history(*moves: bool) -> list[Any]:
-    return [
-        snapshot(10 * i, domain_drift("law", relative_drift=0.5 if moved else 0.01, **HARM)) for i, moved in enumerate(moves, 1)
-    ]
+    return [snapshot(10 * i, domain_drift("law", **DRIFTS["no-go" if moved else "go"])) for i, moved in enumerate(moves, 1)]
 
 
 @pytest.mark.parametrize(
@@ -137,18 +314,20 @@ def test_a_threat_alarms_once_it_has_held(patience: int, threat_at: tuple[bool, 
     assert judge_drift(_history(*threat_at), policy).decision == decision
 
 
-def test_an_unsure_check_breaks_a_threat() -> None:
-    sure, unsure = domain_drift("law", relative_drift=0.5, **HARM), domain_drift("law", relative_drift=0.5, **UNSURE)
+@pytest.mark.parametrize("other", ["cannot tell", "not covered", "go"])
+def test_any_other_answer_breaks_a_threat(other: Decision) -> None:
+    sure, unsure = (domain_drift("law", **DRIFTS[kind]) for kind in ("no-go", other))
     policy = PolicyConfig({"law": 0.25}, patience=2)
     assert judge_drift([snapshot(1, unsure), snapshot(2, sure)], policy).decision == "watch"
-    assert judge_drift([snapshot(1, sure), snapshot(2, unsure)], policy).decision == "cannot tell"
+    assert judge_drift([snapshot(1, sure), snapshot(2, unsure)], policy).decision == other
 
 
-DRIFTS: dict[Decision, dict[str, float]] = {
-    "no-go": {"relative_drift": 0.5, **HARM},
-    "cannot tell": {"relative_drift": 0.5, **UNSURE},
-    "go": {"relative_drift": 0.01},
-}
+def test_two_domains_that_take_turns_are_watched_each() -> None:
+    policy = PolicyConfig({"a": 0.25, "b": 0.25}, patience=2)
+    checks = [
+        snapshot(i, *(domain_drift(n, **DRIFTS["no-go" if n == worse else "go"]) for n in "ab")) for i, worse in enumerate("ab")
+    ]
+    assert (judge_drift(checks, policy).decision, judge_drift(checks, policy).threatened) == ("watch", ("b",))
 
 
 def _two_checks(*decisions: Decision) -> Verdict:
@@ -161,15 +340,25 @@ def _two_checks(*decisions: Decision) -> Verdict:
     return judge_drift(checks, PolicyConfig(dict.fromkeys(names, 0.25), patience=2))
 
 
+ORDER: tuple[Decision, ...] = ("no-go", "watch", "not covered", "cannot tell", "go")
+
+
+@pytest.mark.parametrize(("graver", "lesser"), list(itertools.combinations(ORDER, 2)))
+def test_of_two_domains_the_graver_decision_counts(graver: Decision, lesser: Decision) -> None:
+    for decisions in ((graver, lesser), (lesser, graver)):
+        verdict = _two_checks(*decisions)
+        assert verdict.decision == graver
+        assert verdict.threatened == ("ab"[decisions.index(graver)],)
+
+
 @pytest.mark.parametrize(
     ("decisions", "expected", "threatened"),
     [
-        (("go", "cannot tell", "watch", "no-go"), "no-go", ("d",)),
-        (("go", "cannot tell", "watch"), "watch", ("c",)),
-        (("go", "cannot tell"), "cannot tell", ("b",)),
+        (("go", "cannot tell", "not covered", "watch", "no-go"), "no-go", ("e",)),
         (("go", "go"), "go", ()),
         (("no-go", "go", "no-go"), "no-go", ("a", "c")),
         (("cannot tell", "watch", "cannot tell"), "watch", ("b",)),
+        (("not covered", "cannot tell", "not covered"), "not covered", ("a", "c")),
     ],
 )
 def test_the_gravest_of_several_domains_decides(
@@ -181,17 +370,21 @@ def test_the_gravest_of_several_domains_decides(
     assert list(verdict.reasons) == list("abcdef"[: len(decisions)])
 
 
-def test_the_gravest_of_several_domains_decides_a_forecast() -> None:
+def test_the_gravest_of_several_forecasts_decides() -> None:
     worse, unsure = domain_forecast("a", sts_cross=0.5, **HARM), domain_forecast("b", sts_cross=0.5, **UNSURE)
-    stays, budgets = domain_forecast("c"), {"a": 0.25, "b": 0.25, "c": 0.25}
-    found = judge_forecast(forecast(worse, unsure, stays), PolicyConfig(budgets))
-    assert (found.decision, found.threatened, len(found.reasons)) == ("no-go", ("a",), 3)
-    found = judge_forecast(forecast(unsure, stays), PolicyConfig({"b": 0.25, "c": 0.25}))
-    assert (found.decision, found.threatened, len(found.reasons)) == ("cannot tell", ("b",), 2)
+    blind, stays = domain_forecast("c", unseen=0.75), domain_forecast("d")
+    for domains, expected in (
+        ((worse, blind, unsure, stays), "no-go"),
+        ((unsure, stays, blind), "not covered"),
+        ((unsure, stays), "cannot tell"),
+        ((stays,), "go"),
+    ):
+        found = judge_forecast(forecast(*domains), PolicyConfig({d.name: 0.25 for d in domains}))
+        assert (found.decision, len(found.reasons)) == (expected, len(domains))
 
 
 def test_each_domain_has_its_own_budget() -> None:
-    domains = [domain_forecast(name, sts_cross=0.5, nll_change=0.5, nll_change_se=0.0) for name in ("a", "b")]
+    domains = [domain_forecast(name, sts_cross=0.5, nll_change=0.5) for name in ("a", "b")]
     assert judge_forecast(forecast(*domains), PolicyConfig({"a": 0.75, "b": 0.5})).threatened == ("b",)
 
 

@@ -9,12 +9,31 @@ from typing import Any
 
 import pytest
 
-from samples import IDENTITY, domain_drift, domain_forecast, forecast, snapshot
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback import records
-from sts_callback.records import SCHEMA_VERSION, DomainDrift, Forecast, Identity, Record, Verdict
+from sts_callback.records import (
+    SCHEMA_VERSION,
+    Check,
+    DomainDrift,
+    DomainForecast,
+    Estimate,
+    FeatureInWords,
+    Forecast,
+    Identity,
+    Record,
+    Score,
+    Snippet,
+    Verdict,
+)
 
+SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
 ALL: list[Record] = [
     IDENTITY,
+    Check("layer", "refuse", "reads layer 2, but fits layer 1 better", "correct hook_name"),
+    estimate(0.5, 0.25, 0.75),
+    score(0.5, 0.25, 0.75, random=0.125, own=0.875),
+    SNIPPET,
+    FeatureInWords(7, 0.5, "https://neuronpedia.org/x", {"train": (SNIPPET, SNIPPET), "law": ()}),
     domain_forecast(),
     forecast(domain_forecast("law"), domain_forecast("code", sts_rel=0.75)),
     domain_drift(),
@@ -54,12 +73,17 @@ def test_written_is_one_line_of_strict_json_with_its_version(record: Record) -> 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_could_not_be_had_is_null_and_comes_back_as_nan(number: float) -> None:
-    record = forecast(domain_forecast("law", nll=number), unexplained=number, train=domain_forecast("train", sts_rel=number))
+    law = domain_forecast("law", nll=estimate(2.5, number, 3.0), above_next=number)
+    record = forecast(law, unexplained=number, train=domain_forecast("train", sts_rel=number))
     content = _strict(record.to_json())
-    assert content["unexplained"] is content["train"]["sts_rel"] is content["domains"]["law"]["nll"] is None
+    written = content["domains"]["law"]
+    assert (
+        content["unexplained"] is content["train"]["sts_rel"]["value"] is written["nll"]["low"] is written["above_next"] is None
+    )
     back = Forecast.from_json(record.to_json())
-    assert all(math.isnan(x) for x in (back.unexplained, back.train.sts_rel, back.domains["law"].nll))
-    assert back.domains["law"].sts_cross == 0.125
+    found = back.domains["law"]
+    assert all(math.isnan(x) for x in (back.unexplained, back.train.sts_rel.value, found.nll.low, found.above_next))
+    assert (found.nll.value, found.nll.high, found.sts_cross.value) == (2.5, 3.0, 0.125)
 
 
 def test_nan_within_a_tuple_comes_back_too() -> None:
@@ -74,6 +98,8 @@ def test_types_come_back_as_annotated() -> None:
     assert type(back.seconds) is float
     assert type(back.features) is tuple
     assert type(back.identity) is Identity
+    law = back.domains["law"]
+    assert [type(x) for x in (law.sts_cross, law.nll, law.rank)] == [Score, Estimate, tuple]
     with pytest.raises(TypeError, match="does not support item assignment"):
         back.domains["law"] = back.train  # type: ignore[index]
 
@@ -96,11 +122,21 @@ def test_unknown_and_missing_keys_are_refused(record: Record) -> None:
             kind.from_json(_without(record, field.name))
 
 
-def test_unknown_key_deep_within_is_refused() -> None:
+@pytest.mark.parametrize(("path", "kind"), [((), "DomainForecast"), (("sts_cross",), "Score"), (("nll",), "Estimate")])
+def test_unknown_key_deep_within_is_refused(path: tuple[str, ...], kind: str) -> None:
     content = json.loads(forecast(domain_forecast("law")).to_json())
-    content["domains"]["law"]["mood"] = 1
-    with pytest.raises(ValueError, match=r"^DomainForecast: keys differ: \['mood'\]\.$"):
+    part = content["domains"]["law"]
+    for name in path:
+        part = part[name]
+    part["mood"] = 1
+    with pytest.raises(ValueError, match=rf"^{kind}: keys differ: \['mood'\]\.$"):
         Forecast.from_json(json.dumps(content))
+
+
+def test_a_number_where_an_estimate_was_in_an_older_version_is_refused() -> None:
+    content = json.loads(domain_forecast("law").to_json()) | {"nll": 2.5}
+    with pytest.raises((ValueError, TypeError)):
+        DomainForecast.from_json(json.dumps(content))
 
 
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, "1", None])
@@ -117,3 +153,23 @@ def test_a_missing_schema_version_is_refused() -> None:
 def test_records_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError, match="model"):
         IDENTITY.model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [(0.25, 0.0), (0.75, 1.0), (0.5, 0.5), (0.0, -0.5), (1.0, 1.5)],
+)
+def test_a_score_stands_between_its_anchors_or_beyond_them(value: float, place: float) -> None:
+    found = score(value, random=0.25, own=0.75)
+    assert found.place(found.value) == place
+
+
+@pytest.mark.parametrize(("random", "own"), [(0.5, 0.5), (0.5, 0.25), (float("nan"), 0.5), (0.5, float("nan"))])
+def test_a_score_has_no_place_where_the_training_data_is_no_better_than_random(random: float, own: float) -> None:
+    assert math.isnan(score(0.5, random=random, own=own).place(0.5))
+
+
+def test_an_explanation_names_the_threatened_domains_or_else_all() -> None:
+    reasons = {"law": "moves.", "code": "stays."}
+    assert Verdict("no-go", ("law",), reasons, 0).explanation == "law: moves."
+    assert Verdict("go", (), reasons, 0).explanation == "law: moves. code: stays."

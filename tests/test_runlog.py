@@ -9,6 +9,7 @@ import pytest
 
 from samples import GO, domain_drift, domain_forecast, forecast, snapshot
 from sts_callback.errors import CannotTell
+from sts_callback.records import FeatureInWords, Snippet
 from sts_callback.runlog import RunLog
 
 
@@ -109,7 +110,7 @@ def test_checks_come_back_in_order_up_to_a_step(log: RunLog) -> None:
 def test_of_a_stretch_run_twice_the_later_check_counts(log: RunLog) -> None:
     for step, share in ((10, 0.1), (20, 0.2), (30, 0.3), (20, 0.4), (30, 0.5)):
         log.append_check(snapshot(step, domain_drift("law", relative_drift=share)), GO)
-    assert [(c.step, c.domains["law"].relative_drift) for c in log.checks_before(30)] == [(10, 0.1), (20, 0.4), (30, 0.5)]
+    assert [(c.step, c.domains["law"].relative_drift.value) for c in log.checks_before(30)] == [(10, 0.1), (20, 0.4), (30, 0.5)]
 
 
 @pytest.mark.parametrize("keep", [1, 100, -2])
@@ -147,3 +148,12 @@ def test_faults_are_lines_whatever_their_trace_holds(log: RunLog) -> None:
         log.append_fault(step, trace)
     lines = [json.loads(line) for line in (log.folder / "faults.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "trace": trace} for step, trace in enumerate(traces)]
+
+
+def test_a_feature_is_told_once_also_after_a_resume(log: RunLog) -> None:
+    snippets = {"law": (Snippet("the ", "court", " held", 2.5),)}
+    one, other = (FeatureInWords(j, 0.5, "", snippets) for j in (7, 3))
+    log.append_words([one])
+    RunLog(log.folder).append_words([FeatureInWords(7, 0.25, "", {}), other])
+    (file,) = log.folder.iterdir()
+    assert [FeatureInWords.from_json(line) for line in file.read_text().splitlines()] == [one, other]

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
-from samples import domain_drift, domain_forecast, forecast, snapshot
+from samples import domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.domains.starter import starter_domains
 from sts_callback.policy import judge_drift, judge_forecast
-from sts_callback.records import DriftSnapshot, Forecast, Verdict
-from sts_callback.terminal import check_lines, forecast_table
+from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Snippet, Verdict
+from sts_callback.terminal import check_lines, doctor_table, forecast_table, words_lines
 
 NAMES = ("code", "everyday", "law", "medicine", "translation")
-HARM: dict[str, Any] = {"nll_change": 0.5, "nll_change_se": 0.01}
+HARM: dict[str, Any] = {"nll_change": 0.5}
 ESCAPE = "\x1b["
+NAN = float("nan")
 
 
 @pytest.fixture(autouse=True)
@@ -26,51 +27,137 @@ def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def _forecast(**law: float) -> Forecast:
+def _forecast(**law: Any) -> Forecast:
     return forecast(*(domain_forecast(n, sts_cross=0.01 * i, **(law if n == "law" else {})) for i, n in enumerate(NAMES, 1)))
 
 
-def _check(*names: str, step: int = 40, **law: float) -> DriftSnapshot:
-    return snapshot(step, *(domain_drift(n, relative_drift=0.3, **(law if n == "law" else {})) for n in names))
+def _check(*names: str, step: int = 40, **law: Any) -> DriftSnapshot:
+    moved = {"relative_drift": 0.3, "p_worse": 0.001}
+    return snapshot(step, *(domain_drift(n, **moved, **(law if n == "law" else {})) for n in names))
 
 
 def _judged(record: Forecast) -> Verdict:
-    return judge_forecast(record, PolicyConfig(dict.fromkeys(record.domains, 0.1), min_transfer=0.05))
+    return judge_forecast(record, PolicyConfig(dict.fromkeys(record.domains, 0.1), min_transfer=0.03))
+
+
+def _table(text: str, last_title: str) -> list[str]:
+    """The rows of the table whose titles end so."""
+    lines = text.splitlines()
+    (head,) = (i for i, line in enumerate(lines) if line.startswith("domain ") and line.endswith(last_title))
+    rows = []
+    for line in lines[head + 1 :]:
+        if not re.match(r"[! ] \S", line):
+            break
+        rows.append(line)
+    return rows
 
 
 def _rows(text: str) -> list[str]:
-    """The rows of the table."""
-    return [line for line in text.splitlines() if re.search(r"^[! ] \S+ .*% .* ± (\d+\.\d\d|nan)$", line)]
+    return _table(text, "gradient")
+
+
+def _rivals(text: str) -> list[str]:
+    return _table(text, "unseen")
 
 
 def _assert_narrow(text: str) -> None:
     assert {len(line) > 80 for line in text.splitlines()} == {False}, text
 
 
-def test_every_line_fits_80_columns_and_names_each_domain_once() -> None:
+def test_every_line_fits_80_columns_and_each_table_names_each_domain_once() -> None:
     record = _forecast()
     text = forecast_table(record, _judged(record), colour=False)
     _assert_narrow(text)
-    assert sorted(row.split()[0] for row in _rows(text)) == sorted(["train", *NAMES])
+    for rows in (_rows(text), _rivals(text)):
+        assert sorted(row.split()[0] for row in rows) == sorted(["train", *NAMES])
 
 
-@pytest.mark.parametrize("size", [1e-9, 1e3, 123456.789, 1e12, float("nan"), float("inf")])
-def test_large_and_missing_numbers_keep_the_width_and_the_names(size: float) -> None:
-    record = forecast(domain_forecast("translation", sts_act=size, sts_icl=size, nll=min(size, 99.0)), domain_forecast("law"))
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (0.5, "0.5"),
+        (999.4, "999"),
+        (999.6, "1k"),
+        (123456.789, "123k"),
+        (-2.5e6, "-2.5M"),
+        (1e12, "1T"),
+        (NAN, "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_large_and_missing_numbers_keep_the_width_and_the_names(size: float, shown: str) -> None:
+    record = forecast(domain_forecast("translation", sts_act=size, sts_icl=size), domain_forecast("law"))
     text = forecast_table(record, _judged(record), colour=False)
     _assert_narrow(text)
     assert sorted(row.split()[0] for row in _rows(text)) == ["law", "train", "translation"]
+    (row,) = [row for row in _rivals(text) if "translation" in row]
+    assert row.split()[5:7] == [shown, shown]
+
+
+def test_wide_intervals_keep_the_width_and_lose_no_letter() -> None:
+    wild = {
+        "sts_cross": score(0.5, -1, 1.5, random=0.2, own=0.21),
+        "rank": (10, 12),
+        "nll_change": estimate(-12.25, -113.0, 11.0),
+    }
+    record = forecast(domain_forecast("translation", **wild))
+    text = forecast_table(record, _judged(record), colour=False)
+    _assert_narrow(text)
+    first_table = text.split("transfer: STS_cross")[0].splitlines()[2:]
+    assert "-12000% to 13000%" in text
+    assert "-113.00 to +11.00" in text
+    assert "".join(line[:8].strip() for line in first_table).startswith("train")
+    assert "…" not in text
+
+
+def test_missing_numbers_are_shown_as_such() -> None:
+    missing = {"sts_cross": score(NAN, random=NAN), "nll_change": NAN, "gradient_change": NAN, "unseen": NAN, "cosine": NAN}
+    record = forecast(domain_forecast("law", **missing))
+    text = forecast_table(record, _judged(record), colour=False)
+    _assert_narrow(text)
+    (row,) = [r for r in _rows(text) if "law" in r]
+    assert " ".join(row.split()) == "! law nan% nan% to nan% 1 to 1 +nan +nan to +nan +nan"
 
 
 def test_training_data_come_first_then_the_domains_that_move_most() -> None:
     record = _forecast()
-    assert [row.split()[0] for row in _rows(forecast_table(record, _judged(record), colour=False))] == ["train", *NAMES[::-1]]
+    text = forecast_table(record, _judged(record), colour=False)
+    for rows in (_rows(text), _rivals(text)):
+        assert [row.split()[0] for row in rows] == ["train", *NAMES[::-1]]
+
+
+def test_a_domain_without_a_score_comes_last_and_moves_no_other() -> None:
+    crosses = {"a": 0.1, "b": NAN, "c": 0.3, "d": 0.2}
+    record = forecast(*(domain_forecast(name, sts_cross=cross) for name, cross in crosses.items()))
+    text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
+    assert [row.split()[0] for row in _rows(text)] == ["train", "c", "d", "a", "b"]
+    check = snapshot(40, *(domain_drift(name, relative_drift=drift) for name, drift in crosses.items()))
+    flat = check_lines(check, Verdict("go", (), {}, 40), 3, colour=False)
+    assert re.findall(r"(\w+) \S+% \(", flat) == ["train", "c", "d", "a", "b"]
 
 
 def test_a_row_holds_the_numbers_of_its_domain() -> None:
-    record = forecast(domain_forecast("law", sts_cross=0.125, nll_change=-0.25, nll_change_se=0.03))
-    (row,) = [r for r in _rows(forecast_table(record, _judged(record), colour=False)) if "law" in r]
-    assert row.split() == ["law", "25%", "0.125", "0.250", "0.5", "3.25", "2.50", "-0.25", "±", "0.03"]
+    cross = score(0.25, 0.2, 0.5, random=0.125, own=0.625)
+    law = domain_forecast("law", sts_cross=cross, rank=(2, 3), nll_change=estimate(-0.25, -0.5, 0.125), gradient_change=0.75)
+    record = forecast(law)
+    text = forecast_table(record, _judged(record), colour=False)
+    (row,) = [r for r in _rows(text) if "law" in r]
+    assert " ".join(row.split()) == "! law 25% 15% to 75% 2 to 3 -0.25 -0.50 to +0.12 +0.75"
+    (row,) = [r for r in _rivals(text) if "law" in r]
+    assert " ".join(row.split()) == "law 0.250 0.125 0.062 0.250 0.5 3.25 0.031 0.50 2.50 25%"
+
+
+def test_the_training_data_has_no_rank() -> None:
+    record = _forecast()
+    row = _rows(forecast_table(record, _judged(record), colour=False))[0]
+    assert " ".join(row.split()) == "train 100% 100% to 100% +0.00 +0.00 to +0.00 -1.00"
+
+
+def test_below_stands_what_the_numbers_stand_on() -> None:
+    record = _forecast()
+    flat = " ".join(forecast_table(record, _judged(record), colour=False).split())
+    assert "(3 features hold 50% of the shift)" in flat
+    assert "tiny-sae at blocks.2.hook_resid_post, 25% of variance unexplained; noise floor of drift 0e+00; 2 s" in flat
 
 
 def test_a_threatened_domain_is_marked_and_its_reason_given() -> None:
@@ -161,20 +248,61 @@ def test_names_are_shown_as_they_are_whatever_they_hold(name: str) -> None:
 def test_a_name_too_long_for_its_column_loses_no_letter() -> None:
     name = "abcdefghijklmnopqrstuvwxyz0123456789"
     record = forecast(domain_forecast(name), domain_forecast("law", sts_cross=0.01))
-    text = forecast_table(record, _judged(record), colour=False)
+    text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
     _assert_narrow(text)
-    train, first, rest, law = (line.split()[0] for line in text.splitlines()[2:6])
-    assert (train, first + rest, law) == ("train", name, "law")
-
-
-def test_head_and_notes_fill_their_lines_and_no_more() -> None:
-    record = _forecast()
-    lines = forecast_table(record, _judged(record), colour=False).splitlines()
-    assert lines[1].startswith("domain ")
-    assert lines.index("Verdict: GO") == 2 + (1 + len(NAMES)) + 3, "\n".join(lines)  # head, titles, rows, three lines of notes
+    for last_title in ("gradient", "unseen"):
+        below = re.split(rf"\n\s*domain .*{last_title}\n", text)[1].splitlines()
+        column = below[0].index("1")  # where the numbers of the training data begin
+        assert "".join(line[:column].split()[0] for line in below).startswith(f"train{name}law")
 
 
 def test_the_longest_shipped_name_is_shown_in_full_when_threatened() -> None:
     name = max(starter_domains(), key=len)
     record = forecast(domain_forecast(name, sts_cross=0.5, **HARM))
     assert f"! {name} " in forecast_table(record, _judged(record), colour=False)
+
+
+CHECKS = (
+    Check("explained variance", "pass", "93% of 260 tokens' variance", ""),
+    Check("layer", "refuse", "reads layer 2 (leaves 0.67), but fits layer 1 better (leaves 0.08)", "correct hook_name " * 9),
+    Check("silent features", "warn", "95% of 64", "give more [or longer] texts"),
+)
+
+
+def test_the_doctor_gives_each_check_a_line_and_what_to_do_below_it() -> None:
+    text = doctor_table(CHECKS, colour=False)
+    _assert_narrow(text)
+    lines = text.splitlines()
+    assert [line.split()[-1] for line in (lines[0][:28], lines[1][:28])] == ["pass", "refuse"]
+    assert lines[0].startswith("explained variance ")
+    assert lines[-1].split() == ["->", "give", "more", "[or", "longer]", "texts"]
+    flat = " ".join(text.split())
+    assert flat.count("correct hook_name") == 9
+    assert flat.count("->") == 2
+
+
+def test_the_doctor_is_coloured_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for show in (True, False):
+        assert (ESCAPE in doctor_table(CHECKS, colour=show)) == show
+        monkeypatch.setattr("sys.stdout.isatty", lambda show=show: show)
+        assert (ESCAPE in doctor_table(CHECKS)) == show
+
+
+@pytest.mark.parametrize(("decision", "shown"), [("not covered", "NOT COVERED"), ("cannot tell", "CANNOT TELL"), ("go", "GO")])
+def test_a_decision_is_named_in_capitals(decision: Any, shown: str) -> None:
+    verdict = Verdict(decision, ("law",), {"law": "because."}, 0)
+    text = forecast_table(_forecast(), verdict, colour=False)
+    assert f"\nVerdict: {shown}\n  law: because." in text
+
+
+def test_features_in_words_show_the_strongest_place_of_each_set() -> None:
+    strong, weak = Snippet("so the\n\nhigh ", "court", " held that", 2.5), Snippet("", "law", "", 0.5)
+    words = [FeatureInWords(7, 0.125, "https://x/7", {"train": (strong, weak), "law": ()}), FeatureInWords(3, 0.5, "", {})]
+    text = words_lines(words, colour=False)
+    assert text.splitlines() == [
+        "feature 7, 12.5%  https://x/7",
+        "  train        ...so the high [court] held that",
+        "feature 3, 50.0%",
+    ]
+    long = Snippet("a " * 90, "b" * 90, "c " * 90, 1.0)
+    _assert_narrow(words_lines([FeatureInWords(7, 0.1, "", {"a long name indeed": (long,)})], colour=False))

@@ -78,17 +78,3 @@ def shift_share(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
 def n_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """How many features two sets share."""
     return len(set(one) & set(other))
-
-
-def relative_change(mean_squared_change: torch.Tensor, mean_energy: float) -> float:
-    """Squared change of all features against their squared activity before.
-
-    Args:
-        mean_squared_change: drift or shift, mean over tokens, `(d_sae,)`.
-        mean_energy: mean over the same tokens of the sum over features of squared activation before the change.
-
-    Returns:
-        At least 0; 0 means unchanged, 1 that the change is as large as the activity itself; NaN without activity.
-
-    """
-    return float(mean_squared_change.sum()) / mean_energy if mean_energy > 0 else float("nan")

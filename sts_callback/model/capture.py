@@ -89,13 +89,26 @@ class Captured:
     """`(n_selected, vocab)` at the selected positions, row by row."""
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """One batch as the model takes it."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: DynamicCache | None
+    select: torch.Tensor | None
+    skip: int
+    """Leading positions that are prefix, where it has no cache."""
+
+
 class Capture:
     """Reads hook points of one model. Use it inside `undisturbed(model)`."""
 
     def __init__(self, model: nn.Module, points: Sequence[HookPoint]) -> None:
         self._model = model
         self._points = tuple(points)
-        self._may_stop = not is_sharded(model)
+        self.may_stop = not is_sharded(model)
+        """Whether a forward may end early; if not, only whole ones are safe, and no backward."""
         self._device = next(model.parameters()).device
         self._takes_selection = _takes_selection(model)
 
@@ -114,7 +127,7 @@ class Capture:
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             return Prefix(ids, None)  # recurrent or chunked state cannot be forked by expanding
         row = torch.tensor([ids], device=self._device)
-        self._forward(row, torch.ones_like(row), cache, whole=whole, select=None)
+        self._forward(_Inputs(row, torch.ones_like(row), cache, None, 0), whole=whole)
         return Prefix(ids, cache if cache.get_seq_length() == len(ids) else None)
 
     def run(self, suffixes: Sequence[Sequence[int]], prefix: Prefix, *, select: torch.Tensor | None = None) -> Captured:
@@ -126,6 +139,55 @@ class Capture:
             select: `(n_rows, n_suffix)` booleans on the model's device, the positions whose logits are wanted.
 
         """
+        inputs = self._inputs(suffixes, prefix, select)
+        found = self._forward(inputs, whole=select is not None)
+        return Captured({name: acts[:, inputs.skip :] for name, acts in found.activations.items()}, found.logits)
+
+    def gradient(
+        self,
+        suffixes: Sequence[Sequence[int]],
+        prefix: Prefix,
+        *,
+        select: torch.Tensor,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One backward pass from a loss down to the first hook point; no gradient of a weight is made.
+
+        Args:
+            suffixes: as for `run`.
+            prefix: as for `run`; a constant, nothing flows into it.
+            select: as for `run`.
+            loss: of the logits at the selected positions, `(n_selected, vocab)`, a scalar.
+
+        Returns:
+            Activations at the hook point and the loss's gradient with respect to them, each `(n_rows, n_suffix, d)`.
+
+        """
+        inputs, point, leaves = self._inputs(suffixes, prefix, select), self._points[0], []
+
+        def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+            leaf = _tensor_at(point, args, kwargs, *output).detach().requires_grad_()
+            leaves.append(leaf)
+            torch.set_grad_enabled(True)  # from here up; below, weights that train would record a graph nobody needs
+            if point.side == "output":
+                return (leaf, *output[0][1:]) if isinstance(output[0], tuple) else leaf
+            return ((leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf})
+
+        if point.side == "input":
+            handle = point.module.register_forward_pre_hook(cut, with_kwargs=True)
+        else:
+            handle = point.module.register_forward_hook(cut, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                out = self._model(**self._arguments(inputs))
+                logits = out.logits if self._takes_selection else out.logits[inputs.select]
+                (gradient,) = torch.autograd.grad(loss(logits), leaves)
+        finally:
+            handle.remove()
+        shape = (*inputs.ids.shape, -1)
+        return leaves[0].detach().reshape(shape)[:, inputs.skip :], gradient.reshape(shape)[:, inputs.skip :]
+
+    def _inputs(self, suffixes: Sequence[Sequence[int]], prefix: Prefix, select: torch.Tensor | None) -> _Inputs:
         n_rows, n_suffix = len(suffixes), max(map(len, suffixes))
         ids = torch.zeros(n_rows, n_suffix, dtype=torch.long)
         mask = torch.zeros(n_rows, n_suffix, dtype=torch.long)
@@ -141,20 +203,23 @@ class Capture:
             ids, skip = torch.cat([head, ids], dim=1), len(prefix.token_ids)
             if select is not None:
                 select = nn.functional.pad(select, (skip, 0))
-        found = self._forward(ids.to(self._device), mask.to(self._device), cache, whole=select is not None, select=select)
-        return Captured({name: acts[:, skip:] for name, acts in found.activations.items()}, found.logits)
+        return _Inputs(ids.to(self._device), mask.to(self._device), cache, select, skip)
 
-    def _forward(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        cache: DynamicCache | None,
-        *,
-        whole: bool,
-        select: torch.Tensor | None,
-    ) -> Captured:
+    def _arguments(self, inputs: _Inputs) -> dict[str, Any]:
+        """What the model is called with."""
+        arguments: dict[str, Any] = {
+            "input_ids": inputs.ids,
+            "attention_mask": inputs.mask,
+            "past_key_values": inputs.cache,
+            "use_cache": inputs.cache is not None,
+        }
+        if self._takes_selection:
+            arguments["logits_to_keep"] = 1 if inputs.select is None else inputs.select
+        return arguments
+
+    def _forward(self, inputs: _Inputs, *, whole: bool) -> Captured:
         activations: dict[str, torch.Tensor] = {}
-        stop = self._may_stop and not whole
+        stop = self.may_stop and not whole
         handles = []
         for point in self._points:
             reader = _reader(point, activations, len(self._points) if stop else 0)
@@ -162,11 +227,8 @@ class Capture:
                 handles.append(point.module.register_forward_pre_hook(reader, with_kwargs=True))
             else:
                 handles.append(point.module.register_forward_hook(reader, with_kwargs=True))
-        extra: dict[str, Any] = {}
-        if self._takes_selection:
-            extra["logits_to_keep"] = 1 if select is None else select
         try:
-            out = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **extra)
+            out = self._model(**self._arguments(inputs))
         except _Captured:
             out = None
         finally:
@@ -174,11 +236,11 @@ class Capture:
                 handle.remove()
         # OPT flattens rows and tokens before its MLP.
         for name, x in activations.items():
-            if x.dim() == 2 and len(x) == ids.numel():
-                activations[name] = x.reshape(*ids.shape, -1)
-        if out is None or select is None:
+            if x.dim() == 2 and len(x) == inputs.ids.numel():
+                activations[name] = x.reshape(*inputs.ids.shape, -1)
+        if out is None or inputs.select is None:
             return Captured(activations, None)
-        logits = out.logits if self._takes_selection else out.logits[select]
+        logits = out.logits if self._takes_selection else out.logits[inputs.select]
         return Captured(activations, logits)
 
 
@@ -186,12 +248,17 @@ def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> C
     """A forward (pre-)hook that stores the point's tensor and ends the forward once `n_wanted` are there (0: never)."""
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        value = (args[0] if args else kwargs["hidden_states"]) if point.side == "input" else output[0]
-        into[point.name] = value[0] if isinstance(value, tuple) else value
+        into[point.name] = _tensor_at(point, args, kwargs, *output)
         if len(into) == n_wanted:
             raise _Captured
 
     return read
+
+
+def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> torch.Tensor:
+    value = (args[0] if args else kwargs["hidden_states"]) if point.side == "input" else output[0]
+    tensor: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    return tensor
 
 
 def _takes_selection(model: nn.Module) -> bool:

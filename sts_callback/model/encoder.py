@@ -8,7 +8,7 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -53,6 +53,17 @@ _BY_FEATURE = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag")
 _ENCODES = ("d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "k", "rescale_acts_by_decoder_norm")
 
 
+class Reconstruction(NamedTuple):
+    """What an SAE makes of activations."""
+
+    acts: torch.Tensor
+    """Feature activations, `(n_tokens, d_sae)`, float32."""
+    x: torch.Tensor
+    """The input as the SAE sees it, `(n_tokens, d_in)`, float32."""
+    left: torch.Tensor
+    """What the dictionary leaves of it, `(n_tokens, d_in)`; NaN for a transcoder."""
+
+
 @dataclass(frozen=True)
 class SaeEncoder:
     """An SAE with what is needed to use it right: where it reads, how its input is prepared, who it is."""
@@ -64,9 +75,15 @@ class SaeEncoder:
     sae: SAE[Any]
     """Float32, frozen, not the user's own object."""
     fingerprint: str
-    """SHA-256 of its encoder."""
+    """SHA-256 of its weights and of how they are used."""
     centred: bool = False
     """Whether it expects activations of a LayerNorm model with their mean over `d_in` removed (TransformerLens' default)."""
+    nominal_l0: float | None = None
+    """Active features a token that its makers state."""
+    trained_on: str | None = None
+    """The model that its makers name."""
+    neuronpedia_id: str | None = None
+    """Where Neuronpedia explains its features, `model/source`."""
 
     @property
     def d_in(self) -> int:
@@ -104,15 +121,47 @@ class SaeEncoder:
             acts: torch.Tensor = self.sae.encode(x)
         return acts
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it decodes to what it reads; a transcoder decodes to another place."""
+        return "transcoder" not in self.architecture
+
     @torch.no_grad()
-    def unexplained(self, x: torch.Tensor) -> float | None:
-        """Fraction of variance of `(n_tokens, d_in)` that the reconstruction leaves (FVU); None for a transcoder."""
-        if "transcoder" in self.architecture:
-            return None
+    def reconstruct(self, x: torch.Tensor) -> Reconstruction:
+        """Feature activations and what they leave of the input, in float32 arithmetic.
+
+        Args:
+            x: activations at the hook point, `(n_tokens, d_in)`, any float dtype and device.
+
+        """
         x = self._prepared(x)
         with torch.autocast(x.device.type, enabled=False):
-            left = (x - self.sae.decode(self.sae.encode(x))).double().square().sum()
-        return float(left / (x - x.mean(dim=0)).double().square().sum())
+            acts = self.sae.encode(x)
+            left = x - self.sae.decode(acts) if self.reconstructs else torch.full_like(x, float("nan"))
+        return Reconstruction(acts, x, left)
+
+    @torch.no_grad()
+    def feature_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradient with respect to feature activations, from that with respect to activations at the hook point.
+
+        An inactive feature has none: a small change of its input leaves it inactive.
+
+        Args:
+            x: activations at the hook point, `(n_tokens, d_in)`.
+            gradient: of a loss with respect to them, `(n_tokens, d_in)`.
+
+        Returns:
+            `(n_tokens, d_sae)`, float32.
+
+        """
+        x = self._prepared(x)
+        with torch.autocast(x.device.type, enabled=False):
+            acts = self.sae.encode(x).requires_grad_()  # decoding may undo a scale that encoding has just taken from `x`
+            with torch.enable_grad():
+                decoded = self.sae.decode(acts)
+            (through_decoder,) = torch.autograd.grad(decoded, acts, gradient.to(decoded))
+        through_features: torch.Tensor = through_decoder * (acts > 0)
+        return through_features
 
     def _prepared(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.sae.device, torch.float32)
@@ -181,7 +230,18 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
     loaded.requires_grad_(False).eval()
     lens_options = metadata.get("model_from_pretrained_kwargs") or {}
     centred = bool(lens_options.get("center_writing_weights"))
-    return SaeEncoder(name, hook_name, loaded, _fingerprint(loaded, centred), centred)
+    entry = registry.find(name) if "/" in name else None  # a folder is not in the registry
+    nominal_l0 = metadata.get("l0") or getattr(loaded.cfg, "k", None) or (entry.l0 if entry else None)
+    return SaeEncoder(
+        name,
+        hook_name,
+        loaded,
+        _fingerprint(loaded, centred),
+        centred,
+        None if nominal_l0 is None else float(nominal_l0),
+        metadata.get("model_name") or (entry.model if entry else None),
+        metadata.get("neuronpedia_id") or (entry.neuronpedia_id if entry else None),
+    )
 
 
 def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
@@ -220,6 +280,6 @@ def _fingerprint(sae: SAE[Any], centred: bool) -> str:
     settings = [sae.cfg.architecture(), centred, *(getattr(sae.cfg, name, None) for name in _ENCODES)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, parameter in sorted(sae.named_parameters()):
-        if name in (*_BY_FEATURE, "b_dec"):  # b_dec is subtracted from the input
+        if name in (*_BY_FEATURE, "b_dec", "W_dec"):  # b_dec is subtracted from the input; W_dec says what is left of it
             digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -1,17 +1,20 @@
-"""Texts become token batches, once: a shared prefix of demonstrations, and a suffix per query with its answer.
+"""Texts become token batches, once: prefixes of demonstrations, and a suffix per query with its answer.
 
-A query is the same tokens with and without demonstrations before it, so that activations can be subtracted token by token.
-The user's tokenizer is never altered: one text at a time, no padding, no truncation by it.
+Queries stand in groups of equal size, and each group has demonstrations of its own, so that what the draw of demonstrations does
+to a number can be told. A query is the same tokens with and without demonstrations before it, so that activations can be
+subtracted token by token. The user's tokenizer is never altered: one text at a time, no padding, no truncation by it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts_callback.config import ProbeConfig
@@ -20,6 +23,10 @@ from sts_callback.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_FEWEST_QUERIES = 4
+_NEUTRAL_TEXT = Path(__file__).parent / "neutral.txt"
 
 
 @dataclass(frozen=True)
@@ -43,22 +50,25 @@ class ProbeSet:
 
     name: str
     queries: tuple[Query, ...]
-    demonstrations: tuple[int, ...]
-    """Tokens of the answered examples that go in context, without BOS, separated as `probes` does."""
+    draws: tuple[tuple[int, ...], ...]
+    """For each group, the tokens of the answered examples that go in its context, without BOS, each ended by a blank line."""
     n_cut: int
     """Queries or answers that were longer than `max_tokens`."""
+
+    def group(self, index: int) -> int:
+        """The group that a query stands in; for training demonstrations the same number in every set means the same draw."""
+        return index % len(self.draws)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that is measured on."""
-        content = [self.name, [(q.query, q.answer, q.counts) for q in self.queries], self.demonstrations]
+        content = [self.name, [(q.query, q.answer, q.counts) for q in self.queries], self.draws]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def prefix_tokens(tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[int] = ()) -> tuple[int, ...]:
-    """What stands before a query: BOS where the model has one, then the demonstrations."""
-    bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    return bos + tuple(demonstrations)
+def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What stands before everything else: BOS, where the model has one."""
+    return () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
 
 
 def make_probe_set(
@@ -70,47 +80,69 @@ def make_probe_set(
     n_demonstrations: int,
     field: str,
 ) -> ProbeSet:
-    """Draw demonstrations and queries from rows, disjoint and seeded.
+    """Draw queries from rows and demonstrations for each group of them, seeded; no query stands among its own demonstrations.
 
     Args:
         name: the domain's name, or `train`.
         rows: in any format of `domains.reader`.
         tokenizer: the user's; not altered.
         config: numbers, limits and seed.
-        n_demonstrations: answered examples to put in context.
+        n_demonstrations: answered examples to put in each context.
         field: what to call the rows in errors.
 
     Raises:
         DataError: with fewer usable rows than demonstrations and 4 queries need.
 
     """
+    draw = random.Random(f"{config.seed}/{name}")
     order = list(range(len(rows)))
-    random.Random(f"{config.seed}/{name}").shuffle(order)
-    wanted = n_demonstrations + config.n_queries
+    draw.shuffle(order)
+    wanted = config.n_queries + n_demonstrations * config.n_draws
     # Reading stops as soon as enough usable rows are there: a training set may have millions.
     pairs: list[Pair] = []
     for start in range(0, len(order), wanted):
         pairs += read_pairs((rows[i] for i in order[start : start + wanted]), tokenizer, field)
         if len(pairs) >= wanted:
             break
-    if len(pairs) < n_demonstrations + 4:
+    if len(pairs) < n_demonstrations + _FEWEST_QUERIES:
         raise DataError(
-            f"{field}: {len(pairs)} usable rows, but {n_demonstrations} demonstrations and at least 4 queries are needed; "
-            "add rows or ask for fewer demonstrations."
+            f"{field}: {len(pairs)} usable rows, but {n_demonstrations} demonstrations and at least {_FEWEST_QUERIES} queries "
+            "are needed; add rows or ask for fewer demonstrations."
         )
     with _untouched(tokenizer):
         encoded = [_encode(pair, tokenizer, config.max_tokens) for pair in pairs[:wanted]]
-        separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    demonstrations: list[int] = []
-    for query, _ in encoded[:n_demonstrations]:
-        demonstrations += [*query.tokens, *separator]
-    queries = [query for query, _ in encoded[n_demonstrations:] if any(query.counts)]
-    if len(queries) < 4:
+        separator = tuple(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
+    n_queries = min(config.n_queries, len(encoded) - n_demonstrations)
+    asked = [i for i, (query, _) in enumerate(encoded) if any(query.counts)][:n_queries]
+    if len(asked) < _FEWEST_QUERIES:
         raise DataError(
-            f"{field}: {len(queries) + n_demonstrations} usable rows, but {n_demonstrations} demonstrations and at least 4 "
-            "queries are needed; of the others no token of the prompt counts (it is empty or holds special tokens only)."
+            f"{field}: {len(asked) + n_demonstrations} usable rows, but {n_demonstrations} demonstrations and at least "
+            f"{_FEWEST_QUERIES} queries are needed; of the others no token of the prompt counts (it is empty or holds special "
+            "tokens only)."
         )
-    return ProbeSet(name, tuple(queries), tuple(demonstrations), sum(cut for _, cut in encoded))
+    n_draws = min(config.n_draws, len(asked) // 2)
+    draws = []
+    for group in range(n_draws):
+        own = set(asked[group::n_draws])
+        texts = {encoded[i][0] for i in own}
+        others = [i for i in range(len(encoded)) if i not in own]
+        unlike = [i for i in others if encoded[i][0] not in texts]  # a copy in another row would give the answer away
+        shown = draw.sample(unlike if len(unlike) >= n_demonstrations else others, n_demonstrations)
+        draws.append(tuple(token for i in shown for token in (*encoded[i][0].tokens, *separator)))
+    return ProbeSet(name, tuple(encoded[i][0] for i in asked), tuple(draws), sum(cut for _, cut in encoded))
+
+
+def neutral_tokens(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> tuple[int, ...]:
+    """Plain prose without question or answer, to stand in a context in place of demonstrations.
+
+    Args:
+        tokenizer: the user's; not altered.
+        n_tokens: how many tokens; the text starts again where it ends.
+
+    """
+    with _untouched(tokenizer):
+        ids = tokenizer(_NEUTRAL_TEXT.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    return tuple(itertools.islice(itertools.cycle(ids), n_tokens))
 
 
 @contextlib.contextmanager
@@ -134,9 +166,9 @@ def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None) -> None:
         DataError: naming the set, the length and the limit.
 
     """
-    longest_context = max(len(s.demonstrations) for s in sets if s.name == "train")
+    longest_context = max(len(draw) for s in sets if s.name == "train" for draw in s.draws)
     for s in sets:
-        length = 1 + max(longest_context, len(s.demonstrations)) + max(len(q.tokens) for q in s.queries)
+        length = 1 + max(longest_context, *map(len, s.draws)) + max(len(q.tokens) for q in s.queries)
         if max_positions is not None and length > max_positions:
             raise DataError(
                 f"{s.name}: demonstrations, query and answer take {length} tokens, but the model has {max_positions} positions; "
@@ -175,17 +207,24 @@ def _tokenise(pair: TextPair, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple
     return whole[:n_common], whole[n_common:]
 
 
-def batches(queries: Sequence[Query], config: ProbeConfig, vocab_size: int) -> Iterator[list[int]]:
+def batches(queries: Sequence[Query], members: Sequence[int], batch_tokens: int, vocab_size: int) -> Iterator[list[int]]:
     """Indices of queries in batches of like length, the same at every visit.
 
     A batch has at most `batch_tokens` padded tokens, and at most as many answer tokens as 256 MiB of float32 logits hold.
+
+    Args:
+        queries: of a set.
+        members: indices of those that are wanted.
+        batch_tokens: see `ProbeConfig`.
+        vocab_size: of the model.
+
     """
     most_answer_tokens = 2**28 // (4 * vocab_size)
-    order = sorted(range(len(queries)), key=lambda i: (len(queries[i].tokens), i))
+    order = sorted(members, key=lambda i: (len(queries[i].tokens), i))
     batch: list[int] = []
     n_answer = 0
     for i in order:
-        full = (len(batch) + 1) * len(queries[i].tokens) > config.batch_tokens
+        full = (len(batch) + 1) * len(queries[i].tokens) > batch_tokens
         if batch and (full or n_answer + len(queries[i].answer) > most_answer_tokens):
             yield batch
             batch, n_answer = [], 0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -149,21 +150,22 @@ def test_selected_logits_are_those_of_each_sequence_alone(architecture: str, cac
     assert_rows_are_true(architecture, found.activations[POST], tokens)
 
 
+class WithoutSelection(nn.Module):
+    """The language model, behind a forward that takes no `logits_to_keep`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.inner = subject("llama").config, [subject("llama")]
+        self.model = subject("llama").model
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return self.inner[0](input_ids=input_ids, **kwargs)
+
+
 def test_model_that_cannot_select_logits_gives_the_same() -> None:
-    class Wrapped(nn.Module):
-        """The language model, behind a forward that takes no `logits_to_keep`."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.config, self.inner = subject("llama").config, [subject("llama")]
-            self.model = subject("llama").model
-
-        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-            return self.inner[0](input_ids=input_ids, **kwargs)
-
     select = torch.zeros(3, 12, dtype=torch.bool)
     select[:, 1] = True
-    model = Wrapped()
+    model = WithoutSelection()
     with undisturbed(model):
         found = capture(model).run(SUFFIXES, Prefix(SHORT, None), select=select)
     assert found.logits is not None
@@ -203,6 +205,198 @@ def test_sites_inside_a_layer_are_read_row_by_row(architecture: str, cached: boo
     assert found.shape[:2] == (3, 12)
     for row, suffix, expected in zip(found, SUFFIXES, alone, strict=True):
         assert_close(row[: len(suffix)], expected[len(LONG) :])
+
+
+# Backwards from a loss
+
+POSITIONS = [(0, 2), (1, 5, 11), (6,)]
+SITES = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "mlp.hook_post", "hook_attn_out", "attn.hook_z"]
+
+
+def chosen() -> torch.Tensor:
+    select = torch.zeros(3, 12, dtype=torch.bool)
+    for row, positions in enumerate(POSITIONS):
+        select[row, list(positions)] = True
+    return select
+
+
+def score(logits: torch.Tensor) -> torch.Tensor:
+    """A loss that bends: NLL of one token at every selected position."""
+    return -logits.log_softmax(dim=-1)[:, 5].sum()
+
+
+def gradient_of(
+    model: nn.Module, name: str, prefix: tuple[int, ...] = LONG, *, cached: bool = True, loss: Any = score
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with undisturbed(model):
+        reader = capture(model, name)
+        kept = made_prefix(reader, prefix, cached=cached, whole=True)
+        return reader.gradient(SUFFIXES, kept, select=chosen(), loss=loss)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "opt"])
+def test_gradients_are_those_of_each_sequence_alone(architecture: str, cached: bool, prefix: str) -> None:
+    tokens = PREFIXES[prefix]
+    acts, found = gradient_of(subject(architecture), POST, tokens, cached=cached)
+    assert_rows_are_true(architecture, acts, tokens)
+    assert found.shape == acts.shape
+    for row, suffix, positions in zip(found, SUFFIXES, POSITIONS, strict=True):
+        out = twin(architecture)(input_ids=torch.tensor([tokens + suffix]), use_cache=False, output_hidden_states=True)
+        hidden = out.hidden_states[LAYER + 1]
+        loss = score(out.logits[0, [len(tokens) + position for position in positions]])
+        (wanted,) = torch.autograd.grad(loss, hidden)
+        assert_close(row[: len(suffix)], wanted[0, len(tokens) :])
+        assert (row[len(suffix) :] == 0).all()  # padding is seen by no logit that was asked for
+        assert (row[positions[-1] + 1 :] == 0).all()  # nor is what comes later
+
+
+def pushed(model: PreTrainedModel, name: str, tokens: tuple[int, ...], by: torch.Tensor, start: int) -> torch.Tensor:
+    """Logits of one sequence with `by`, `(n_suffix, d)`, added at a hook point from position `start` on."""
+    point = resolve(model, name)
+
+    def more(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x.view(len(tokens), -1)[start:] += by
+        return x
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (
+            ((more(args[0]), *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": more(kwargs["hidden_states"])})
+        )
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        return (more(output[0]), *output[1:]) if isinstance(output, tuple) else more(output)
+
+    on_input = point.side == "input"
+    handle = (
+        point.module.register_forward_pre_hook(before, with_kwargs=True)
+        if on_input
+        else point.module.register_forward_hook(after)
+    )
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    handle.remove()
+    return logits
+
+
+@pytest.mark.parametrize("name", [*(f"blocks.1.{site}" for site in SITES), "model.layers.1.self_attn.input"])
+@pytest.mark.parametrize(
+    ("architecture", "step"),
+    # Llama and Gemma take norms in float32 whatever their dtype, so that their steps must be large.
+    [("llama", 2e-3), ("gemma3", 2e-3), ("opt", 1e-5)],
+)
+def test_gradients_at_every_site_are_finite_differences(architecture: str, step: float, name: str) -> None:
+    model = tiny_model(architecture).double()
+    generator = torch.Generator().manual_seed(3)
+    for row, suffix, positions in zip(gradient_of(model, name)[1], SUFFIXES, POSITIONS, strict=True):
+        at = [len(LONG) + position for position in positions]
+        gradient = row[: len(suffix)]
+        # Random, but not across the gradient, where there would be no difference to compare.
+        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64) + gradient / gradient.std()
+        losses = {
+            n: float(score(pushed(model, name, LONG + suffix, n * step * direction, len(LONG))[at])) for n in (-2, -1, 1, 2)
+        }
+        difference = (8 * (losses[1] - losses[-1]) - (losses[2] - losses[-2])) / (12 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(difference, rel=2e-3)
+
+
+def test_gradient_of_a_model_that_cannot_select_logits_is_the_same() -> None:
+    found, wanted = gradient_of(WithoutSelection(), POST)[1], gradient_of(subject("llama"), POST)[1]
+    assert_close(found, wanted)
+
+
+def test_a_backward_pass_does_not_spoil_the_prefix() -> None:
+    model = subject("llama")
+    with undisturbed(model):
+        reader = capture(model)
+        prefix = reader.prefix(LONG, whole=True)
+        first = reader.gradient(SUFFIXES, prefix, select=chosen(), loss=score)
+        plain = reader.run(SUFFIXES, prefix)
+        second = reader.gradient(SUFFIXES, prefix, select=chosen(), loss=score)
+    assert all(map(torch.equal, first, second))
+    assert torch.equal(plain.activations[POST], first[0])
+    assert prefix.cache is not None
+    assert prefix.cache.get_seq_length() == len(LONG)
+    assert not any(keys.requires_grad for layer in prefix.cache.layers for keys in (layer.keys, layer.values))
+
+
+def test_a_graph_is_recorded_only_above_the_hook_point() -> None:
+    model = tiny_model()
+    recording: list[bool] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *args: recording.append(torch.is_grad_enabled()))
+    with undisturbed(model):
+        capture(model, "blocks.1.hook_resid_post").gradient(SUFFIXES, Prefix((), None), select=chosen(), loss=score)
+    assert recording == [False, False, True, True]
+
+
+def lora_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # begins at 0, where adapters do nothing
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model().train(), lora_model], ids=["full", "lora"])
+@pytest.mark.parametrize("site", ["hook_resid_pre", "hook_resid_post"])
+def test_a_backward_pass_leaves_no_trace(make: Callable[[], nn.Module], site: str) -> None:
+    model = make()
+    first = next(p for p in model.parameters() if p.requires_grad)
+    first.grad = torch.full_like(first, 7.0)  # as in the middle of an accumulation
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    wanted = [p.requires_grad for p in model.parameters()]
+    before = n_hooks(model)
+    with undisturbed(model):
+        reader = capture(model, f"blocks.{LAYER}.{site}")
+        acts, gradient = reader.gradient(SUFFIXES, reader.prefix(LONG, whole=True), select=chosen(), loss=score)
+        assert not torch.is_grad_enabled()
+    assert not acts.requires_grad and not gradient.requires_grad
+    assert gradient.abs().max() > 0
+    assert torch.is_grad_enabled()
+    assert (first.grad == 7).all()
+    assert all(p.grad is None for p in model.parameters() if p is not first)
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert n_hooks(model) == before
+
+
+def test_gradients_through_adapters_are_those_of_the_merged_model() -> None:
+    model = lora_model()
+    found = gradient_of(model, POST)
+    wanted = gradient_of(model.merge_and_unload().requires_grad_(False), POST)
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("where", ["below", "above", "loss"])
+@pytest.mark.parametrize("site", ["hook_resid_pre", "hook_resid_post"])
+def test_an_error_in_a_backward_pass_leaves_no_trace(where: str, site: str) -> None:
+    model = tiny_model()
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    failing = {"below": model.model.layers[0], "above": model.model.layers[3]}.get(where)
+    handle = failing.mlp.register_forward_hook(fail) if failing else None
+    before = n_hooks(model)
+    with undisturbed(model):
+        with pytest.raises(RuntimeError, match="out of luck"):
+            capture(model, f"blocks.{LAYER}.{site}").gradient(
+                SUFFIXES, Prefix((), None), select=chosen(), loss=fail if where == "loss" else score
+            )
+        assert not torch.is_grad_enabled()
+    assert n_hooks(model) == before
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.is_grad_enabled()
+    if handle:
+        handle.remove()
+    assert gradient_of(model, POST)[1].isfinite().all()
 
 
 # No more work than needed

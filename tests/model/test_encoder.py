@@ -127,6 +127,8 @@ def numpy_features(sae: SAE[Any], x: torch.Tensor) -> np.ndarray[Any, Any]:
         gate = a @ w["W_enc"] + w["b_gate"] > 0
         return gate * np.maximum(a @ (w["W_enc"] * np.exp(w["r_mag"])) + w["b_mag"], 0)
     pre = a @ w["W_enc"] + w["b_enc"]
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        pre = pre * np.linalg.norm(w["W_dec"], axis=1)
     if "jumprelu" in kind:
         return np.where(pre > w["threshold"], np.maximum(pre, 0), 0)
     if kind == "topk":
@@ -205,17 +207,26 @@ def test_half_precision_activations_are_encoded_in_float32(dtype: torch.dtype) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_changes_nothing(kind: str) -> None:
     one, x = encoder(made(kind, 12, 40)), inputs(30, 12)
-    expected = one.encode(x), one.unexplained(x)
+
+    def everything() -> list[torch.Tensor]:
+        more = [one.feature_gradient(x, inputs(30, 12, seed=2))] if one.reconstructs else []
+        return [one.encode(x), *one.reconstruct(x), *more]
+
+    expected = everything()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (x @ x.T).dtype == torch.bfloat16
-        found = one.encode(x), one.unexplained(x)
-    assert torch.equal(found[0], expected[0])
-    assert found[1] == expected[1]
+        found = everything()
+    for one_tensor, other in zip(found, expected, strict=True):
+        assert torch.equal(one_tensor.nan_to_num(-1), other.nan_to_num(-1))
 
 
 def test_encoding_builds_no_graph() -> None:
-    sae = made("standard", 12, 40)
-    assert not encoder(sae).encode(inputs(3, 12).requires_grad_()).requires_grad
+    one, x = encoder(made("standard", 12, 40)), inputs(3, 12).requires_grad_()
+    acts, _, left = one.reconstruct(x)
+    for found in (one.encode(x), acts, left, one.feature_gradient(x, inputs(3, 12).requires_grad_())):
+        assert not found.requires_grad
+    assert x.grad is None
+    assert all(p.grad is None for p in one.sae.parameters())
 
 
 def test_heads_are_taken_flat() -> None:
@@ -225,35 +236,93 @@ def test_heads_are_taken_flat() -> None:
     heads.cfg.metadata.hook_name = "blocks.1.attn.hook_z"
     x = inputs(8, 12)
     assert torch.equal(encoder(heads).encode(x), encoder(flat).encode(x))
-    assert encoder(heads).unexplained(x) == encoder(flat).unexplained(x)
+    assert all(map(torch.equal, encoder(heads).reconstruct(x), encoder(flat).reconstruct(x)))
     assert heads.hook_z_reshaping_mode  # the user's own is as it was
     assert heads.encode(x.view(8, 3, 4)).shape == (8, 40)
 
 
+def numpy_decoded(sae: SAE[Any], acts: np.ndarray[Any, Any], a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The reconstruction of `a` from its features, in float64."""
+    w_dec, b_dec = sae.W_dec.detach().double().numpy(), sae.b_dec.detach().double().numpy()
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        acts = acts / np.linalg.norm(w_dec, axis=1)
+    decoded = acts @ w_dec + b_dec
+    if sae.cfg.normalize_activations == "layer_norm":
+        return decoded * a.std(axis=1, ddof=1, keepdims=True) + a.mean(axis=1, keepdims=True)
+    if sae.cfg.normalize_activations == "constant_norm_rescale":
+        return decoded * np.linalg.norm(a, axis=1, keepdims=True) / np.sqrt(a.shape[1])
+    return decoded
+
+
+DECODING = [
+    ("standard", {}),
+    ("jumprelu", {}),
+    ("gated", {}),
+    ("topk", {"k": 5}),
+    ("topk", {"k": 5, "rescale_acts_by_decoder_norm": True}),
+]
+
+
 @pytest.mark.parametrize("centre", [True, False])
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk"])
-def test_unexplained_is_the_fraction_of_variance_that_numpy_finds(kind: str, normalisation: str, centre: bool) -> None:
-    sae, x = made(kind, 12, 40, normalize_activations=normalisation), inputs(50, 12)
+@pytest.mark.parametrize(("kind", "options"), DECODING)
+def test_what_the_dictionary_leaves_is_that_of_numpy(
+    kind: str, options: dict[str, Any], normalisation: str, centre: bool
+) -> None:
+    sae, x = made(kind, 12, 40, normalize_activations=normalisation, **options), inputs(50, 12)
     sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": centre}
     a = x.double().numpy()
     a = a - a.mean(axis=1, keepdims=True) if centre else a
-    decoded = numpy_features(sae, torch.from_numpy(a)) @ sae.W_dec.detach().double().numpy() + sae.b_dec.detach().double().numpy()
-    if normalisation == "layer_norm":
-        decoded = decoded * a.std(axis=1, ddof=1, keepdims=True) + a.mean(axis=1, keepdims=True)
-    elif normalisation == "constant_norm_rescale":
-        decoded = decoded * np.linalg.norm(a, axis=1, keepdims=True) / np.sqrt(12)
-    fvu = ((a - decoded) ** 2).sum() / ((a - a.mean(axis=0)) ** 2).sum()
-    assert encoder(sae).unexplained(x) == pytest.approx(fvu, rel=1e-4)
+    acts = numpy_features(sae, torch.from_numpy(a))
+    found = encoder(sae).reconstruct(x)
+    np.testing.assert_allclose(found.acts.numpy(), acts, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.x.numpy(), a, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.left.numpy(), a - numpy_decoded(sae, acts, a), rtol=1e-4, atol=1e-5)
+    assert {tensor.dtype for tensor in found} == {torch.float32}
 
 
-def test_exact_reconstruction_leaves_nothing_unexplained() -> None:
-    assert encoder(rotated_sae()).unexplained(inputs(50, 32)) == pytest.approx(0, abs=1e-9)
+def test_exact_reconstruction_leaves_nothing() -> None:
+    assert encoder(rotated_sae()).reconstruct(inputs(50, 32)).left.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reconstruction_holds_the_features_of_encoding(kind: str) -> None:
+    one, x = encoder(made(kind, 12, 40)), inputs(20, 12)
+    assert torch.equal(one.reconstruct(x.bfloat16()).acts, one.encode(x.bfloat16()))
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder", "jumprelu_transcoder"])
 def test_transcoder_reconstructs_something_else(kind: str) -> None:
-    assert encoder(made(kind)).unexplained(inputs(5, 2)) is None
+    one = encoder(made(kind))
+    assert not one.reconstructs
+    assert one.reconstruct(inputs(5, 2)).left.isnan().all()
+    assert one.reconstruct(inputs(5, 2)).left.shape == (5, 2)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize(("kind", "options"), DECODING)
+def test_feature_gradient_is_what_one_unit_more_of_a_feature_decodes_to(
+    kind: str, options: dict[str, Any], normalisation: str, centre: bool
+) -> None:
+    sae, x, gradient = made(kind, 12, 40, normalize_activations=normalisation, **options), inputs(20, 12), inputs(20, 12, seed=2)
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": centre}
+    a, g = x.double().numpy(), gradient.double().numpy()
+    a = a - a.mean(axis=1, keepdims=True) if centre else a
+    acts = numpy_features(sae, torch.from_numpy(a))
+    more = np.stack(
+        [numpy_decoded(sae, acts + one, a) - numpy_decoded(sae, acts, a) for one in np.eye(40)], axis=1
+    )  # decoding is linear, so a whole unit is as good as a small step
+    expected = np.where(acts > 0, np.einsum("tfd,td->tf", more, g), 0)
+    assert 0.05 < (expected != 0).mean() < 0.95
+    np.testing.assert_allclose(encoder(sae).feature_gradient(x, gradient).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_feature_gradient_takes_half_precision() -> None:
+    one, x, gradient = encoder(made("standard", 12, 40)), inputs(20, 12).bfloat16(), inputs(20, 12, seed=2).bfloat16()
+    found = one.feature_gradient(x, gradient)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, one.feature_gradient(x.float(), gradient.float()))
 
 
 # The user's own object
@@ -275,7 +344,8 @@ def test_users_object_is_not_altered(normalisation: str, dtype: str) -> None:
     before = state()
     one = encoder(sae)
     one.encode(x)
-    one.unexplained(x)
+    one.reconstruct(x)
+    one.feature_gradient(x, x)
     one.restrict((1, 2)).encode(x)
     one.scaled(3.0).encode(x)
     one.to(torch.device("cpu")).encode(x)
@@ -299,14 +369,15 @@ def test_name_and_hook_point_are_those_of_the_metadata() -> None:
         lambda sae: sae.W_enc.data[0, 0].add_(1),
         lambda sae: sae.b_enc.data[0].add_(1),
         lambda sae: sae.b_dec.data[0].add_(1),  # subtracted from the input
+        lambda sae: sae.W_dec.data[0, 0].add_(1),  # what it leaves is kept from step 0
         lambda sae: sae.threshold.data[0].add_(1),
         lambda sae: setattr(sae.cfg, "apply_b_dec_to_input", False),
         lambda sae: setattr(sae.cfg, "normalize_activations", "layer_norm"),
         lambda sae: setattr(sae.cfg.metadata, "model_from_pretrained_kwargs", {"center_writing_weights": True}),
     ],
-    ids=["W_enc", "b_enc", "b_dec", "threshold", "apply_b_dec_to_input", "normalize_activations", "centred"],
+    ids=["W_enc", "b_enc", "b_dec", "W_dec", "threshold", "apply_b_dec_to_input", "normalize_activations", "centred"],
 )
-def test_fingerprint_tells_encoders_apart(alter: Callable[[SAE[Any]], object]) -> None:
+def test_fingerprint_tells_saes_apart(alter: Callable[[SAE[Any]], object]) -> None:
     sae = rotated_sae(kind="jumprelu")
     before = encoder(sae).fingerprint
     assert encoder(rotated_sae(kind="jumprelu")).fingerprint == before
@@ -316,6 +387,34 @@ def test_fingerprint_tells_encoders_apart(alter: Callable[[SAE[Any]], object]) -
 
 def test_fingerprint_tells_numbers_of_active_features_apart() -> None:
     assert encoder(made("topk", k=1)).fingerprint != encoder(made("topk", k=2)).fingerprint
+
+
+# What its makers say of it
+
+
+def test_metadata_says_where_an_sae_is_from() -> None:
+    sae = rotated_sae()
+    assert (encoder(sae).nominal_l0, encoder(sae).trained_on, encoder(sae).neuronpedia_id) == (None, None, None)
+    sae.cfg.metadata.l0 = 42
+    sae.cfg.metadata.model_name = "gpt2-small"
+    sae.cfg.metadata.neuronpedia_id = "gpt2-small/8-res-jb"
+    found = encoder(sae)
+    assert (found.nominal_l0, found.trained_on, found.neuronpedia_id) == (42.0, "gpt2-small", "gpt2-small/8-res-jb")
+
+
+def test_topk_sae_states_its_own_number_of_active_features() -> None:
+    assert encoder(rotated_sae(kind="topk")).nominal_l0 == 16.0
+
+
+def test_registry_fills_in_what_the_metadata_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = rotated_sae()
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", lambda release, sae_id, **options: sae)
+    found = load_encoder("gpt2-small-res-jb/blocks.8.hook_resid_pre", "any", 12)
+    assert (found.nominal_l0, found.trained_on, found.neuronpedia_id) == (60.0, "gpt2-small", "gpt2-small/8-res-jb")
+    sae.cfg.metadata.l0 = 7.5
+    sae.cfg.metadata.model_name = "another"
+    found = load_encoder("gpt2-small-res-jb/blocks.8.hook_resid_pre", "any", 12)
+    assert (found.nominal_l0, found.trained_on) == (7.5, "another")
 
 
 # Loading

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sts_callback.config import ProbeConfig
 from sts_callback.errors import DataError
-from sts_callback.model.probes import ProbeSet, Query, batches, check_lengths, make_probe_set, prefix_tokens
+from sts_callback.model.probes import ProbeSet, Query, batches, bos_tokens, check_lengths, make_probe_set, neutral_tokens
 from tiny import rows, tiny_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
@@ -41,6 +43,13 @@ def text(tokens: tuple[int, ...]) -> str:
     return str(tiny_tokenizer().decode(tokens))
 
 
+def shown(draw: tuple[int, ...]) -> list[str]:
+    """The demonstrations of a draw, which ends in a separator."""
+    *texts, nothing = text(draw).split(SEPARATOR)
+    assert nothing == ""
+    return texts
+
+
 # What a query is
 
 
@@ -48,32 +57,23 @@ def test_queries_and_demonstrations_are_rows_as_they_stand() -> None:
     some, probes = rows(30), made(rows(30))
     texts = {row["prompt"]: row["completion"] for row in some}
     asked = [text(q.query) for q in probes.queries]
-    shown = text(probes.demonstrations).split(SEPARATOR)
     assert len(asked) == 6
     assert [text(q.answer) for q in probes.queries] == [texts[a] for a in asked]
-    assert shown.pop() == ""  # demonstrations end in a separator
-    assert len(shown) == 2
-    assert all(one in {row["prompt"] + row["completion"] for row in some} for one in shown)
+    assert len(probes.draws) == 3
+    for draw in probes.draws:
+        assert len(set(shown(draw))) == 2
+        assert set(shown(draw)) <= {row["prompt"] + row["completion"] for row in some}
     assert probes.n_cut == 0
-
-
-def test_no_row_is_both_demonstration_and_query() -> None:
-    for seed in range(20):
-        probes = made(rows(8), replace(CONFIG, seed=seed))
-        shown = text(probes.demonstrations).split(SEPARATOR)[:-1]
-        asked = [text(q.tokens) for q in probes.queries]
-        assert len({*shown, *asked}) == 8
 
 
 @pytest.mark.parametrize("n_demonstrations", [1, 2, 5])
 def test_tokens_of_a_query_do_not_depend_on_what_stands_before_it(n_demonstrations: int) -> None:
     tokenizer, probes = tiny_tokenizer(), made(rows(30), n_demonstrations=n_demonstrations)
-    alone, taught = prefix_tokens(tokenizer), prefix_tokens(tokenizer, probes.demonstrations)
-    assert alone == (BOS,)
-    assert taught == (BOS, *probes.demonstrations)
-    for q in probes.queries:
-        written = tokenizer(text(probes.demonstrations) + text(q.tokens), add_special_tokens=False)["input_ids"]
-        assert taught + q.tokens == (BOS, *written)
+    assert bos_tokens(tokenizer) == (BOS,)
+    for i, q in enumerate(probes.queries):
+        draw = probes.draws[probes.group(i)]
+        assert len(shown(draw)) == n_demonstrations
+        assert draw + q.tokens == tuple(tokenizer(text(draw) + text(q.tokens), add_special_tokens=False)["input_ids"])
         assert len(q.counts) == len(q.query)
         assert q.tokens == q.query + q.answer
 
@@ -86,13 +86,11 @@ def test_boundary_is_where_prompt_and_whole_part() -> None:
     assert tokenizer.convert_ids_to_tokens(q.answer) == ["th", *"at,Ġ", "th", *"is"]
 
 
-def test_tokenizer_without_bos_has_an_empty_prefix() -> None:
+def test_tokenizer_without_bos_has_nothing_in_front() -> None:
     tokenizer = merging_tokenizer()
-    probes = made(rows(10), tokenizer=tokenizer)
     assert tokenizer.bos_token_id is None
-    assert prefix_tokens(tokenizer) == ()
-    assert prefix_tokens(tokenizer, probes.demonstrations) == probes.demonstrations
-    assert all(all(q.counts) for q in probes.queries)
+    assert bos_tokens(tokenizer) == ()
+    assert all(all(q.counts) for q in made(rows(10), tokenizer=tokenizer).queries)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,7 @@ def test_tokenizer_without_bos_has_an_empty_prefix() -> None:
 )
 def test_bos_stands_in_front_only(row: dict[str, Any]) -> None:
     probes = made([row] * 6)
-    assert BOS not in probes.demonstrations
+    assert all(BOS not in draw for draw in probes.draws)
     assert all(BOS not in q.tokens for q in probes.queries)
     assert len(probes.queries) == 4
     assert all(q.query for q in probes.queries)
@@ -130,6 +128,7 @@ def test_running_text_is_split_in_halves(n: int, n_asked: int) -> None:
 
 def test_long_prompts_keep_their_end_and_long_answers_their_start() -> None:
     long = [{"prompt": f"{i:02d} " + "x" * 30 + " end?", "completion": f" start {i:02d}" + "y" * 30} for i in range(3)]
+    assert len(made(long + rows(5), replace(CONFIG, n_queries=7), n_demonstrations=1).queries) == 7
     probes = made(long + rows(5), replace(CONFIG, max_tokens=8, n_queries=7), n_demonstrations=1)
     assert probes.n_cut == 8  # all: those of `rows` are longer than 8 too
     probes = made(long + rows(5), replace(CONFIG, max_tokens=36, n_queries=7), n_demonstrations=1)
@@ -140,6 +139,80 @@ def test_long_prompts_keep_their_end_and_long_answers_their_start() -> None:
             assert text(q.query).endswith("xx end?")
             assert text(q.answer).startswith(" start")
             assert (len(q.query), len(q.answer)) == (36, 36)
+
+
+# Groups and their demonstrations
+
+
+@pytest.mark.parametrize(
+    ("n_queries", "wanted", "n_draws"), [(6, 8, 3), (7, 8, 3), (16, 8, 8), (32, 8, 8), (6, 2, 2), (4, 8, 2), (10, 3, 3)]
+)
+def test_every_group_has_at_least_two_queries(n_queries: int, wanted: int, n_draws: int) -> None:
+    probes = made(rows(80), ProbeConfig(n_queries=n_queries, n_draws=wanted))
+    assert len(probes.queries) == n_queries
+    assert len(probes.draws) == n_draws
+    sizes = Counter(probes.group(i) for i in range(n_queries))
+    assert sorted(sizes) == list(range(n_draws))
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    assert min(sizes.values()) >= 2
+    assert [probes.group(i) for i in range(n_draws + 1)] == [*range(n_draws), 0]
+
+
+def test_no_query_stands_among_its_own_demonstrations_but_may_among_those_of_others() -> None:
+    shared = 0
+    for seed in range(20):
+        probes = made(rows(8), ProbeConfig(n_queries=6, seed=seed))
+        asked = [text(q.tokens) for q in probes.queries]
+        assert len(set(asked)) == 6
+        for group, draw in enumerate(probes.draws):
+            assert len(set(shown(draw))) == 2
+            own = {one for i, one in enumerate(asked) if probes.group(i) == group}
+            assert own.isdisjoint(shown(draw))
+            shared += len(set(asked) & set(shown(draw)))
+    assert shared > 0  # 8 rows do not suffice for 6 queries and 3 draws of 2 others
+
+
+def test_draws_differ_from_one_another() -> None:
+    probes = made(rows(60), ProbeConfig(n_queries=16))
+    assert len({frozenset(shown(draw)) for draw in probes.draws}) == 8
+
+
+def test_no_more_rows_are_read_than_needed() -> None:
+    read: list[int] = []
+
+    class Endless:
+        def __len__(self) -> int:
+            return 10**5
+
+        def __getitem__(self, i: int) -> dict[str, str]:
+            read.append(i)
+            return {"prompt": f"Q: {i}?", "completion": f" {i}."}
+
+    made(Endless(), ProbeConfig(n_queries=6, n_draws=3))
+    assert len(read) == 6 + 2 * 3
+
+
+# Plain prose in their place
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 100, 1469, 5000])
+def test_neutral_text_has_as_many_tokens_as_asked_for(n_tokens: int) -> None:
+    found = neutral_tokens(tiny_tokenizer(), n_tokens)
+    assert len(found) == n_tokens
+    assert found == neutral_tokens(tiny_tokenizer(), 5000)[:n_tokens]
+    assert SPECIAL.isdisjoint(found)
+
+
+def test_neutral_text_starts_again_where_it_ends() -> None:
+    once = text(neutral_tokens(tiny_tokenizer(), 10_000)).split("The path ran along")
+    assert len(once) > 6
+    assert once[0] == ""
+    assert len(set(once[1:-1])) == 1
+    assert once[1].startswith(once[-1])
+
+
+def test_neutral_text_neither_asks_nor_answers() -> None:
+    assert set("?:=").isdisjoint(text(neutral_tokens(tiny_tokenizer(), 10_000)))
 
 
 # What is drawn
@@ -160,7 +233,9 @@ def test_fingerprint_changes_with_anything_that_is_measured_on() -> None:
     q, *others = one.queries
     changed = [
         replace(one, name="near"),
-        replace(one, demonstrations=one.demonstrations[:-1]),
+        replace(one, draws=(one.draws[0][:-1], *one.draws[1:])),
+        replace(one, draws=one.draws[::-1]),
+        replace(one, draws=one.draws[:-1]),
         replace(one, queries=(q, *others[::-1])),
         replace(one, queries=tuple(others)),
         replace(one, queries=(replace(q, answer=q.answer[:-1]), *others)),
@@ -207,8 +282,10 @@ def test_queries_without_a_token_that_counts_are_no_usable_rows(nothing: dict[st
 
 
 def test_probes_that_fit_exactly_pass_and_longer_ones_do_not() -> None:
-    def made_set(name: str, n_demonstrations: int, n_query: int, n_answer: int) -> ProbeSet:
-        return ProbeSet(name, (Query((5,) * n_query, (6,) * n_answer, (True,) * n_query),), (7,) * n_demonstrations, 0)
+    def made_set(name: str, n_longest_draw: int, n_query: int, n_answer: int) -> ProbeSet:
+        draws = ((7,) * (n_longest_draw - 3), (7,) * n_longest_draw)
+        short, long = Query((5,), (6,), (True,)), Query((5,) * n_query, (6,) * n_answer, (True,) * n_query)
+        return ProbeSet(name, (short, long), draws, 0)
 
     sets = [made_set("train", 30, 5, 5), made_set("law", 20, 10, 9), made_set("code", 40, 4, 4)]
     check_lengths(sets, 50)  # law: 1 + 30 + 19
@@ -233,36 +310,41 @@ def queries_of(*lengths: tuple[int, int]) -> list[Query]:
 MIXED = queries_of(*[(1 + 7 * i % 13, 1 + 5 * i % 9) for i in range(40)])
 
 
+EVERYONE = range(len(MIXED))
+
+
+@pytest.mark.parametrize("members", [EVERYONE, [3, 39, 7, 0, 20, 21, 22], [5]])
 @pytest.mark.parametrize("batch_tokens", [1, 16, 40, 100, 10_000])
-def test_batches_hold_every_query_once_and_no_more_tokens_than_allowed(batch_tokens: int) -> None:
-    config = replace(CONFIG, batch_tokens=batch_tokens)
-    found = list(batches(MIXED, config, vocab_size=300))
-    assert sorted(i for batch in found for i in batch) == list(range(40))
+def test_batches_hold_every_member_once_and_no_more_tokens_than_allowed(batch_tokens: int, members: Sequence[int]) -> None:
+    found = list(batches(MIXED, members, batch_tokens, vocab_size=300))
+    assert sorted(i for batch in found for i in batch) == sorted(members)
     for batch in found:
         padded = len(batch) * max(len(MIXED[i].tokens) for i in batch)
         assert padded <= batch_tokens or len(batch) == 1
-    assert len(found) == (1 if batch_tokens == 10_000 else 40 if batch_tokens == 1 else len(found))
-    assert found == list(batches(MIXED, config, vocab_size=300))
+    if batch_tokens in (1, 10_000):
+        assert len(found) == {1: len(members), 10_000: 1}[batch_tokens]
+    assert found == list(batches(MIXED, members, batch_tokens, vocab_size=300))
+    assert found == list(batches(MIXED, list(members)[::-1], batch_tokens, vocab_size=300))
 
 
 @pytest.mark.parametrize("most", [1, 7, 30])
 def test_batches_bound_the_memory_of_logits(most: int) -> None:
     vocab_size = 2**28 // 4 // most  # as many answer tokens as 256 MiB of float32 hold
-    found = list(batches(MIXED, replace(CONFIG, batch_tokens=10_000), vocab_size))
-    assert sorted(i for batch in found for i in batch) == list(range(40))
+    found = list(batches(MIXED, EVERYONE, 10_000, vocab_size))
+    assert sorted(i for batch in found for i in batch) == list(EVERYONE)
     for batch in found:
         assert sum(len(MIXED[i].answer) for i in batch) <= most or len(batch) == 1
     assert len(found) > 1
 
 
 def test_batches_waste_little_on_padding() -> None:
-    found = list(batches(MIXED, replace(CONFIG, batch_tokens=60), vocab_size=300))
+    found = list(batches(MIXED, EVERYONE, 60, vocab_size=300))
     padded = sum(len(batch) * max(len(MIXED[i].tokens) for i in batch) for batch in found)
     assert padded < 1.2 * sum(len(q.tokens) for q in MIXED)
 
 
-def test_no_queries_make_no_batches() -> None:
-    assert list(batches([], CONFIG, 300)) == []
+def test_no_members_make_no_batches() -> None:
+    assert list(batches(MIXED, [], 1024, 300)) == []
 
 
 # The user's tokenizer
@@ -281,6 +363,7 @@ def test_tokenizer_is_left_as_it_was(side: str) -> None:
     before = state(tokenizer)
     made(rows(30), tokenizer=tokenizer)
     made([{"text": "a running text"}] * 9, tokenizer=tokenizer)
+    neutral_tokens(tokenizer, 100)
     assert state(tokenizer) == before
 
 
@@ -290,4 +373,5 @@ def test_padding_and_truncation_that_the_user_set_stay_and_are_not_used() -> Non
     before = state(tokenizer)
     assert before != state(tiny_tokenizer())
     assert made(rows(30), tokenizer=tokenizer) == made(rows(30))
+    assert neutral_tokens(tokenizer, 100) == neutral_tokens(tiny_tokenizer(), 100)
     assert state(tokenizer) == before

@@ -1,0 +1,218 @@
+"""Sums per query to records: scores with their intervals and anchors, rivals beside them. No model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+
+import torch
+from scipy import stats
+
+from sts_callback.baseline import SetBaseline
+from sts_callback.measure import BARE
+from sts_callback.metrics import null, scores
+from sts_callback.metrics.resample import interval, p_of_rise, rank_ranges, resampled_ratios
+from sts_callback.metrics.sums import token_mean
+from sts_callback.model.probes import ProbeSet
+from sts_callback.readings import DriftReading, Reading
+from sts_callback.records import DomainDrift, DomainForecast, Estimate, Forecast, Score
+
+OWN, TAUGHT, NEUTRAL = "own demonstrations", "training demonstrations", "neutral"
+"""Contexts beside `BARE`."""
+_N_TOP = 10  # drifted features that a record names
+_NAN = float("nan")
+
+
+class ForecastScorer:
+    """Scores domains against the training data's reading; `domain` for each, then `ranked`."""
+
+    def __init__(self, train: Reading, gradients: torch.Tensor | None, n_features: int) -> None:
+        """Choose the shifted features."""
+        self.mean_shift = token_mean(train.shifts[TAUGHT].features, train.n_tokens)
+        """Mean squared shift of each feature on the training data, `(d_sae,)`."""
+        self.features = scores.shifted_features(self.mean_shift, n_features)
+        """D_N."""
+        self._train_raw = token_mean(train.raw, train.n_tokens)
+        self.train_gradients, self._train_n_answer = gradients, train.n_answer
+        self._n_draws = 0
+        self._anchors: dict[str, float] = {}
+        self._cross: dict[str, torch.Tensor] = {}
+
+    def domain(self, probes: ProbeSet, reading: Reading, gradients: torch.Tensor | None) -> DomainForecast:
+        """Score one set; the training data itself comes first, as the anchor of the others.
+
+        Args:
+            probes: the set.
+            reading: of it.
+            gradients: of it, from `Gauge.read_gradients`.
+
+        """
+        n, alone = reading.n_tokens, torch.arange(len(probes.queries))
+        group = torch.tensor([probes.group(i) for i in alone.tolist()])
+        self._n_draws = self._n_draws or len(probes.draws)
+        taught_group = group % self._n_draws  # a small training set has fewer draws, which then come again
+        taught, own = reading.shifts[TAUGHT], reading.shifts.get(OWN, reading.shifts[TAUGHT])
+        columns = list(self.features)
+        sets = null.matched_sets(token_mean(reading.activity, n), self.features)
+        changes = (_NAN_ESTIMATE, _NAN_ESTIMATE)
+        if reading.nll:
+            risen = reading.nll[TAUGHT] - reading.nll[NEUTRAL]
+            changes = estimate(reading.nll[BARE], reading.n_answer, alone), estimate(risen, reading.n_answer, taught_group)
+        cross = self._score("sts_cross", taught.features, taught.features.sum(dim=1), taught_group, sets)
+        self._cross[probes.name] = resampled_ratios(
+            taught.features[:, columns].sum(dim=1), taught.features.sum(dim=1), taught_group
+        )
+        return DomainForecast(
+            name=probes.name,
+            n_queries=len(probes.queries),
+            n_tokens=int(n.sum()),
+            n_masked=reading.n_masked,
+            n_cut=probes.n_cut,
+            n_answer_tokens=int(reading.n_answer.sum()),
+            sts_act=self._score("sts_act", reading.activity, n, alone, sets),
+            sts_icl=self._score("sts_icl", own.features, n, group, sets),
+            sts_rel=self._score("sts_rel", own.features, own.features.sum(dim=1), group, sets),
+            sts_cross=cross,
+            neutral_cross=scores.shift_share(token_mean(reading.shifts[NEUTRAL].features, n), self.features),
+            rank=(0, 0),
+            above_next=_NAN,
+            relative_shift=estimate(taught.features.sum(dim=1), reading.energy, taught_group),
+            raw_shift=estimate(taught.raw, reading.raw_energy, taught_group),
+            unseen=_ratio(taught.unseen, taught.raw),
+            cosine=float(torch.cosine_similarity(token_mean(reading.raw, n), self._train_raw, dim=0)),
+            nll=changes[0],
+            nll_change=changes[1],
+            gradient_change=self._gradient_change(gradients, reading.n_answer),
+        )
+
+    def ranked(self, domains: Mapping[str, DomainForecast]) -> dict[str, DomainForecast]:
+        """The same records, each with its place in the order of STS_cross."""
+        ranges = rank_ranges({name: self._cross[name] for name in domains})
+        scored = [name for name in domains if not math.isnan(domains[name].sts_cross.value)]
+        order = sorted(scored, key=lambda name: -domains[name].sts_cross.value)
+        above = {
+            one: float((self._cross[one] > self._cross[next_one]).double().mean()) for one, next_one in itertools.pairwise(order)
+        }
+        return {name: dataclasses.replace(d, rank=ranges[name], above_next=above.get(name, _NAN)) for name, d in domains.items()}
+
+    def _score(
+        self, name: str, values: torch.Tensor, denominator: torch.Tensor, group: torch.Tensor, sets: torch.Tensor
+    ) -> Score:
+        """The sum of per-query, per-feature values over D_N, against a denominator per query."""
+        found = estimate(values[:, list(self.features)].sum(dim=1), denominator, group)
+        random = null.mean_over_sets(values.double().sum(dim=0), sets) / float(denominator.double().sum() or _NAN)
+        anchor = self._anchors.setdefault(name, found.value)
+        return Score(found.value, found.low, found.high, random, anchor)
+
+    def _gradient_change(self, gradients: torch.Tensor | None, n_answer: torch.Tensor) -> Estimate:
+        if gradients is None or self.train_gradients is None:
+            return _NAN_ESTIMATE
+        if not self._train_n_answer.any():
+            return _NAN_ESTIMATE
+        train = self.train_gradients.double()
+        whole = train.sum(dim=0)
+        # The square of a mean, without its noise: products of different queries only.
+        n_pairs = float(self._train_n_answer.sum()) ** 2 * (1 - 1 / len(train))
+        squared = float(whole.square().sum() - train.square().sum()) / n_pairs
+        if squared <= 0:
+            return _NAN_ESTIMATE
+        descent = -(gradients.double() @ whole) / float(self._train_n_answer.sum()) / squared
+        return estimate(descent, n_answer, torch.arange(len(n_answer)))
+
+
+def estimate(numerator: torch.Tensor, denominator: torch.Tensor, group: torch.Tensor) -> Estimate:
+    """A ratio of sums over queries, with its interval.
+
+    Args:
+        numerator: per query, `(n_queries,)`.
+        denominator: per query, `(n_queries,)`.
+        group: what is resampled together, `(n_queries,)`.
+
+    """
+    value = _ratio(numerator, denominator)
+    low, high = interval(value, resampled_ratios(numerator, denominator, group), int(group.max()) + 1)
+    return Estimate(value, low, high)
+
+
+def rank_agreement(one: Forecast, other: Forecast) -> float:
+    """How far two forecasts, by SAEs of different layers say, order the domains alike.
+
+    Returns:
+        Spearman's correlation of their transfers, in [-1, 1]; NaN with fewer than three domains or where all are alike.
+
+    """
+    transfers = [[d.sts_cross.place(d.sts_cross.value) for d in f.domains.values()] for f in (one, other)]
+    if len(transfers[0]) < 3 or any(len(set(values)) < 2 for values in transfers):
+        return _NAN
+    return float(stats.spearmanr(*transfers).statistic)
+
+
+def set_baseline(reading: Reading) -> SetBaseline:
+    """What later checks need of a reading."""
+    own = reading.shifts.get(OWN, reading.shifts[TAUGHT])
+    return SetBaseline(
+        counted=reading.counted,
+        acts=reading.acts,
+        sketches=reading.sketches,
+        n_tokens=reading.n_tokens,
+        energy=reading.energy,
+        raw_energy=reading.raw_energy,
+        nll=reading.nll.get(BARE, torch.full((len(reading.n_tokens),), _NAN)),
+        mean_activity=token_mean(reading.activity, reading.n_tokens),
+        mean_own_shift=token_mean(own.features, reading.n_tokens),
+        mean_train_shift=token_mean(reading.shifts[TAUGHT].features, reading.n_tokens),
+    )
+
+
+def realised_features(train: DriftReading, n_features: int) -> tuple[int, ...]:
+    """The features that training moved most on the training data."""
+    return scores.shifted_features(token_mean(train.shift.features, train.n_tokens), n_features)
+
+
+def domain_drift(
+    probes: ProbeSet,
+    reading: DriftReading,
+    step_zero: SetBaseline,
+    forecast_features: tuple[int, ...],
+    realised: tuple[int, ...],
+) -> DomainDrift:
+    """Score the drift of one set."""
+    mean_drift = token_mean(reading.shift.features, reading.n_tokens)
+    # Drift and activity are means over their own tokens: some that counted at step 0 may be sinks now.
+    scale = float(step_zero.n_tokens.sum()) / max(1.0, float(reading.n_tokens.sum()))
+    n_answer = torch.tensor([len(q.answer) for q in probes.queries])
+    nll, change, p_worse, risen = _NAN, _NAN_ESTIMATE, _NAN, torch.full((len(n_answer),), _NAN)
+    if reading.nll is not None:
+        risen = reading.nll - step_zero.nll
+        nll, change = _ratio(reading.nll, n_answer), estimate(risen, n_answer, torch.arange(len(n_answer)))
+        p_worse = p_of_rise(risen)
+    return DomainDrift(
+        name=probes.name,
+        n_queries=len(probes.queries),
+        n_tokens=int(reading.n_tokens.sum()),
+        n_masked=reading.n_masked,
+        relative_drift=estimate(reading.shift.features.sum(dim=1) * scale, step_zero.energy, torch.arange(len(n_answer))),
+        raw_drift=_ratio(reading.shift.raw * scale, step_zero.raw_energy),
+        unseen=_ratio(reading.shift.unseen, reading.shift.raw),
+        share_on_forecast=scores.shift_share(mean_drift, forecast_features),
+        top_features=tuple((j, scores.shift_share(mean_drift, (j,))) for j in scores.shifted_features(mean_drift, _N_TOP)),
+        sts_act=scores.activity_score(step_zero.mean_activity, realised),
+        sts_icl=scores.shift_score(step_zero.mean_own_shift, realised),
+        sts_rel=scores.shift_share(step_zero.mean_own_shift, realised),
+        sts_cross=scores.shift_share(step_zero.mean_train_shift, realised),
+        nll=nll,
+        nll_change=change,
+        p_worse=p_worse,
+        query_changes=tuple(risen.tolist()),
+        query_answer_tokens=tuple(n_answer.tolist()),
+    )
+
+
+_NAN_ESTIMATE = Estimate(_NAN, _NAN, _NAN)
+
+
+def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> float:
+    total = float(denominator.double().sum())
+    return float(numerator.double().sum()) / total if total else math.nan

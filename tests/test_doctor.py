@@ -1,0 +1,413 @@
+"""The doctor: each finding at pass, warn and refuse, then whole patients: right, wrong and random SAEs, too few queries."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
+
+from sts_callback import doctor
+from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.errors import CannotTell, SaeError
+from sts_callback.measure import BARE
+from sts_callback.metrics.resample import detectable_rise
+from sts_callback.metrics.sketch import WIDTH
+from sts_callback.metrics.sparse import SparseActs
+from sts_callback.model.encoder import SaeEncoder, load_encoder
+from sts_callback.model.probes import ProbeSet, Query
+from sts_callback.monitor import Monitor
+from sts_callback.readings import Fit, Reading
+from sts_callback.records import Check, Status
+from sts_callback.scoring import NEUTRAL
+from tiny import D_MODEL, N_LAYERS, rotated_sae, rows, tiny_model, tiny_tokenizer
+
+NAN = float("nan")
+GOOD = Fit(n_tokens=200, unexplained=0.2, l0=50.0, silent=0.1, seconds_a_token=0.001)
+LAYERS = {0: 0.5, 1: 0.4, 2: 0.2, 3: 0.3}
+POLICY = PolicyConfig({"law": 0.5}, min_drift=0.1, alpha=0.03125, max_masked_share=0.125)
+
+
+@functools.cache
+def encoder() -> SaeEncoder:
+    return load_encoder(rotated_sae(), "tiny", N_LAYERS)
+
+
+def fit_check(
+    name: str,
+    fit: Fit = GOOD,
+    by_layer: Mapping[int, float] = LAYERS,
+    model_name: str = "acme/tiny-llama",
+    **sae: Any,
+) -> Check:
+    """One check of an SAE that reads layer 2."""
+    found = doctor.fit_checks(dataclasses.replace(encoder(), **sae), fit, 2, by_layer, model_name)
+    return next(check for check in found if check.name == name)
+
+
+def test_nothing_is_the_matter_with_a_good_fit() -> None:
+    checks = doctor.fit_checks(
+        dataclasses.replace(encoder(), trained_on="tiny-llama", nominal_l0=50.0), GOOD, 2, LAYERS, "acme/tiny-llama"
+    )
+    assert [(check.name, check.status, check.remedy) for check in checks] == [
+        (name, "pass", "") for name in ("explained variance", "layer", "L0", "silent features", "trained on")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("unexplained", "status", "found"),
+    [
+        (0.0, "pass", "100% of the variance of 200 tokens"),
+        (0.3, "pass", "70% of"),
+        (0.301, "warn", "70% of"),
+        (0.5, "warn", "50% of"),
+        (0.501, "refuse", "50% of"),
+        (10.25, "refuse", "none: it leaves 10.2 times the variance"),
+        (float("inf"), "refuse", "none"),
+        (NAN, "warn", "unknown: a transcoder"),
+    ],
+)
+def test_explained_variance(unexplained: float, status: Status, found: str) -> None:
+    check = fit_check("explained variance", dataclasses.replace(GOOD, unexplained=unexplained))
+    assert check.status == status
+    assert found in check.found
+    assert bool(check.remedy) == (status != "pass")
+
+
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "status"),
+    [
+        (0.2, 0.3, "pass"),
+        (0.2, 0.2, "pass"),
+        (0.5, 0.4, "pass"),  # 0.8 times
+        (0.5, 0.399, "refuse"),
+        (0.05, 0.031, "pass"),  # less than 0.8 times, but by less than 0.02
+        (0.05, 0.029, "refuse"),
+        (1e-13, 0.0, "pass"),  # rounding
+    ],
+)
+def test_another_layer_must_fit_clearly_better_to_be_named(here: float, elsewhere: float, status: Status) -> None:
+    check = fit_check("layer", by_layer={0: 1.5, 1: elsewhere, 2: here})
+    assert check.status == status
+    if status == "refuse":
+        assert check.found == f"reads layer 2 (leaves {here:.2f}), but fits layer 1 better (leaves {elsewhere:.2f})"
+        assert "hook_name" in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("by_layer", "status"), [({2: 0.2}, "pass"), ({1: 0.2}, "warn"), ({0: NAN, 2: NAN}, "warn"), ({}, "warn")]
+)
+def test_a_layer_with_nothing_to_compare_is_no_reason_to_refuse(by_layer: dict[int, float], status: Status) -> None:
+    assert fit_check("layer", by_layer=by_layer).status == status
+
+
+@pytest.mark.parametrize(
+    ("nominal", "status"),
+    [
+        (50.0, "pass"),
+        (25.0, "pass"),  # half as many
+        (100.0, "pass"),
+        (24.9, "warn"),
+        (101.0, "warn"),
+        (12.5, "warn"),  # a quarter
+        (200.0, "warn"),
+        (12.4, "refuse"),
+        (201.0, "refuse"),
+    ],
+)
+def test_active_features_against_the_nominal_number(nominal: float, status: Status) -> None:
+    check = fit_check("L0", nominal_l0=nominal)
+    assert check.status == status
+    assert check.found.startswith("50 active features a token")
+    assert bool(check.remedy) == (status != "pass")
+
+
+@pytest.mark.parametrize(("l0", "status"), [(6.4, "pass"), (6.5, "warn")])
+def test_a_dictionary_that_is_not_sparse_is_worth_a_warning_where_nothing_is_stated(l0: float, status: Status) -> None:
+    check = fit_check("L0", dataclasses.replace(GOOD, l0=l0), nominal_l0=None)
+    assert check.status == status
+    assert "its makers state no number" in check.found
+
+
+def test_an_sae_that_fits_no_layer_is_refused() -> None:
+    check = fit_check("layer", by_layer={0: 1.9, 1: 1.0, 2: 1.5})
+    assert (check.status, check.found) == ("refuse", "fits none: the best is 1, where it leaves 1.00")
+
+
+def test_an_sae_of_which_nothing_is_active_is_refused() -> None:
+    assert fit_check("L0", dataclasses.replace(GOOD, l0=0.0), nominal_l0=50.0).status == "refuse"
+
+
+@pytest.mark.parametrize(("silent", "status"), [(0.0, "pass"), (0.9, "pass"), (0.901, "warn")])
+def test_silent_features(silent: float, status: Status) -> None:
+    check = fit_check("silent features", dataclasses.replace(GOOD, silent=silent))
+    assert (check.status, bool(check.remedy)) == (status, status == "warn")
+    assert check.found == f"{silent:.0%} of 64 active on none of 200 tokens"
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "model_name", "status"),
+    [
+        ("google/gemma-3-270m", "google/gemma-3-270m", "pass"),
+        ("gemma-3-270m", "/models/gemma-3-270m/", "pass"),
+        ("google/gemma-3-270m", "google/Gemma-3-270m-it", "pass"),  # a tuned model of the same base
+        ("gemma-2-2b", "google/gemma-3-270m", "warn"),
+        ("gpt2-small", "gpt2", "pass"),
+        (None, "gpt2", "warn"),
+    ],
+)
+def test_the_model_that_the_makers_name(trained_on: str | None, model_name: str, status: Status) -> None:
+    check = fit_check("trained on", model_name=model_name, trained_on=trained_on)
+    assert (check.status, bool(check.remedy)) == (status, status == "warn")
+
+
+def reading(n_queries: int = 8, *, rise: float = 0.0, n_masked: int = 0, n_counted: int = 100, has_head: bool = True) -> Reading:
+    """NLL changes of +rise and -rise in turn by the neutral context, with one answer token a query."""
+    signs = torch.tensor([1.0, -1.0]).repeat(n_queries)[:n_queries]
+    bare = torch.full((n_queries,), 2.0)
+    return Reading(
+        n_tokens=torch.full((n_queries,), 10),
+        n_masked=n_masked,
+        activity=torch.ones(n_queries, 4),
+        energy=torch.ones(n_queries),
+        raw=torch.ones(n_queries, 3),
+        raw_energy=torch.ones(n_queries),
+        shifts={},
+        n_answer=torch.ones(n_queries, dtype=torch.int64),
+        nll={BARE: bare, NEUTRAL: bare + rise * signs} if has_head else {},
+        counted=torch.ones(n_counted, dtype=torch.bool),
+        acts=SparseActs.of(torch.ones(2, 4)),
+        sketches=torch.zeros(2, 2, WIDTH),
+    )
+
+
+def probe_check(name: str, policy: PolicyConfig = POLICY, noise_floor: float = 0.0, **readings: Reading) -> Check:
+    found = doctor.probe_checks({"train": reading(), "law": reading()} | readings, noise_floor, policy)
+    return next(check for check in found if check.name == name)
+
+
+def test_nothing_is_the_matter_with_good_probes() -> None:
+    checks = doctor.probe_checks({"train": reading(), "law": reading()}, 0.0, POLICY)
+    assert [(c.name, c.status, c.remedy) for c in checks] == [
+        (name, "pass", "") for name in ("attention sinks", "noise floor", "alarm power")
+    ]
+
+
+@pytest.mark.parametrize(("n_masked", "status"), [(12, "pass"), (13, "warn")])  # of 100, with 12.5 % allowed
+def test_attention_sinks_of_the_worst_set(n_masked: int, status: Status) -> None:
+    check = probe_check("attention sinks", law=reading(n_masked=n_masked), code=reading(n_masked=2))
+    assert (check.status, bool(check.remedy)) == (status, status == "warn")
+    assert check.found == f"at most {n_masked}.0% of tokens left out (law)"
+
+
+@pytest.mark.parametrize(
+    ("noise", "status"), [(0.0, "pass"), (0.01, "pass"), (0.0101, "refuse"), (0.1, "refuse"), (0.101, "refuse")]
+)
+def test_noise_floor_against_what_counts_as_movement(noise: float, status: Status) -> None:
+    check = probe_check("noise floor", noise_floor=noise)
+    assert (check.status, bool(check.remedy)) == (status, status != "pass")
+
+
+@pytest.mark.parametrize(("n_queries", "status"), [(5, "pass"), (4, "refuse")])  # 2^-5 is alpha
+def test_too_few_queries_for_any_alarm(n_queries: int, status: Status) -> None:
+    check = probe_check("alarm power", law=reading(n_queries))
+    assert check.status == status
+    if status == "refuse":
+        assert check.found == "queries: law 4; an alarm for one of 1 domains at alpha 0.03125 takes 5"
+
+
+def test_more_protected_domains_take_more_queries() -> None:
+    policy = dataclasses.replace(POLICY, budgets={"law": 0.5, "code": 0.5})
+    check = probe_check("alarm power", policy, law=reading(6), code=reading(5))
+    assert (check.status, check.found.split(";")[0]) == ("refuse", "queries: code 5")
+    assert probe_check("alarm power", policy, law=reading(6), code=reading(6)).status == "pass"
+
+
+@pytest.mark.parametrize(("scatter", "status"), [(0.0, "pass"), (0.3, "pass"), (0.6, "warn"), (5.0, "warn")])
+def test_answers_that_scatter_hide_a_rise_within_the_budget(scatter: float, status: Status) -> None:
+    check = probe_check("alarm power", law=reading(8, rise=scatter))
+    assert check.status == status
+    assert ("more queries for law" in check.remedy) == (status == "warn")
+
+
+@pytest.mark.parametrize("n_domains", [1, 2, 4])
+def test_the_smallest_rise_is_that_of_the_test_at_the_standard_error_of_the_neutral_change(n_domains: int) -> None:
+    """+-0.5 in 8 queries: variance 8/7 * 0.25, so the standard error of their mean is 0.5 / sqrt(7)."""
+    names = ["law", "code", "maths", "poems"][:n_domains]
+    policy = dataclasses.replace(POLICY, budgets=dict.fromkeys(names, 0.5))
+    check = probe_check("alarm power", policy, **{name: reading(8, rise=0.5) for name in names})
+    shown = float(check.found.rsplit(" ", maxsplit=1)[1])
+    assert shown == pytest.approx(detectable_rise(0.5 / 7**0.5, 8, 0.03125 / n_domains), abs=0.03)
+
+
+def test_only_weak_domains_are_named() -> None:
+    policy = dataclasses.replace(POLICY, budgets={"law": 0.5, "code": 0.5})
+    check = probe_check("alarm power", policy, law=reading(8, rise=5.0), code=reading(8, rise=0.1))
+    assert check.remedy == "more queries for law: that is above the budget"
+
+
+@pytest.mark.parametrize(("budgets", "found"), [({}, "no domain is protected"), ({"code": 0.1}, "no domain is protected")])
+def test_without_a_protected_domain_there_is_nothing_to_alarm_for(budgets: dict[str, float], found: str) -> None:
+    check = probe_check("alarm power", dataclasses.replace(POLICY, budgets=budgets))
+    assert (check.status, check.found) == ("warn", found)
+
+
+def test_without_a_head_there_is_no_harm_to_measure() -> None:
+    check = probe_check("alarm power", law=reading(has_head=False))
+    assert check.status == "warn"
+    assert "no language-model head" in check.found
+
+
+def test_costs_are_told() -> None:
+    sets = [ProbeSet(name, (Query((5,), (6,), (True,)),) * 12, ((9,),), 0) for name in ("train", "law")]
+    check = doctor.cost_check(encoder(), sets, seconds=8.0)
+    assert (check.status, check.remedy) == ("pass", "")
+    assert check.found == "forecast about 20 s, a check about 4 s; SAE 0 MiB; 24 queries"
+
+
+def test_processes() -> None:
+    assert doctor.process_check(is_sharded=False) == Check("processes", "pass", "one", "")
+    assert doctor.process_check(is_sharded=True).status == "warn"
+
+
+@pytest.mark.parametrize(("n_processes", "status"), [(1, "pass"), (4, "warn")])
+def test_several_processes_are_told(n_processes: int, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: n_processes)
+    assert doctor.process_check(is_sharded=False).status == status
+    assert doctor.process_check(is_sharded=True).found == f"{n_processes}, parameters sharded"
+
+
+@functools.cache
+def fitted_sae(layer: int, hook_layer: int) -> SAE[Any]:
+    """An SAE of half the dimensions, those that vary most at one layer of the tiny model, that says it reads `hook_layer`."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    texts = [row["prompt"] for subject in ("sums", "poems") for row in rows(30, subject, seed=100)]  # others than are measured
+    with torch.no_grad():
+        x = torch.cat(
+            [
+                model(torch.tensor([[1, *tokenizer(text)["input_ids"]]]), output_hidden_states=True).hidden_states[layer + 1][0]
+                for text in texts
+            ]
+        )
+    _, _, directions = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+    kept = directions[: D_MODEL // 2]
+    sae = StandardSAE(StandardSAEConfig(d_in=D_MODEL, d_sae=D_MODEL, apply_b_dec_to_input=True))
+    sae.W_enc.data = torch.cat([kept.T, -kept.T], dim=1).contiguous()
+    sae.W_dec.data = torch.cat([kept, -kept]).contiguous()
+    sae.b_enc.data.zero_()
+    sae.b_dec.data = x.mean(dim=0)
+    sae.cfg.metadata.hook_name = f"blocks.{hook_layer}.hook_resid_post"
+    return sae
+
+
+@functools.cache
+def random_sae(seed: int) -> SAE[Any]:
+    """Of the same shape, with random weights."""
+    sae, generator = rotated_sae(), torch.Generator().manual_seed(seed)
+    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
+        parameter.data = torch.randn(parameter.shape, generator=generator) / D_MODEL**0.5
+    return sae
+
+
+def patient(sae: SAE[Any], n_queries: int = 12) -> Monitor:
+    config = ProbeConfig(n_queries=n_queries, n_features=8)
+    domains = {"poems": rows(40, "poems", seed=50)}
+    return Monitor(tiny_model(), tiny_tokenizer(), sae=sae, train_data=rows(40), domains=domains, config=config, progress=False)
+
+
+PROTECT = PolicyConfig({"poems": 0.1})
+
+
+def examined(monitor: Monitor, policy: PolicyConfig = PROTECT) -> dict[str, Check]:
+    return {check.name: check for check in monitor.examine(policy)}
+
+
+def refused(checks: Mapping[str, Check]) -> set[str]:
+    return {name for name, check in checks.items() if check.status == "refuse"}
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_the_right_sae_is_passed(layer: int) -> None:
+    checks = examined(patient(fitted_sae(layer, layer)))
+    assert refused(checks) == set()
+    assert checks["layer"].status == checks["explained variance"].status == "pass"
+    assert list(checks) == [
+        "explained variance",
+        "layer",
+        "L0",
+        "silent features",
+        "trained on",
+        "attention sinks",
+        "noise floor",
+        "alarm power",
+        "cost",
+        "processes",
+    ]
+
+
+@pytest.mark.parametrize(("layer", "hook_layer"), [(1, 2), (1, 3), (2, 1), (3, 0)])
+def test_an_sae_that_reads_a_wrong_layer_is_refused_and_the_right_one_named(layer: int, hook_layer: int) -> None:
+    monitor = patient(fitted_sae(layer, hook_layer))
+    checks = examined(monitor)
+    assert "layer" in refused(checks)
+    assert f"reads layer {hook_layer}" in checks["layer"].found
+    assert f"fits layer {layer} better" in checks["layer"].found
+    with pytest.raises(CannotTell, match=rf"layer: reads layer {hook_layer} .* but fits layer {layer} better"):
+        monitor.forecast()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_sae_is_refused(seed: int) -> None:
+    monitor = patient(random_sae(seed))
+    checks = examined(monitor)
+    assert "explained variance" in refused(checks)
+    assert "alarm power" not in checks  # nothing is measured with it
+    with pytest.raises(CannotTell, match=r"explained variance: .* take an SAE that was trained on this model"):
+        monitor.forecast()
+
+
+def test_an_sae_of_another_model_is_refused() -> None:
+    other = Monitor(
+        tiny_model(seed=1),
+        tiny_tokenizer(),
+        sae=fitted_sae(1, 1),
+        train_data=rows(40),
+        domains={"poems": rows(40, "poems", seed=50)},
+        config=ProbeConfig(n_queries=12, n_features=8),
+        progress=False,
+    )
+    assert "explained variance" in refused(examined(other))
+
+
+def test_an_sae_of_another_width_is_an_error_of_the_input() -> None:
+    monitor = patient(rotated_sae(d_in=16))
+    with pytest.raises(SaeError, match="width 16"):
+        monitor.examine(PROTECT)
+
+
+@pytest.mark.parametrize(("n_queries", "is_refused"), [(6, True), (7, False)])  # 2^-7 is under 0.01
+def test_too_few_queries_are_refused(n_queries: int, is_refused: bool) -> None:
+    checks = examined(patient(fitted_sae(1, 1), n_queries))
+    assert ("alarm power" in refused(checks)) == is_refused
+
+
+def test_an_examination_leaves_the_model_and_random_state_as_found() -> None:
+    monitor = patient(fitted_sae(1, 1))
+    monitor._model.train()
+    before, state = {n: p.clone() for n, p in monitor._model.named_parameters()}, torch.get_rng_state()
+    monitor.examine(PROTECT)
+    assert monitor._model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in monitor._model.named_parameters())
+
+
+def test_an_examination_stands_in_no_forecasts_way() -> None:
+    monitor = patient(fitted_sae(1, 1))
+    monitor.examine(PROTECT)
+    one, other = monitor.forecast(), patient(fitted_sae(1, 1)).forecast()
+    assert dataclasses.replace(one, seconds=0.0).to_json() == dataclasses.replace(other, seconds=0.0).to_json()

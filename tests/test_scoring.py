@@ -1,0 +1,431 @@
+"""From sums per query to records: every number computed once more in NumPy, and cases whose answer is known beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+import samples
+from sts_callback import scoring
+from sts_callback.baseline import SetBaseline
+from sts_callback.measure import BARE
+from sts_callback.metrics.null import matched_sets
+from sts_callback.metrics.sketch import WIDTH
+from sts_callback.metrics.sparse import SparseActs
+from sts_callback.model.probes import ProbeSet, Query
+from sts_callback.readings import DriftReading, Reading, Shift
+from sts_callback.records import DomainForecast, Estimate
+from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer, rank_agreement
+
+N_QUERIES, N_DRAWS, D_SAE, D_IN, N_FEATURES = 24, 8, 60, 5, 6
+NAN = float("nan")
+Array = NDArray[np.float64]
+
+
+def probes(name: str = "law", n_queries: int = N_QUERIES, n_draws: int = N_DRAWS) -> ProbeSet:
+    """Query i has an answer of 2 + i % 3 tokens."""
+    queries = tuple(Query((5, 6, 7), (8,) * (2 + i % 3), (True,) * 3) for i in range(n_queries))
+    return ProbeSet(name, queries, ((9, 9),) * n_draws, n_cut=3)
+
+
+def shift(rng: np.random.Generator, tokens: Array, by_feature: Array | None = None) -> Shift:
+    """Squared differences in proportion to a query's tokens, and to a weight of each feature if given."""
+    weight = np.ones(D_SAE) if by_feature is None else by_feature
+    features = rng.uniform(0.5, 1.5, (len(tokens), D_SAE)) * weight * tokens[:, None]
+    raw = rng.uniform(1, 2, len(tokens)) * tokens
+    return Shift(*(torch.from_numpy(x).float() for x in (features, raw, raw * rng.uniform(0.1, 0.5, len(tokens)))))
+
+
+def reading(seed: int = 0, by_feature: Array | None = None, **changes: Any) -> Reading:
+    """Random sums; feature j is j + 1 times as active as the first."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(8, 20, N_QUERIES).astype(np.float64)
+    sums = {
+        "activity": rng.uniform(0.5, 1.5, (N_QUERIES, D_SAE)) * np.arange(1, D_SAE + 1) * tokens[:, None],
+        "energy": rng.uniform(20, 30, N_QUERIES) * tokens,
+        "raw": rng.normal(0.5, 1, (N_QUERIES, D_IN)) * tokens[:, None],
+        "raw_energy": rng.uniform(50, 60, N_QUERIES) * tokens,
+    }
+    n_answer = np.array([2 + i % 3 for i in range(N_QUERIES)])
+    fields: dict[str, Any] = {
+        **{name: torch.from_numpy(values).float() for name, values in sums.items()},
+        "n_tokens": torch.from_numpy(tokens).long(),
+        "n_masked": 7,
+        "shifts": {name: shift(rng, tokens, by_feature) for name in (OWN, TAUGHT, NEUTRAL)},
+        "n_answer": torch.from_numpy(n_answer),
+        "nll": {name: torch.from_numpy(rng.uniform(1, 3, N_QUERIES) * n_answer) for name in (BARE, TAUGHT, NEUTRAL)},
+        "counted": torch.ones(int(tokens.sum()), dtype=torch.bool),
+        "acts": SparseActs.of(torch.ones(3, D_SAE)),
+        "sketches": torch.zeros(3, 2, WIDTH),
+    }
+    return Reading(**(fields | changes))
+
+
+def concentrated(where: range = range(20, 20 + N_FEATURES), times: float = 30.0) -> Array:
+    """Some features shift far more than the rest."""
+    weights = np.ones(D_SAE)
+    weights[where.start : where.stop] = times
+    return weights
+
+
+def gradients(seed: int = 0) -> torch.Tensor:
+    """Of each query, with a direction in common."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.normal(size=D_SAE) + 0.1 * rng.normal(size=(N_QUERIES, D_SAE)))
+
+
+TRAIN, LAW = reading(0, concentrated()), reading(1, concentrated(times=10.0))
+
+
+def scored(law: Reading = LAW, train: Reading = TRAIN, **changes: Any) -> tuple[ForecastScorer, DomainForecast, DomainForecast]:
+    """The scorer, and the records of the training data and of one domain."""
+    options: dict[str, Any] = {"train_gradients": gradients(), "gradients": gradients(), "n_features": N_FEATURES} | changes
+    scorer = ForecastScorer(train, options["train_gradients"], options["n_features"])
+    first = scorer.domain(probes("train"), train, options["train_gradients"])
+    return scorer, first, scorer.domain(probes(), law, options["gradients"])
+
+
+def interval_by_formula(above: Array, below: Array, n_groups: int) -> tuple[float, float]:
+    """Student's interval of a ratio by the linearised standard error, queries taken in turn by groups."""
+    group = np.arange(len(above)) % n_groups
+    a, b = (np.bincount(group, weights=x, minlength=n_groups) for x in (above, below))
+    ratio = a.sum() / b.sum()
+    error = math.sqrt(n_groups / (n_groups - 1) * ((a - ratio * b) ** 2).sum()) / b.sum()
+    reach = stats.t.ppf(0.975, n_groups - 1) * error
+    return ratio - reach, ratio + reach
+
+
+def assert_estimate(found: Estimate, above: Array, below: Array, n_groups: int) -> None:
+    assert found.value == pytest.approx(above.sum() / below.sum(), rel=1e-5)
+    low, high = interval_by_formula(above, below, n_groups)
+    assert found.high - found.low == pytest.approx(high - low, rel=0.1)
+    assert (found.low + found.high) / 2 == pytest.approx(found.value, rel=1e-6)
+
+
+def test_shifted_features_are_those_that_shift_most_on_the_training_data() -> None:
+    scorer = ForecastScorer(TRAIN, None, N_FEATURES)
+    mean = TRAIN.shifts[TAUGHT].features.double().numpy().sum(axis=0) / TRAIN.n_tokens.sum().item()
+    assert scorer.mean_shift.numpy() == pytest.approx(mean, rel=1e-6)
+    assert scorer.features == tuple(np.argsort(-mean)[:N_FEATURES].tolist())
+    assert sorted(scorer.features) == list(range(20, 20 + N_FEATURES))
+
+
+def test_every_score_is_that_of_its_equation() -> None:
+    scorer, _, law = scored()
+    columns, tokens = list(scorer.features), LAW.n_tokens.double().numpy()
+    taught, own = (LAW.shifts[name].features.double().numpy() for name in (TAUGHT, OWN))
+    activity = LAW.activity.double().numpy()
+    assert_estimate(law.sts_act, activity[:, columns].sum(axis=1), tokens, N_QUERIES)
+    assert_estimate(law.sts_icl, own[:, columns].sum(axis=1), tokens, N_DRAWS)
+    assert_estimate(law.sts_rel, own[:, columns].sum(axis=1), own.sum(axis=1), N_DRAWS)
+    assert_estimate(law.sts_cross, taught[:, columns].sum(axis=1), taught.sum(axis=1), N_DRAWS)
+    assert_estimate(law.relative_shift, taught.sum(axis=1), LAW.energy.double().numpy(), N_DRAWS)
+    raw = LAW.shifts[TAUGHT].raw.double().numpy()
+    assert_estimate(law.raw_shift, raw, LAW.raw_energy.double().numpy(), N_DRAWS)
+    assert law.unseen == pytest.approx(LAW.shifts[TAUGHT].unseen.double().numpy().sum() / raw.sum(), rel=1e-6)
+    neutral = LAW.shifts[NEUTRAL].features.double().numpy()
+    assert law.neutral_cross == pytest.approx(neutral[:, columns].sum() / neutral.sum(), rel=1e-6)
+    one, other = (r.raw.double().numpy().sum(axis=0) for r in (LAW, TRAIN))
+    assert law.cosine == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other), rel=1e-5)
+
+
+def test_the_likelihood_is_that_of_its_equation() -> None:
+    _, _, law = scored()
+    n_answer = LAW.n_answer.double().numpy()
+    assert_estimate(law.nll, LAW.nll[BARE].numpy(), n_answer, N_QUERIES)
+    risen = (LAW.nll[TAUGHT] - LAW.nll[NEUTRAL]).numpy()
+    assert law.nll_change.value == pytest.approx(risen.sum() / n_answer.sum(), rel=1e-6)
+    low, high = interval_by_formula(risen, n_answer, N_DRAWS)
+    assert law.nll_change.high - law.nll_change.low == pytest.approx(high - low, rel=0.1)
+
+
+def test_counts_are_those_of_the_reading_and_the_probes() -> None:
+    _, train, law = scored()
+    assert (law.name, law.n_queries, law.n_masked, law.n_cut) == ("law", N_QUERIES, 7, 3)
+    assert (law.n_tokens, law.n_answer_tokens) == (int(LAW.n_tokens.sum()), 3 * N_QUERIES)
+    assert (train.name, train.rank, math.isnan(train.above_next)) == ("train", (0, 0), True)
+
+
+def test_the_lower_anchor_is_the_mean_over_random_sets_of_like_activity() -> None:
+    scorer, _, law = scored()
+    tokens = LAW.n_tokens.double().numpy()
+    sets = matched_sets(torch.from_numpy(LAW.activity.double().numpy().sum(axis=0) / tokens.sum()), scorer.features).numpy()
+    for found, values, below in (
+        (law.sts_act, LAW.activity, tokens.sum()),
+        (law.sts_icl, LAW.shifts[OWN].features, tokens.sum()),
+        (law.sts_rel, LAW.shifts[OWN].features, LAW.shifts[OWN].features.sum().item()),
+        (law.sts_cross, LAW.shifts[TAUGHT].features, LAW.shifts[TAUGHT].features.sum().item()),
+    ):
+        sums = values.double().numpy().sum(axis=0)
+        assert found.random == pytest.approx(np.mean([sums[one].sum() for one in sets]) / below, rel=1e-5)
+
+
+SCORES = ("sts_act", "sts_icl", "sts_rel", "sts_cross")
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_upper_anchor_is_the_training_data_which_stands_at_exactly_1(name: str) -> None:
+    _, train, law = scored()
+    own = getattr(train, name)
+    assert own.own == own.value
+    assert getattr(law, name).own == own.value
+    if name != "sts_act":  # random features match in activity, so there is little between its anchors
+        assert own.place(own.value) == 1.0
+
+
+def test_training_data_without_demonstrations_of_its_own_is_scored_by_the_training_ones() -> None:
+    train = dataclasses.replace(TRAIN, shifts={name: TRAIN.shifts[name] for name in (TAUGHT, NEUTRAL)})
+    _, found, _ = scored(train=train)
+    assert found.sts_rel.value == found.sts_cross.value
+    columns = list(ForecastScorer(train, None, N_FEATURES).features)
+    taught = TRAIN.shifts[TAUGHT].features.double()
+    assert found.sts_icl.value == pytest.approx(float(taught[:, columns].sum() / TRAIN.n_tokens.sum()), rel=1e-6)
+
+
+def test_a_domain_that_shifts_without_regard_to_the_features_stands_about_0_and_one_like_the_training_data_about_1() -> None:
+    _, _, anywhere = scored(reading(2))
+    _, _, alike = scored(reading(3, concentrated()))
+    _, _, elsewhere = scored(reading(4, concentrated(range(40, 40 + N_FEATURES))))
+    assert anywhere.sts_cross.place(anywhere.sts_cross.value) == pytest.approx(0, abs=0.02)
+    assert alike.sts_cross.place(alike.sts_cross.value) == pytest.approx(1, abs=0.02)
+    assert elsewhere.sts_cross.place(elsewhere.sts_cross.value) < 0.05
+
+
+def test_where_nothing_shifts_scores_are_unknown() -> None:
+    nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
+    _, _, law = scored(dataclasses.replace(LAW, shifts=dict.fromkeys((OWN, TAUGHT, NEUTRAL), nothing)))
+    assert math.isnan(law.sts_cross.value)
+    assert math.isnan(law.sts_cross.place(law.sts_cross.value))
+    assert math.isnan(law.neutral_cross)
+    assert math.isnan(law.unseen)
+    assert law.relative_shift.value == law.raw_shift.value == law.sts_icl.value == 0.0
+
+
+def test_where_no_token_counts_scores_are_unknown() -> None:
+    none = {
+        name: torch.zeros_like(getattr(LAW, name)) for name in ("n_tokens", "activity", "energy", "raw", "raw_energy", "counted")
+    }
+    nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
+    _, _, law = scored(dataclasses.replace(LAW, **none, shifts=dict.fromkeys((OWN, TAUGHT, NEUTRAL), nothing)))
+    assert law.n_tokens == 0
+    assert all(math.isnan(getattr(law, name).value) for name in (*SCORES, "relative_shift", "raw_shift"))
+    assert math.isfinite(law.nll_change.value)
+
+
+def test_what_a_transcoder_leaves_is_unknown() -> None:
+    blind = {name: dataclasses.replace(s, unseen=torch.full((N_QUERIES,), NAN)) for name, s in LAW.shifts.items()}
+    _, _, law = scored(dataclasses.replace(LAW, shifts=blind))
+    assert math.isnan(law.unseen)
+    assert math.isfinite(law.raw_shift.value)
+
+
+def test_without_a_head_likelihoods_are_unknown_and_the_rest_is_not() -> None:
+    _, _, law = scored(dataclasses.replace(LAW, nll={}), gradients=None, train_gradients=None)
+    for found in (law.nll, law.nll_change, law.gradient_change):
+        assert all(math.isnan(x) for x in (found.value, found.low, found.high))
+    assert math.isfinite(law.sts_cross.value)
+
+
+def test_the_gradient_change_is_that_of_a_step_that_gains_the_training_data_one_nat_a_token() -> None:
+    """With equal gradients in all training queries nothing needs correction, and a step of 1 / |g|^2 along -g gains one nat."""
+    g = torch.arange(1, D_SAE + 1, dtype=torch.float64) / D_SAE
+    n_answer = TRAIN.n_answer.double()
+    train_gradients = g.expand(N_QUERIES, -1) * n_answer.sum() / N_QUERIES  # mean over answer tokens: g
+    domain = gradients(5)
+    _, first, law = scored(train_gradients=train_gradients, gradients=domain)
+    assert first.gradient_change.value == pytest.approx(-1)
+    by_token = domain.numpy().sum(axis=0) / float(LAW.n_answer.sum())
+    step = -g.numpy() / (g.numpy() @ g.numpy())
+    assert law.gradient_change.value == pytest.approx(by_token @ step)
+    assert_estimate(law.gradient_change, domain.numpy() @ step, LAW.n_answer.double().numpy(), N_QUERIES)
+
+
+def test_its_sign_tells_gain_from_harm() -> None:
+    g = gradients()
+    mean = g.mean(dim=0)
+    across = gradients(6)
+    across = across - (across @ mean)[:, None] * mean / mean.square().sum()
+    cases = {"the same": (g, -1.0), "opposite": (-g, 1.0), "orthogonal": (across, 0.0), "twice": (2 * g, -2.0)}
+    for name, (domain, expected) in cases.items():
+        found = scored(gradients=domain)[2].gradient_change
+        assert found.value == pytest.approx(expected, abs=0.05), name
+        assert found.low <= found.value <= found.high
+
+
+def test_noise_in_the_training_gradients_does_not_shrink_it() -> None:
+    """The squared length of a noisy mean is too large; products of different queries alone are right on average."""
+    rng, signal = np.random.default_rng(0), np.full(D_SAE, 0.1)
+    lengths = []
+    for _ in range(60):
+        noisy = torch.from_numpy(signal + rng.normal(0, 0.3, (N_QUERIES, D_SAE)))
+        scorer = ForecastScorer(TRAIN, noisy, N_FEATURES)
+        found = scorer.domain(probes("train"), TRAIN, torch.from_numpy(np.tile(signal, (N_QUERIES, 1))))
+        lengths.append(-found.gradient_change.value)
+    assert np.mean(lengths) == pytest.approx(1, abs=0.1)  # were the noise left in, it would be 0.73
+
+
+def test_gradients_of_which_nothing_is_in_common_tell_nothing() -> None:
+    signs = torch.tensor([1.0, -1.0]).repeat(N_QUERIES // 2)
+    _, _, law = scored(train_gradients=torch.ones(N_QUERIES, D_SAE) * signs[:, None])
+    assert math.isnan(law.gradient_change.value)
+
+
+def ranked(*domains: tuple[str, Reading]) -> dict[str, DomainForecast]:
+    scorer = ForecastScorer(TRAIN, None, N_FEATURES)
+    scorer.domain(probes("train"), TRAIN, None)
+    return scorer.ranked({name: scorer.domain(probes(name), r, None) for name, r in domains})
+
+
+def test_domains_are_ranked_by_sts_cross_the_most_moved_first() -> None:
+    found = ranked(
+        ("low", reading(1)), ("high", reading(2, concentrated(times=20))), ("middle", reading(3, concentrated(times=5)))
+    )
+    assert list(found) == ["low", "high", "middle"]
+    assert {name: d.rank for name, d in found.items()} == {"high": (1, 1), "middle": (2, 2), "low": (3, 3)}
+    assert (found["high"].above_next, found["middle"].above_next) == (1.0, 1.0)
+    assert math.isnan(found["low"].above_next)
+
+
+def test_domains_alike_share_their_ranks() -> None:
+    found = ranked(("one", reading(1)), ("other", reading(2)), ("high", reading(3, concentrated())))
+    assert [found[name].rank for name in ("high", "one", "other")] == [(1, 1), (2, 3), (2, 3)]
+    first = max(("one", "other"), key=lambda name: found[name].sts_cross.value)
+    assert 0.5 <= found[first].above_next < 1
+
+
+def test_ranking_changes_nothing_else_and_a_domain_without_a_score_comes_last() -> None:
+    nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
+    silent = dataclasses.replace(LAW, shifts=dict.fromkeys((OWN, TAUGHT, NEUTRAL), nothing))
+    found = ranked(("low", reading(1)), ("silent", silent), ("high", reading(2, concentrated())))
+    assert {name: d.rank for name, d in found.items()} == {"high": (1, 1), "low": (2, 2), "silent": (3, 3)}
+    assert found["high"].above_next == 1.0
+    assert math.isnan(found["low"].above_next)
+    (alone,) = ranked(("high", reading(2, concentrated()))).values()
+    assert dataclasses.replace(found["high"], above_next=NAN).to_json() == alone.to_json()
+
+
+def test_an_estimate_by_hand() -> None:
+    """Three queries of equal size with 1, 2 and 6: mean 3, standard deviation sqrt(7), Student's quantile 4.303."""
+    found = scoring.estimate(torch.tensor([2.0, 4.0, 12.0]), torch.full((3,), 2.0), torch.arange(3))
+    assert found.value == 3.0
+    assert found.high - found.value == pytest.approx(4.303 * math.sqrt(7 / 3), rel=0.05)
+    nothing = scoring.estimate(torch.zeros(3), torch.zeros(3), torch.arange(3))
+    assert all(math.isnan(x) for x in (nothing.value, nothing.low, nothing.high))
+
+
+def test_a_baseline_keeps_what_drift_needs() -> None:
+    step_zero = scoring.set_baseline(LAW)
+    tokens = LAW.n_tokens.sum().item()
+    for found, sums in (
+        (step_zero.mean_activity, LAW.activity),
+        (step_zero.mean_own_shift, LAW.shifts[OWN].features),
+        (step_zero.mean_train_shift, LAW.shifts[TAUGHT].features),
+    ):
+        assert found.numpy() == pytest.approx(sums.double().numpy().sum(axis=0) / tokens)
+    for name in ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy"):
+        assert getattr(step_zero, name) is getattr(LAW, name)
+    assert torch.equal(step_zero.nll, LAW.nll[BARE])
+    assert scoring.set_baseline(dataclasses.replace(LAW, nll=MappingProxyType({}))).nll.isnan().all()
+
+
+def drift_reading(**changes: Any) -> DriftReading:
+    rng = np.random.default_rng(7)
+    fields: dict[str, Any] = {
+        "n_tokens": LAW.n_tokens,
+        "n_masked": 4,
+        "shift": shift(rng, LAW.n_tokens.double().numpy(), concentrated(range(30, 40))),
+        "nll": LAW.nll[BARE] + torch.from_numpy(rng.normal(1, 1, N_QUERIES)),
+    }
+    return DriftReading(**(fields | changes))
+
+
+STEP_ZERO: SetBaseline = scoring.set_baseline(LAW)
+
+
+def test_every_number_of_a_drift_is_that_of_its_equation() -> None:
+    now = drift_reading()
+    realised = scoring.realised_features(now, 10)
+    assert sorted(realised) == list(range(30, 40))
+    law = scoring.domain_drift(probes(), now, STEP_ZERO, (30, 31, 0), realised)
+    drift, columns = now.shift.features.double().numpy(), list(realised)
+    assert (law.name, law.n_queries, law.n_tokens, law.n_masked) == ("law", N_QUERIES, int(LAW.n_tokens.sum()), 4)
+    assert_estimate(law.relative_drift, drift.sum(axis=1), LAW.energy.double().numpy(), N_QUERIES)
+    assert law.raw_drift == pytest.approx(float(now.shift.raw.double().sum() / LAW.raw_energy.double().sum()))
+    assert law.unseen == pytest.approx(float(now.shift.unseen.double().sum() / now.shift.raw.double().sum()))
+    assert law.share_on_forecast == pytest.approx(drift[:, [30, 31, 0]].sum() / drift.sum())
+    assert [j for j, _ in law.top_features] == np.argsort(-drift.sum(axis=0))[:10].tolist()
+    assert [share for _, share in law.top_features] == pytest.approx(np.sort(drift.sum(axis=0) / drift.sum())[::-1][:10].tolist())
+    tokens = LAW.n_tokens.sum().item()
+    own, taught = (LAW.shifts[name].features.double().numpy() for name in (OWN, TAUGHT))
+    assert law.sts_act == pytest.approx(LAW.activity.double().numpy()[:, columns].sum() / tokens)
+    assert law.sts_icl == pytest.approx(own[:, columns].sum() / tokens)
+    assert law.sts_rel == pytest.approx(own[:, columns].sum() / own.sum())
+    assert law.sts_cross == pytest.approx(taught[:, columns].sum() / taught.sum())
+
+
+def test_a_change_of_likelihood_is_that_of_its_equation_and_tested_over_queries() -> None:
+    now = drift_reading()
+    law = scoring.domain_drift(probes(), now, STEP_ZERO, (1,), (1,))
+    assert now.nll is not None
+    risen, n_answer = (now.nll - LAW.nll[BARE]).numpy(), LAW.n_answer.double().numpy()
+    assert law.nll == pytest.approx(now.nll.sum().item() / n_answer.sum())
+    assert_estimate(law.nll_change, risen, n_answer, N_QUERIES)
+    flips = np.random.default_rng(1).choice([-1, 1], (100_000, N_QUERIES)) @ risen
+    assert law.p_worse == pytest.approx((flips >= risen.sum()).mean(), abs=2e-3)
+    better = scoring.domain_drift(probes(), drift_reading(nll=LAW.nll[BARE] - 1), STEP_ZERO, (1,), (1,))
+    assert better.nll_change.high < 0
+    assert better.p_worse == pytest.approx(1, abs=1e-3)
+
+
+def test_unchanged_weights_have_not_drifted() -> None:
+    nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
+    law = scoring.domain_drift(probes(), drift_reading(shift=nothing, nll=LAW.nll[BARE]), STEP_ZERO, (1,), ())
+    assert law.relative_drift == Estimate(0.0, 0.0, 0.0)
+    assert law.nll_change == Estimate(0.0, 0.0, 0.0)
+    assert (law.raw_drift, law.p_worse, law.top_features) == (0.0, 1.0, ())
+
+
+def test_tokens_that_have_become_sinks_do_not_make_the_drift_look_smaller() -> None:
+    """Half of each query's tokens are gone, and with them half of the drift: per token it is the same."""
+    tokens = torch.full((N_QUERIES,), 10)
+    fifty = torch.full((N_QUERIES,), 50.0)
+    step_zero = dataclasses.replace(STEP_ZERO, n_tokens=tokens, energy=fifty, raw_energy=fifty)
+    per_feature, ones = torch.full((N_QUERIES, D_SAE), 1 / D_SAE), torch.ones(N_QUERIES)
+    found = []
+    for part in (1.0, 0.5):
+        now = drift_reading(n_tokens=(tokens * part).long(), shift=Shift(per_feature * part, ones * part, ones * part))
+        found.append(scoring.domain_drift(probes(), now, step_zero, (1,), (1,)))
+    assert found[0].relative_drift.value == pytest.approx(found[1].relative_drift.value) == pytest.approx(0.02)
+    assert found[0].raw_drift == pytest.approx(found[1].raw_drift) == pytest.approx(0.02)
+
+
+def test_without_a_head_a_drift_has_no_likelihood() -> None:
+    law = scoring.domain_drift(probes(), drift_reading(nll=None), STEP_ZERO, (1,), (1,))
+    assert all(math.isnan(x) for x in (law.nll, law.nll_change.value, law.p_worse))
+    assert math.isfinite(law.relative_drift.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [((0.1, 0.2, 0.3), (1.0, 2.0, 9.0), 1.0), ((0.1, 0.2, 0.3), (3.0, 2.0, 1.0), -1.0), ((0.1, 0.3, 0.2), (1.0, 2.0, 3.0), 0.5)],
+)
+def test_two_forecasts_agree_as_far_as_they_order_domains_alike(one: Any, other: Any, expected: float) -> None:
+    def of(values: tuple[float, ...]) -> Any:
+        return samples.forecast(*(samples.domain_forecast(n, sts_cross=v) for n, v in zip("abc", values, strict=True)))
+
+    assert rank_agreement(of(one), of(other)) == pytest.approx(expected)
+
+
+def test_agreement_of_two_domains_or_of_equal_ones_says_nothing() -> None:
+    two = samples.forecast(samples.domain_forecast("a"), samples.domain_forecast("b", sts_cross=0.9))
+    alike = samples.forecast(*(samples.domain_forecast(n, sts_cross=0.5) for n in "abc"))
+    assert math.isnan(rank_agreement(two, two))
+    assert math.isnan(rank_agreement(alike, alike))
