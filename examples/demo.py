@@ -27,7 +27,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gentle", action="store_true", help=f"learning rate {GENTLE} instead of {HARSH}")
     parser.add_argument("--model", help="folder or hub id (default: Gemma 3 270M from PyPI)")
     parser.add_argument("--sae", help="SAELens release/sae_id or folder (default: the one in this folder)")
-    parser.add_argument("--steps", type=int, default=18, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps")
     parser.add_argument("--queries", type=int, default=10, help="queries measured in each domain")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/demo or runs/demo-gentle)")
     args = parser.parse_args(argv)
@@ -64,8 +64,9 @@ def main(argv: list[str]) -> None:
     callback = STSCallback(
         sae=args.sae or SAE_FOLDER,
         protect=PROTECTED,
-        check_on=max(1, args.steps // 3),
-        probes=ProbeConfig(n_queries=args.queries),
+        check_on=max(1, args.steps // 2),
+        # Small, for two CPU cores; ten queries are the fewest that can alarm for six domains.
+        probes=ProbeConfig(n_queries=args.queries, max_tokens=40, n_domain_demonstrations=3),
     )
     trainer = SFTTrainer(
         model=model,
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
             learning_rate=GENTLE if args.gentle else HARSH,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=3,
-            logging_steps=max(1, args.steps // 3),
+            logging_steps=max(1, args.steps // 2),
             save_strategy="no",
             report_to="none",
             bf16=torch.cuda.is_available(),

@@ -47,7 +47,7 @@ from sts_callback.records import DriftSnapshot
 from sts_callback.scoring import estimate
 from word_problems import word_problems
 
-PROBES = ProbeConfig(n_queries=16, max_tokens=128)
+PROBES = ProbeConfig(n_queries=12, max_tokens=40, n_domain_demonstrations=3)
 POLICY = PolicyConfig(budgets=dict.fromkeys(PROTECTED, DEFAULT_BUDGET))
 N_STEPS, LAYOUTS, N_PAIRS = 4, (64, 128, 256, 512), 2000
 NOISE = 0.03  # standard deviation of the noise on each weight matrix, in multiples of its own

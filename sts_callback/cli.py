@@ -78,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     forecast.add_argument("--words", action="store_true", help="also show where in the texts the shifted features fire")
     for command in (doctor, forecast):
         command.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
-        command.add_argument("--sae", required=True, help="SAELens release/sae_id, a folder, or auto")
+        command.add_argument(
+            "--sae",
+            required=True,
+            action="append",
+            help="SAELens release/sae_id, a folder, or auto; repeatable: the first decides, all are compared",
+        )
         command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
         command.add_argument(
             "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
@@ -107,35 +112,45 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    monitor, policy = _prepared(args)
+    monitors, policy = _prepared(args)
 
     from sts_callback.terminal import doctor_table
 
-    checks = monitor.examine(policy)
-    print("\n".join(check.to_json() for check in checks) if args.json else doctor_table(checks))
-    return CANNOT_TELL if any(check.status == "refuse" for check in checks) else GO
+    refused = False
+    for monitor in monitors:
+        checks = monitor.examine(policy)
+        refused |= any(check.status == "refuse" for check in checks)
+        if args.json:
+            print("\n".join(check.to_json() for check in checks))
+        else:
+            print(f"{monitor.identity.sae_name} at {monitor.identity.hook_name}\n{doctor_table(checks)}")
+    return CANNOT_TELL if refused else GO
 
 
 def _forecast(args: argparse.Namespace) -> int:
-    monitor, policy = _prepared(args)
+    monitors, policy = _prepared(args)
 
     from sts_callback.policy import judge_forecast
-    from sts_callback.terminal import forecast_table, words_lines
+    from sts_callback.scoring import rank_agreement
+    from sts_callback.terminal import forecast_table, layers_table, words_lines
 
-    forecast = monitor.forecast()
-    verdict = judge_forecast(forecast, policy)
+    forecasts = [monitor.forecast() for monitor in monitors]
+    verdict = judge_forecast(forecasts[0], policy)
     if args.json:
-        print(json.dumps({"forecast": json.loads(forecast.to_json()), "verdict": json.loads(verdict.to_json())}))
+        made = [json.loads(forecast.to_json()) for forecast in forecasts]
+        print(json.dumps({"forecast": made[0], "verdict": json.loads(verdict.to_json()), "other_saes": made[1:]}))
     else:
-        print(forecast_table(forecast, verdict))
+        print(forecast_table(forecasts[0], verdict))
+        if len(forecasts) > 1:
+            print(layers_table(forecasts, [rank_agreement(forecasts[0], forecast) for forecast in forecasts]))
         if args.words:
             print("\nWhere the features that training is expected to shift fire most:")
-            print(words_lines(monitor.words()))
+            print(words_lines(monitors[0].words()))
     return _EXIT_CODES[verdict.decision]
 
 
-def _prepared(args: argparse.Namespace) -> tuple[Monitor, PolicyConfig]:
-    """What doctor and forecast share: the settings checked, then model, SAE and data loaded."""
+def _prepared(args: argparse.Namespace) -> tuple[list[Monitor], PolicyConfig]:
+    """What doctor and forecast share: the settings checked, then model, SAEs and data loaded."""
     from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
     from sts_callback.domains.starter import choose_domains
 
@@ -150,16 +165,19 @@ def _prepared(args: argparse.Namespace) -> tuple[Monitor, PolicyConfig]:
     from sts_callback.monitor import Monitor
 
     model, tokenizer = _loaded(args.model, args.device)
-    monitor = Monitor(
-        model,
-        tokenizer,
-        sae=args.sae,
-        train_data=args.train,
-        domains=domains,
-        config=config,
-        progress=sys.stderr.isatty(),
-    )
-    return monitor, policy
+    monitors = [
+        Monitor(
+            model,
+            tokenizer,
+            sae=sae,
+            train_data=args.train,
+            domains=domains,
+            config=config,
+            progress=sys.stderr.isatty(),
+        )
+        for sae in args.sae
+    ]
+    return monitors, policy
 
 
 def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # transformers types stay out of the fast path

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,27 +131,36 @@ class Monitor:
             SaeError: if it has another width.
 
         """
-        started = time.monotonic()
+        started, clock = time.monotonic(), _Clock()
         n_passes = 4 * len(self.train.queries) + 5 * (self._n_queries - len(self.train.queries))
         with undisturbed(self._model), self._bar("Forecast", n_passes) as bar:
-            bare = self._context((), with_answers=True)
-            refused = [check for check in self._fit_checks(bare) if check.status == "refuse"]
+            with clock("fit of the SAE"):
+                bare = self._context((), with_answers=True)
+                refused = [check for check in self._fit_checks(bare) if check.status == "refuse"]
             if refused:
                 raise CannotTell(" ".join(f"{c.name}: {c.found}. {c.remedy}" for c in refused))
-            shared = {
-                TAUGHT: [self._context(draw, with_answers=True) for draw in self.train.draws],
-                NEUTRAL: [self._context(self._neutral, with_answers=True)],
-            }
-            train = self._gauge.read(self.train, bare, shared, bar.update)
-            scorer = ForecastScorer(train, self._gradients(self.train, bare, bar.update), self.config.n_features)
-            found = {TRAIN: scorer.domain(self.train, train, scorer.train_gradients)}
-            baselines = {TRAIN: scoring.set_baseline(train)}
-            noise_floor = self._noise_floor(bare, baselines[TRAIN])
-            for name, probes in self.domains.items():
-                own = {OWN: [self._context(draw, with_answers=False) for draw in probes.draws]}
-                reading = self._gauge.read(probes, bare, shared | own, bar.update)
-                found[name] = scorer.domain(probes, reading, self._gradients(probes, bare, bar.update))
-                baselines[name] = scoring.set_baseline(reading)
+            with clock("contexts"):
+                shared = {
+                    TAUGHT: [self._context(draw, with_answers=True) for draw in self.train.draws],
+                    NEUTRAL: [self._context(self._neutral, with_answers=True)],
+                }
+            found, baselines = {}, {}
+            for probes in self._sets:
+                own = {}
+                if probes is not self.train:  # whose own demonstrations are the training demonstrations
+                    with clock("contexts"):
+                        own = {OWN: [self._context(draw, with_answers=False) for draw in probes.draws]}
+                with clock("readings"):
+                    reading = self._gauge.read(probes, bare, shared | own, bar.update)
+                with clock("gradients"):
+                    gradients = self._gradients(probes, bare, bar.update)
+                with clock("scores"):
+                    if probes is self.train:
+                        scorer = ForecastScorer(reading, gradients, self.config.n_features)
+                    found[probes.name] = scorer.domain(probes, reading, gradients)
+                    baselines[probes.name] = scoring.set_baseline(reading)
+            with clock("noise floor"):
+                noise_floor = self._noise_floor(bare, baselines[TRAIN])
         self.baseline = Baseline(self._fingerprint, self._gauge.reference, baselines)
         self._forecast = Forecast(
             identity=self.identity,
@@ -162,6 +172,7 @@ class Monitor:
             train=found.pop(TRAIN),
             domains=scorer.ranked(found),
             seconds=time.monotonic() - started,
+            seconds_by_part=dict(clock.seconds),
         )
         return self._forecast
 
@@ -262,6 +273,19 @@ def forecast(
 ) -> Forecast:
     """Forecast what a fine-tune on `train_data` will move, without training. Arguments and errors as for `Monitor`."""
     return Monitor(model, tokenizer, sae=sae, train_data=train_data, domains=domains, config=config, progress=progress).forecast()
+
+
+class _Clock:
+    """Adds up what the parts of a measurement take."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
 
 
 def _encoder(sae: SaeSource, model: nn.Module) -> SaeEncoder:

@@ -165,6 +165,8 @@ class Forecast(Record):
     domains: Mapping[str, DomainForecast]
     seconds: float
     """Wall-clock time of the measurement."""
+    seconds_by_part: Mapping[str, float]
+    """Of that, what each part took."""
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,11 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         "examples in context against plain prose, nats a token; gradient: by a small\n"
         "step that gains the training data one nat; + is bad."
     )
+    parts_of_time = ", ".join(f"{part} {seconds:.0f}" for part, seconds in forecast.seconds_by_part.items() if seconds >= 0.5)
     foot = (
         f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {forecast.unexplained:.0%} of variance\n"
         f"unexplained; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
+        + (f"\n({parts_of_time})" if parts_of_time else "")
     )
     verdict_line = Text(f"Verdict: {_name(verdict)}", style=_COLOURS[verdict.decision])
     parts: list[Text | Table] = [

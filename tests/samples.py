@@ -81,6 +81,7 @@ def forecast(*domains: DomainForecast, train: DomainForecast | None = None, **ch
         "train": train or domain_forecast("train", sts_cross=1.0, rank=(0, 0), cosine=1.0, gradient_change=-1.0),
         "domains": {d.name: d for d in domains},
         "seconds": 1.5,
+        "seconds_by_part": {"readings": 1.0, "scores": 0.25},
     }
     return Forecast(**(fields | changes))
 

@@ -403,3 +403,33 @@ def test_scores_say_that_the_like_domain_moves_more(tmp_path: Path) -> None:
     assert callback.forecast is not None
     near, far = (callback.forecast.domains[name] for name in ("near", "far"))
     assert all(math.isfinite(d.sts_cross.value) and 0 < d.sts_cross.value < 1 for d in (near, far))
+
+
+def test_several_saes_each_make_a_forecast_and_the_first_one_watches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saes = [rotated_sae(), rotated_sae("blocks.1.hook_resid_post", seed=1)]
+    callback = made_callback(sae=saes, protect={"near": 0.1})
+    made_trainer("sft", tmp_path, [callback]).train()
+    written = json.loads((tmp_path / "sts" / "forecast.json").read_text())
+    hooks = [made["identity"]["hook_name"] for made in (written["forecast"], *written["other_saes"])]
+    assert hooks == ["blocks.2.hook_resid_post", "blocks.1.hook_resid_post"]
+    assert callback.forecast is not None
+    assert callback.forecast.identity.hook_name == hooks[0]
+    shown = capsys.readouterr().out
+    assert shown.index("STS forecast") < shown.index("transfer by SAE") < shown.index("agreement in order")
+    assert checked_steps(tmp_path)[0] == 2
+
+
+def test_no_sae_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sae: got none"):
+        made_callback(sae=[])
+
+
+def test_features_are_told_in_words_once_each(tmp_path: Path) -> None:
+    made_trainer("sft", tmp_path, [made_callback()]).train()
+    told = [json.loads(line) for line in (tmp_path / "sts" / "features.jsonl").read_text().splitlines()]
+    names = [feature["feature"] for feature in told]
+    forecast = json.loads((tmp_path / "sts" / "forecast.json").read_text())["forecast"]
+    assert names[: len(forecast["features"])] == forecast["features"]
+    assert len(set(names)) == len(names)
+    assert set(told[0]["snippets"]) == {"train", "near", "far"}
+    assert told[0]["snippets"]["train"][0]["token"]

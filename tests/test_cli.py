@@ -31,7 +31,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(files: Path, *more: str, name: str = "forecast") -> list[str]:
-    options = {"--model": files / "model", "--sae": files / "sae", "--train": files / "train.jsonl"}
+    options = {"--model": files / "model", "--train": files / "train.jsonl"}
+    if "--sae" not in more:
+        options["--sae"] = files / "sae"
     flat = [str(part) for pair in options.items() for part in pair]
     return [name, *flat, "--domain", f"poems={files / 'poems.jsonl'}", "--n-queries", "6", "--n-features", "8", *more]
 
@@ -124,6 +126,18 @@ def test_a_forecast_with_a_wrong_sae_cannot_tell_and_shows_no_numbers(files: Pat
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.search(r"^sts-callback: explained variance: none: it leaves .* take an SAE", captured.err, re.MULTILINE)
+
+
+def test_several_saes_are_compared_and_the_first_one_decides(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = ("--sae", str(files / "sae"), "--sae", str(files / "sae"))
+    assert main(command(files, "--protect", "poems", *two)) in (GO, CANNOT_TELL, NO_GO)
+    assert "agreement in order" in capsys.readouterr().out
+    assert main(command(files, "--protect", "poems", *two, "--json")) in (GO, CANNOT_TELL, NO_GO)
+    content = json.loads(capsys.readouterr().out)
+    assert len(content["other_saes"]) == 1
+    assert content["other_saes"][0]["identity"] == content["forecast"]["identity"]
+    assert main(command(files, "--protect", "poems", "--n-queries", "8", *two, name="doctor")) == GO
+    assert capsys.readouterr().out.count("\nexplained variance ") == 2
 
 
 def test_a_shipped_domain_can_be_protected_by_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from sts_callback.config import PolicyConfig
 from sts_callback.domains.starter import starter_domains
 from sts_callback.policy import judge_drift, judge_forecast
 from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Snippet, Verdict
-from sts_callback.terminal import check_lines, doctor_table, forecast_table, words_lines
+from sts_callback.terminal import check_lines, doctor_table, forecast_table, layers_table, words_lines
 
 NAMES = ("code", "everyday", "law", "medicine", "translation")
 HARM: dict[str, Any] = {"nll_change": 0.5}
@@ -306,3 +306,15 @@ def test_features_in_words_show_the_strongest_place_of_each_set() -> None:
     ]
     long = Snippet("a " * 90, "b" * 90, "c " * 90, 1.0)
     _assert_narrow(words_lines([FeatureInWords(7, 0.1, "", {"a long name indeed": (long,)})], colour=False))
+
+
+def test_several_saes_stand_side_by_side_with_their_agreement() -> None:
+    one = forecast(domain_forecast("law", sts_cross=0.25), domain_forecast("code", sts_cross=0.5))
+    other = forecast(domain_forecast("law", sts_cross=0.75), domain_forecast("code", sts_cross=0.125))
+    text = layers_table([one, other], [1.0, -1.0], colour=False)
+    _assert_narrow(text)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["law", "25%", "75%"] in lines
+    assert ["code", "50%", "12%"] in lines
+    assert ["agreement", "in", "order", "1.00", "-1.00"] in lines
+    assert text.count("tiny-sae at blocks.2.hook_resid_post") == 2
