@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         protect=PROTECTED,
         check_on=max(1, args.steps // 2),
         # Small, for two CPU cores; ten queries are the fewest that can alarm for six domains.
-        probes=ProbeConfig(n_queries=args.queries, max_tokens=40, n_domain_demonstrations=3),
+        probes=ProbeConfig(n_queries=args.queries, max_tokens=64, n_domain_demonstrations=3),
     )
     trainer = SFTTrainer(
         model=model,

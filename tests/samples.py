@@ -5,6 +5,7 @@ Where a record has an estimate or a score, a plain number may be given: it is th
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeVar, get_type_hints
 
 from sts_callback.records import (
@@ -125,3 +126,9 @@ def snapshot(step: int, *domains: DomainDrift, **changes: Any) -> DriftSnapshot:
 
 
 GO = Verdict("go", (), {"law": "has not moved."}, 0)
+
+
+def timeless(record: Any) -> Any:
+    """A record without what it took, which no two measurements share."""
+    times: dict[str, Any] = {"seconds": 0.0, "seconds_by_part": {}}
+    return dataclasses.replace(record, **{f.name: times[f.name] for f in dataclasses.fields(record) if f.name in times})

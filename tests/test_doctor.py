@@ -11,6 +11,7 @@ import pytest
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
+from samples import timeless
 from sts_callback import doctor
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell, SaeError
@@ -410,4 +411,4 @@ def test_an_examination_stands_in_no_forecasts_way() -> None:
     monitor = patient(fitted_sae(1, 1))
     monitor.examine(PROTECT)
     one, other = monitor.forecast(), patient(fitted_sae(1, 1)).forecast()
-    assert dataclasses.replace(one, seconds=0.0).to_json() == dataclasses.replace(other, seconds=0.0).to_json()
+    assert timeless(one).to_json() == timeless(other).to_json()

@@ -18,6 +18,7 @@ from sae_lens import SAE, Transcoder, TranscoderConfig
 from torch import nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
+from samples import timeless
 from sts_callback import measure
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell, ConfigError, ModelError, SaeError
@@ -660,7 +661,7 @@ def test_sae_trained_on_scaled_activations_is_scaled_once_and_for_all(tmp_path: 
     monitor = made_monitor(model, scaled_sae())
     monitor.examine(PolicyConfig())
     first, again = monitor.forecast(), monitor.forecast()
-    assert replace(first, seconds=0.0) == replace(again, seconds=0.0)
+    assert timeless(first) == timeless(again)
     assert monitor.baseline is not None
     monitor.baseline.save(tmp_path / "baseline")
     resumed = made_monitor(tiny_model(), scaled_sae())
@@ -741,7 +742,7 @@ def test_examination_says_what_the_doctor_finds_and_changes_nothing() -> None:
     assert all(m.training for m in model.modules())
     assert monitor.baseline is None
     untouched = made_monitor(tiny_model(), rotated_sae()).forecast()
-    assert replace(monitor.forecast(), seconds=0.0) == replace(untouched, seconds=0.0)
+    assert timeless(monitor.forecast()) == timeless(untouched)
 
 
 def test_examination_ends_where_the_sae_does_not_fit() -> None:
@@ -1120,7 +1121,7 @@ def test_records_agree_with_one_another(architecture: str, tmp_path: Path) -> No
     monitor.baseline.save(tmp_path / "baseline")
     resumed = made_monitor(model, rotated_sae(), config_of(architecture))
     resumed.restore(tmp_path / "baseline", forecast)
-    assert replace(resumed.check(2), seconds=0.0) == replace(moved, seconds=0.0)
+    assert timeless(resumed.check(2)) == timeless(moved)
 
 
 def test_measuring_twice_gives_the_same_and_leaves_no_trace() -> None:
@@ -1132,7 +1133,7 @@ def test_measuring_twice_gives_the_same_and_leaves_no_trace() -> None:
     drawn = torch.rand(1)
     two = made_monitor(model, sae).forecast()
     torch.manual_seed(2)
-    assert replace(one, seconds=0.0) == replace(two, seconds=0.0)
+    assert timeless(one) == timeless(two)
     assert torch.equal(drawn, torch.rand(1))
     assert all(m.training for m in model.modules())
     assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())

@@ -15,11 +15,11 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 @pytest.mark.gemma
 @pytest.mark.timeout(900)  # the first run on a machine de-quantises the model
 def test_the_demo_forecasts_watches_and_says_where_its_files_are(tmp_path: Path) -> None:
-    options = ["--steps", "3", "--queries", "10", "--out", str(tmp_path / "run")]
+    options = ["--steps", "2", "--queries", "10", "--out", str(tmp_path / "run")]
     run = subprocess.run([sys.executable, str(DEMO), *options], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "STS forecast: what training will move" in run.stdout
-    assert run.stdout.index("STS forecast") < run.stdout.index("STS step 1:") < run.stdout.index("STS step 3:")
+    assert run.stdout.index("STS forecast") < run.stdout.index("STS step 1:") < run.stdout.index("STS step 2:")
     assert str(tmp_path / "run" / "sts") in run.stdout
 
     folder = tmp_path / "run" / "sts"
@@ -28,10 +28,10 @@ def test_the_demo_forecasts_watches_and_says_where_its_files_are(tmp_path: Path)
     assert forecast["unexplained"] < 0.4, "the SAE does not fit the model it was trained on"
     assert forecast["noise_floor"] < 1e-3, "another batch layout is no drift"
     snapshots = [json.loads(line)["snapshot"] for line in (folder / "drift.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in snapshots] == [1, 2, 3]
-    first, second, third = (s["train"]["relative_drift"]["value"] for s in snapshots)
+    assert [s["step"] for s in snapshots] == [1, 2]
+    first, second = (s["train"]["relative_drift"]["value"] for s in snapshots)
     assert first == 0, "the first step of the warm-up has rate 0: unchanged weights have no drift at all"
-    assert 0 < second < third
+    assert second > 0
 
 
 def test_model_and_sae_go_together() -> None:
