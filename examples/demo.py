@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -27,7 +28,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gentle", action="store_true", help=f"learning rate {GENTLE} instead of {HARSH}")
     parser.add_argument("--model", help="folder or hub id (default: Gemma 3 270M from PyPI)")
     parser.add_argument("--sae", help="SAELens release/sae_id or folder (default: the one in this folder)")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps")
     parser.add_argument("--queries", type=int, default=10, help="queries measured in each domain")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/demo or runs/demo-gentle)")
     args = parser.parse_args(argv)
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> None:
     from word_problems import word_problems
 
     logging.set_verbosity_error()
+    # TRL and PEFT still use the old name of activation checkpointing.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     set_seed(0)
     name = args.model or cached_gemma()
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> None:
         protect=PROTECTED,
         check_on=max(1, args.steps // 2),
         # Small, for two CPU cores; ten queries are the fewest that can alarm for six domains.
-        probes=ProbeConfig(n_queries=args.queries, max_tokens=64, n_domain_demonstrations=3),
+        probes=ProbeConfig(n_queries=args.queries, max_tokens=48, n_domain_demonstrations=2),
     )
     trainer = SFTTrainer(
         model=model,

@@ -6,9 +6,7 @@ Nothing of size `(n_tokens, d_sae)` outlives a chunk; of one set at a time, the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -95,9 +93,7 @@ class Gauge:
             SaeError: if the SAE has another width than the model.
 
         """
-        started = time.monotonic()
         x = torch.cat([self._run(s.queries[:_N_CALIBRATION], bare.prefix, with_answers=False)[0] for s in sets]).float()
-        seconds_a_token = (time.monotonic() - started) / len(x)
         if x.shape[1] != self.encoder.d_in:
             raise SaeError(
                 f"sae: {self.encoder.name} reads activations of width {self.encoder.d_in}, but {self.encoder.hook_name} of this "
@@ -107,7 +103,7 @@ class Gauge:
         median_norm = norms.median().item()
         x = x[is_ordinary(norms, median_norm, self._config.max_norm_multiple)]
         self.adopt(Reference(median_norm, x.norm(dim=1).mean().item()))
-        return dataclasses.replace(fit(self.encoder, x), seconds_a_token=seconds_a_token)
+        return fit(self.encoder, x)
 
     def fit_by_layer(self, probes: ProbeSet, bare: Context) -> dict[int, float]:
         """Fraction of variance that the SAE would leave at the same site of each layer, on a few queries of one set.
@@ -228,7 +224,7 @@ class Gauge:
         With unchanged weights the result is exactly 0: both visits share layout, cache use and arithmetic.
 
         Args:
-            probes: the set of the first step_zero.
+            probes: the set that was read at step 0.
             bare: the context without demonstrations, run with the weights of now.
             step_zero: what was kept of it.
             on_batch: see `OnBatch`.
@@ -366,7 +362,6 @@ def fit(encoder: SaeEncoder, x: torch.Tensor) -> Fit:
         unexplained=left / float((whole - whole.mean(dim=0)).double().square().sum()),
         l0=n_active / len(x),
         silent=float((~ever).double().mean()),
-        seconds_a_token=float("nan"),
     )
 
 

@@ -115,7 +115,7 @@ class Monitor:
             started = time.monotonic()
             readings = {s.name: self._gauge.read(s, bare, neutral, bar.update) for s in self._sets}
             seconds = time.monotonic() - started
-            noise = self._noise_floor(bare, readings[TRAIN])
+            noise = self._noise_floor(readings[TRAIN])
         return (
             *checks,
             *doctor.probe_checks(readings, noise, policy),
@@ -160,7 +160,7 @@ class Monitor:
                     found[probes.name] = scorer.domain(probes, reading, gradients)
                     baselines[probes.name] = scoring.set_baseline(reading)
             with clock("noise floor"):
-                noise_floor = self._noise_floor(bare, baselines[TRAIN])
+                noise_floor = self._noise_floor(baselines[TRAIN])
         self.baseline = Baseline(self._fingerprint, self._gauge.reference, baselines)
         self._forecast = Forecast(
             identity=self.identity,
@@ -247,10 +247,10 @@ class Monitor:
     def _gradients(self, probes: ProbeSet, bare: Context, on_batch: OnBatch) -> torch.Tensor | None:
         return self._gauge.read_gradients(probes, bare, on_batch) if self._gauge.can_read_gradients else None
 
-    def _noise_floor(self, bare: Context, train: Reading | SetBaseline) -> float:
+    def _noise_floor(self, train: Reading | SetBaseline) -> float:
         """Relative drift of the same weights with the training data's batches laid out otherwise."""
         layout = max(1, self.config.batch_tokens // 4)
-        again = self._gauge.read_drift(self.train, bare, train, batch_tokens=layout)
+        again = self._gauge.read_drift(self.train, self._context((), with_answers=False), train, batch_tokens=layout)
         return float(again.shift.features.sum() / train.energy.sum())
 
     @property

@@ -31,8 +31,6 @@ class Fit:
     """Active features a token."""
     silent: float
     """Share of the features that no token activates."""
-    seconds_a_token: float
-    """Wall-clock time of a forward up to the hook point, per token."""
 
 
 @dataclass(frozen=True)

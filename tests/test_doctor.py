@@ -28,7 +28,7 @@ from sts_callback.scoring import NEUTRAL
 from tiny import D_MODEL, N_LAYERS, rotated_sae, rows, tiny_model, tiny_tokenizer
 
 NAN = float("nan")
-GOOD = Fit(n_tokens=200, unexplained=0.2, l0=50.0, silent=0.1, seconds_a_token=0.001)
+GOOD = Fit(n_tokens=200, unexplained=0.2, l0=50.0, silent=0.1)
 LAYERS = {0: 0.5, 1: 0.4, 2: 0.2, 3: 0.3}
 POLICY = PolicyConfig({"law": 0.5}, min_drift=0.1, alpha=0.03125, max_masked_share=0.125)
 

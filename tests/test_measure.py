@@ -609,7 +609,6 @@ def test_reference_and_fit_are_those_of_numpy(kind: str, monkeypatch: pytest.Mon
     assert (fvu > 0.001) == (kind == "topk")
     assert fit.l0 == pytest.approx((acts > 0).sum(1).mean(), rel=1e-6)
     assert fit.silent == (acts == 0).all(axis=0).mean() > 0
-    assert 0 < fit.seconds_a_token < 1
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.2.hook_resid_post", "model.layers.2.output"])
