@@ -80,9 +80,9 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         Text(f"STS forecast: what training will move ({held})", style="bold"),
         table,
         Text(legend, style="dim"),
-        Text(_FAVOURED, style="dim"),
+        Text(_FAVOURED + "\n", style="dim"),
         rivals,
-        Text(foot, style="dim"),
+        Text(foot + "\n", style="dim"),
     ]
     return _rendered([*parts, verdict_line, *_reasons(verdict)], colour)
 

@@ -251,7 +251,7 @@ def test_a_name_too_long_for_its_column_loses_no_letter() -> None:
     text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
     _assert_narrow(text)
     for last_title in ("gradient", "unseen"):
-        below = re.split(rf"\n\s*domain .*{last_title}\n", text)[1].splitlines()
+        below = re.split(rf"\n\s*domain .*{last_title}\n", text)[1].split("\n\n")[0].splitlines()
         column = below[0].index("1")  # where the numbers of the training data begin
         assert "".join(line[:column].split()[0] for line in below).startswith(f"train{name}law")
 
