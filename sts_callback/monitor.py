@@ -136,8 +136,8 @@ class Monitor:
         with undisturbed(self._model), self._bar("Forecast", n_passes) as bar:
             with clock("fit of the SAE"):
                 bare = self._context((), with_answers=True)
-                refused = [check for check in self._fit_checks(bare) if check.status == "refuse"]
-            if refused:
+                checks = self._fit_checks(bare)
+            if refused := [check for check in checks if check.status == "refuse"]:
                 raise CannotTell(" ".join(f"{c.name}: {c.found}. {c.remedy}" for c in refused))
             with clock("contexts"):
                 shared = {
@@ -168,6 +168,7 @@ class Monitor:
             features_share=scores.shift_share(scorer.mean_shift, scorer.features),
             median_norm=self._gauge.reference.median_norm,
             unexplained=self.fit.unexplained,
+            checks=checks,
             noise_floor=noise_floor,
             train=found.pop(TRAIN),
             domains=scorer.ranked(found),

@@ -158,6 +158,8 @@ class Forecast(Record):
     """Median activation norm of query tokens at the hook point."""
     unexplained: float
     """Fraction of variance of the probes' activations that the SAE leaves (FVU)."""
+    checks: tuple[Check, ...]
+    """How the SAE fits the model; none of them refuses."""
     noise_floor: float
     """Relative drift of the same weights when batches are laid out otherwise: what is no drift at all."""
     train: DomainForecast

@@ -83,6 +83,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         Text(_FAVOURED + "\n", style="dim"),
         rivals,
         Text(foot + "\n", style="dim"),
+        *(Text(f"{c.name}: {c.found}; {c.remedy}", style="yellow") for c in forecast.checks if c.status == "warn"),
     ]
     return _rendered([*parts, verdict_line, *_reasons(verdict)], colour)
 

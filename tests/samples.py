@@ -78,6 +78,7 @@ def forecast(*domains: DomainForecast, train: DomainForecast | None = None, **ch
         "features_share": 0.5,
         "median_norm": 12.5,
         "unexplained": 0.25,
+        "checks": (),
         "noise_floor": 0.0,
         "train": train or domain_forecast("train", sts_cross=1.0, rank=(0, 0), cosine=1.0, gradient_change=-1.0),
         "domains": {d.name: d for d in domains},

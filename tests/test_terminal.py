@@ -318,3 +318,11 @@ def test_several_saes_stand_side_by_side_with_their_agreement() -> None:
     assert ["code", "50%", "12%"] in lines
     assert ["agreement", "in", "order", "1.00", "-1.00"] in lines
     assert text.count("tiny-sae at blocks.2.hook_resid_post") == 2
+
+
+def test_what_the_doctor_warns_of_stands_below_a_forecast() -> None:
+    checks = (Check("L0", "warn", "120 active features a token, 47 nominal", "take another"), Check("layer", "pass", "12", ""))
+    record = forecast(domain_forecast("law"), checks=checks)
+    text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
+    assert "L0: 120 active features a token, 47 nominal; take another" in text
+    assert "layer: 12" not in text
