@@ -65,7 +65,7 @@ def code_rows() -> list[dict[str, str]]:
     return rows
 
 
-def realised_overlap(name: str, rows: list[dict[str, str]], protect: str) -> dict[str, float]:
+def realised_overlap(name: str, rows: list[dict[str, str]], protect: str) -> dict[str, object]:
     """Train on rows for a few steps and count the forecast features among those that moved most."""
     set_seed(0)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
