@@ -15,7 +15,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format
+.PHONY: help demo test check format bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(INSTALLED)  ## run examples/demo.py; ARGS="..." are passed on
 
 test: $(INSTALLED)  ## run all tests, also the one on Gemma 3 270M; ARGS="..." go to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 3" for the first three settings
+	$(BIN)/python examples/benchmark.py $(ARGS)
 
 check: $(INSTALLED)  ## check format, lint and types, then test
 	$(BIN)/ruff format --check
