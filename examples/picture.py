@@ -31,12 +31,12 @@ line-height: {line_height}px; }} {styles}</style>
 def records(run: Path) -> str:
     """Forecast table and check lines of a run, with colours."""
     made = json.loads((run / "sts" / "forecast.json").read_text())
-    forecast, verdict = Forecast.from_json(json.dumps(made["forecast"])), Verdict.from_json(json.dumps(made["verdict"]))
+    forecast, verdict = Forecast.from_dict(made["forecast"]), Verdict.from_dict(made["verdict"])
     parts = [forecast_table(forecast, verdict, colour=True)]
     for line in (run / "sts" / "drift.jsonl").read_text().splitlines():
-        snapshot, verdict = (json.loads(line)[key] for key in ("snapshot", "verdict"))
-        check = DriftSnapshot.from_json(json.dumps(snapshot)), Verdict.from_json(json.dumps(verdict))
-        parts.append(check_lines(*check, len(forecast.features), colour=True))
+        check = json.loads(line)
+        snapshot, verdict = DriftSnapshot.from_dict(check["snapshot"]), Verdict.from_dict(check["verdict"])
+        parts.append(check_lines(snapshot, verdict, len(forecast.features), colour=True))
     return "\n\n".join(parts)
 
 

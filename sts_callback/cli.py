@@ -137,8 +137,8 @@ def _forecast(args: argparse.Namespace) -> int:
     forecasts = [monitor.forecast() for monitor in monitors]
     verdict = judge_forecast(forecasts[0], policy)
     if args.json:
-        made = [json.loads(forecast.to_json()) for forecast in forecasts]
-        print(json.dumps({"forecast": made[0], "verdict": json.loads(verdict.to_json()), "other_saes": made[1:]}))
+        made = [forecast.to_dict() for forecast in forecasts]
+        print(json.dumps({"forecast": made[0], "verdict": verdict.to_dict(), "other_saes": made[1:]}))
     else:
         print(forecast_table(forecasts[0], verdict))
         if len(forecasts) > 1:

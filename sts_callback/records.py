@@ -25,24 +25,33 @@ R = TypeVar("R", bound="Record")
 class Record:
     """A record that can be written as JSON and read back."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """What strict JSON can hold, with the schema version."""
+        return {"schema_version": SCHEMA_VERSION, **_plain(self)}
+
+    @classmethod
+    def from_dict(cls: type[R], content: Mapping[str, Any]) -> R:
+        """Read what `to_dict` gave.
+
+        Raises:
+            ValueError: if it is of another schema version or has unknown or missing keys.
+
+        """
+        fields = dict(content)
+        version = fields.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version: got {version!r}; this version reads {SCHEMA_VERSION}.")
+        made: R = _typed(fields, cls)
+        return made
+
     def to_json(self) -> str:
         """One line of strict JSON with its schema version."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **_plain(self)}, allow_nan=False)
+        return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod
     def from_json(cls: type[R], text: str) -> R:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: if the text is another schema version or has unknown or missing keys.
-
-        """
-        content = json.loads(text)
-        version = content.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version: got {version!r}; this version reads {SCHEMA_VERSION}.")
-        made: R = _typed(content, cls)
-        return made
+        """Read what `to_json` wrote; raises as `from_dict`."""
+        return cls.from_dict(json.loads(text))
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sts_callback.errors import CannotTell
 from sts_callback.records import DriftSnapshot, FeatureInWords, Forecast, Verdict
@@ -35,9 +37,9 @@ class RunLog:
     def write_forecast(self, forecast: Forecast, verdict: Verdict, others: Sequence[Forecast] = ()) -> None:
         """Write forecast and verdict, and the forecasts of further SAEs, whole or not at all."""
         content = {
-            "forecast": json.loads(forecast.to_json()),
-            "verdict": json.loads(verdict.to_json()),
-            "other_saes": [json.loads(other.to_json()) for other in others],
+            "forecast": forecast.to_dict(),
+            "verdict": verdict.to_dict(),
+            "other_saes": [other.to_dict() for other in others],
         }
         scratch = self._forecast_file.with_suffix(".part")
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -51,7 +53,7 @@ class RunLog:
 
         """
         try:
-            return Forecast.from_json(json.dumps(json.loads(self._forecast_file.read_text(encoding="utf-8"))["forecast"]))
+            return Forecast.from_dict(json.loads(self._forecast_file.read_text(encoding="utf-8"))["forecast"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CannotTell(
                 f"forecast: {self._forecast_file} cannot be read ({error!r}); a resumed run needs the one made at its start. "
@@ -60,14 +62,14 @@ class RunLog:
 
     def append_check(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
         """Append one drift check with its verdict."""
-        self._append(self._drift_file, {"snapshot": json.loads(snapshot.to_json()), "verdict": json.loads(verdict.to_json())})
+        self._append(self._drift_file, {"snapshot": snapshot.to_dict(), "verdict": verdict.to_dict()})
 
     def append_words(self, words: Sequence[FeatureInWords]) -> None:
         """Append features in words, those that were not told before."""
-        told = {json.loads(line)["feature"] for line in _whole_lines(self._features_file)}
+        told = {row["feature"] for row in _whole_rows(self._features_file)}
         for feature in words:
             if feature.feature not in told:
-                self._append(self._features_file, json.loads(feature.to_json()))
+                self._append(self._features_file, feature.to_dict())
 
     def append_fault(self, step: int, trace: str) -> None:
         """Append a failure of ours that training survived."""
@@ -76,8 +78,8 @@ class RunLog:
     def checks_before(self, step: int) -> list[DriftSnapshot]:
         """Checks up to a step, in order. Of a stretch that was run twice after a resume, the later one counts."""
         by_step: dict[int, DriftSnapshot] = {}
-        for line in _whole_lines(self._drift_file):
-            snapshot = DriftSnapshot.from_json(json.dumps(json.loads(line)["snapshot"]))
+        for row in _whole_rows(self._drift_file):
+            snapshot = DriftSnapshot.from_dict(row["snapshot"])
             by_step[snapshot.step] = snapshot
         return [by_step[s] for s in sorted(by_step) if s <= step]
 
@@ -90,15 +92,12 @@ class RunLog:
             os.fsync(lines.fileno())
 
 
-def _whole_lines(file: Path) -> Sequence[str]:
-    """Lines that a kill has not cut off."""
+def _whole_rows(file: Path) -> list[Any]:
+    """What stands in the lines that a kill has not cut off."""
     if not file.exists():
         return []
     whole = []
     for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        whole.append(line)
+        with contextlib.suppress(json.JSONDecodeError):
+            whole.append(json.loads(line))
     return whole
