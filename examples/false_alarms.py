@@ -20,7 +20,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +29,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
 
 from demo import PROTECTED, SAE_FOLDER
 from gemma import cached_gemma
@@ -45,6 +42,7 @@ from sts_callback.domains.starter import starter_domains
 from sts_callback.metrics.resample import p_of_rise
 from sts_callback.records import DriftSnapshot
 from sts_callback.scoring import estimate
+from tuning import tuned
 from word_problems import word_problems
 
 PROBES = ProbeConfig(n_queries=12, max_tokens=40, n_domain_demonstrations=3)
@@ -72,30 +70,8 @@ def alarmed(*checks: DriftSnapshot) -> tuple[str, ...]:
 
 def learning_rate_0(name: str) -> list[DriftSnapshot]:
     callback = STSCallback(sae=SAE_FOLDER, protect=PROTECTED, check_on=1, probes=PROBES, on_error="raise")
-    with tempfile.TemporaryDirectory() as out:
-        trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
-            args=SFTConfig(
-                output_dir=out,
-                max_steps=N_STEPS,
-                per_device_train_batch_size=2,
-                learning_rate=0.0,
-                max_length=256,
-                save_strategy="no",
-                report_to="none",
-                bf16=False,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                gradient_checkpointing=False,
-            ),
-            train_dataset=Dataset.from_list(word_problems(400)),
-            processing_class=AutoTokenizer.from_pretrained(name),
-            peft_config=LoraConfig(r=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[callback],
-        )
-        trainer.train()
-        lines = (Path(out) / "sts" / "drift.jsonl").read_text().splitlines()
-    return [DriftSnapshot.from_json(json.dumps(json.loads(line)["snapshot"])) for line in lines]
+    lora = LoraConfig(r=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    return tuned(name, word_problems(400), callback, lora, steps=N_STEPS, learning_rate=0.0)
 
 
 def with_random_signs(moved: DriftSnapshot, generator: np.random.Generator) -> DriftSnapshot:

@@ -12,30 +12,29 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import gzip
 import json
 import os
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
 
 from demo import SAE_FOLDER
 from gemma import cached_gemma
 from sts_callback import ProbeConfig, STSCallback, forecast
+from tuning import BATCH, tuned
 
 PROBES = ProbeConfig(n_queries=24, max_tokens=128)
-STEPS, BATCH, LEARNING_RATE = 24, 2, 1e-3
+STEPS, LEARNING_RATE = 24, 1e-3
 
 
 def lines(file: Path) -> list[dict[str, object]]:
@@ -68,32 +67,10 @@ def code_rows() -> list[dict[str, str]]:
 def realised_overlap(name: str, rows: list[dict[str, str]], protect: str) -> dict[str, object]:
     """Train on rows for a few steps and count the forecast features among those that moved most."""
     set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     callback = STSCallback(sae=SAE_FOLDER, protect=[protect], train_data=rows, check_on=STEPS, probes=PROBES)
-    with tempfile.TemporaryDirectory() as out:
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(
-                output_dir=out,
-                max_steps=STEPS,
-                per_device_train_batch_size=BATCH,
-                learning_rate=LEARNING_RATE,
-                max_length=256,
-                save_strategy="no",
-                report_to="none",
-                bf16=False,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                gradient_checkpointing=False,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(name),
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[callback],
-        )
-        trainer.train()
-        newest = json.loads((Path(out) / "sts" / "drift.jsonl").read_text().splitlines()[-1])["snapshot"]
-    return {"n_shared": newest["n_shared"], "relative_drift": newest["train"]["relative_drift"]}
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    newest = tuned(name, rows, callback, lora, steps=STEPS, learning_rate=LEARNING_RATE)[-1]
+    return {"n_shared": newest.n_shared, "relative_drift": dataclasses.asdict(newest.train.relative_drift)}
 
 
 def main(argv: list[str]) -> None:

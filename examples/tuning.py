@@ -1,0 +1,47 @@
+"""A short fine-tune on the CPU with a callback attached: what the measurements beside this file train."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from sts_callback import STSCallback
+from sts_callback.records import DriftSnapshot
+from sts_callback.runlog import RunLog
+
+BATCH = 2  # rows
+
+
+def tuned(
+    name: str, rows: list[dict[str, str]], callback: STSCallback, lora: LoraConfig, *, steps: int, learning_rate: float
+) -> list[DriftSnapshot]:
+    """Train, and return the callback's drift checks."""
+    with tempfile.TemporaryDirectory() as out:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+            args=SFTConfig(
+                output_dir=out,
+                max_steps=steps,
+                per_device_train_batch_size=BATCH,
+                learning_rate=learning_rate,
+                max_length=256,
+                save_strategy="no",
+                report_to="none",
+                bf16=False,
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                gradient_checkpointing=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(name),
+            peft_config=lora,
+            callbacks=[callback],
+        )
+        trainer.train()
+        return RunLog(Path(out) / "sts").checks_before(steps)
