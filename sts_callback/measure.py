@@ -23,7 +23,7 @@ from sts_callback.metrics.tokens import is_ordinary
 from sts_callback.model.capture import Capture, Prefix
 from sts_callback.model.encoder import Reconstruction, SaeEncoder
 from sts_callback.model.hooks import find_layers, resolve, text_config
-from sts_callback.model.probes import ProbeSet, Query, batches
+from sts_callback.model.probes import Candidates, ProbeSet, Query, answer_positions, batches, candidate_rows
 from sts_callback.readings import DriftReading, Fit, Reading, Reference, Shift
 
 BARE = "bare"
@@ -99,9 +99,7 @@ class Gauge:
                 f"sae: {self.encoder.name} reads activations of width {self.encoder.d_in}, but {self.encoder.hook_name} of this "
                 f"model has width {x.shape[1]}; take an SAE that was trained on this model."
             )
-        norms = x.norm(dim=1)
-        median_norm = norms.median().item()
-        x = x[is_ordinary(norms, median_norm, self._config.max_norm_multiple)]
+        x, median_norm = self._without_sinks(x)
         self.adopt(Reference(median_norm, x.norm(dim=1).mean().item()))
         return fit(self.encoder, x)
 
@@ -120,18 +118,8 @@ class Gauge:
         queries = probes.queries[:_N_CALIBRATION]
         context = Prefix(bare.prefix.token_ids, None)  # what is kept of it may end at the SAE's own layer
         captured = Capture(self._model, list(points.values())).run([q.query for q in queries], context)
-        keep = torch.tensor(
-            [[i < len(q.counts) and q.counts[i] for i in range(max(len(q.query) for q in queries))] for q in queries]
-        )
-        left = {}
-        for layer, point in points.items():
-            x = captured.activations[point.name]
-            x = x[keep.to(x.device)].float()
-            norms = x.norm(dim=1)
-            left[layer] = fit(
-                self.encoder, x[is_ordinary(norms, norms.median().item(), self._config.max_norm_multiple)]
-            ).unexplained
-        return left
+        found = {layer: candidate_rows(captured.activations[point.name], queries) for layer, point in points.items()}
+        return {layer: fit(self.encoder, self._without_sinks(x.float())[0]).unexplained for layer, x in found.items()}
 
     @property
     def layer(self) -> int:
@@ -160,7 +148,7 @@ class Gauge:
             on_batch: see `OnBatch`; each query is done once for each context, and once without.
 
         """
-        candidates = _Candidates(probes.queries)
+        candidates = Candidates(probes.queries)
         n_queries, device = len(probes.queries), self.encoder.sae.device
         x_bare, bare_nll = self._all(probes, bare, on_batch)
         nll = {BARE: bare_nll} if bare_nll is not None else {}
@@ -236,7 +224,7 @@ class Gauge:
         scale = max(self.reference.median_norm, sample.float().norm(dim=1).median().item())
         n_queries, device = len(probes.queries), self.encoder.sae.device
         x_now, nll = self._all(probes, bare, on_batch, batch_tokens)
-        owner = _Candidates(probes.queries).owner[step_zero.counted]
+        owner = Candidates(probes.queries).owner[step_zero.counted]
         ordinary = self._ordinary(x_now[step_zero.counted.to(x_now.device)], scale).cpu()
         sums, n_seen = _ShiftSums(n_queries, self.encoder.d_sae, device), 0
         for x in self._counted_chunks(x_now, step_zero.counted):
@@ -272,7 +260,7 @@ class Gauge:
             acts, gradient = self._capture.gradient(
                 [q.tokens for q in queries],
                 bare.prefix,
-                select=_answer_positions(queries),
+                select=answer_positions(queries),
                 loss=lambda logits, queries=queries: _losses(logits, queries).sum(),  # type: ignore[misc]
             )
             real = torch.arange(acts.shape[1]) < torch.tensor([[len(q.tokens)] for q in queries])
@@ -293,7 +281,7 @@ class Gauge:
         self, probes: ProbeSet, context: Context, on_batch: OnBatch, batch_tokens: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Activations of all candidate tokens, `(n_candidates, d_in)`, and the answers' NLL, `(n_queries,)`."""
-        candidates = _Candidates(probes.queries)
+        candidates = Candidates(probes.queries)
         everything: torch.Tensor | None = None
         nll = torch.zeros(len(probes.queries)) if context.with_answers else None
         for batch in self._batches(probes, range(len(probes.queries)), batch_tokens):
@@ -321,6 +309,11 @@ class Gauge:
     def _batches(self, probes: ProbeSet, members: Sequence[int], batch_tokens: int | None = None) -> Iterator[list[int]]:
         return batches(probes.queries, members, batch_tokens or self._config.batch_tokens, self._vocab_size)
 
+    def _without_sinks(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The ordinary ones of a sample of tokens, `(n_tokens, d_in)`, by its own median norm, and that norm."""
+        median_norm = x.norm(dim=1).median().item()
+        return x[self._ordinary(x, median_norm)], median_norm
+
     def _ordinary(self, x: torch.Tensor, median_norm: float) -> torch.Tensor:
         return is_ordinary(x.float().norm(dim=1), median_norm, self._config.max_norm_multiple)
 
@@ -331,13 +324,11 @@ class Gauge:
     def _run(self, queries: Sequence[Query], prefix: Prefix, *, with_answers: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Activations of the candidate tokens, `(n_candidates, d_in)`, and the answers' NLL, `(len(queries),)`."""
         suffixes = [q.tokens if with_answers else q.query for q in queries]
-        captured = self._capture.run(suffixes, prefix, select=_answer_positions(queries) if with_answers else None)
+        captured = self._capture.run(suffixes, prefix, select=answer_positions(queries) if with_answers else None)
         acts = captured.activations[self.encoder.hook_name]
         if acts.dim() != 3:
             raise ModelError(f"hook_name: {self.encoder.hook_name} gave shape {tuple(acts.shape)}, not (batch, sequence, width).")
-        rows = torch.tensor([row for row, q in enumerate(queries) for counts in q.counts if counts])
-        columns = torch.tensor([column for q in queries for column, counts in enumerate(q.counts) if counts])
-        x = acts[rows.to(acts.device), columns.to(acts.device)]
+        x = candidate_rows(acts, queries)
         if captured.logits is None:
             return x, None
         n_answer = torch.tensor([len(q.answer) for q in queries])
@@ -381,21 +372,6 @@ class StepZero(Protocol):
         """See `Reading`."""
 
 
-class _Candidates:
-    """Where the candidate tokens of each query stand in one long row, query by query."""
-
-    def __init__(self, queries: Sequence[Query]) -> None:
-        n = torch.tensor([sum(q.counts) for q in queries])
-        self.owner = torch.repeat_interleave(torch.arange(len(queries)), n)
-        """The query of each, `(n_candidates,)`."""
-        self._ends = n.cumsum(0)
-        self._starts = self._ends - n
-
-    def of(self, batch: Sequence[int]) -> torch.Tensor:
-        """Places of the tokens of some queries, in the order in which a batch of them gives them."""
-        return torch.cat([torch.arange(int(self._starts[i]), int(self._ends[i])) for i in batch])
-
-
 class _ShiftSums:
     """Running sums of squared differences."""
 
@@ -418,14 +394,6 @@ def _differences(one: Reconstruction, other: Reconstruction) -> tuple[torch.Tens
         (one.x - other.x).square().sum(dim=1),
         (one.left - other.left).square().sum(dim=1),
     )
-
-
-def _answer_positions(queries: Sequence[Query]) -> torch.Tensor:
-    """Positions whose logits predict an answer token, `(n_rows, n_suffix)` booleans: position p predicts token p + 1."""
-    select = torch.zeros(len(queries), max(len(q.tokens) for q in queries), dtype=torch.bool)
-    for row, q in enumerate(queries):
-        select[row, len(q.query) - 1 : len(q.tokens) - 1] = True
-    return select
 
 
 def _losses(logits: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:

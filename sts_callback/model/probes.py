@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sts_callback.config import ProbeConfig
 from sts_callback.domains.reader import Pair, Row, TextPair, read_pairs
 from sts_callback.errors import DataError
@@ -232,3 +234,42 @@ def batches(queries: Sequence[Query], members: Sequence[int], batch_tokens: int,
         n_answer += len(queries[i].answer)
     if batch:
         yield batch
+
+
+class Candidates:
+    """Where the candidate tokens of each query stand in one long row, query by query."""
+
+    def __init__(self, queries: Sequence[Query]) -> None:
+        n = torch.tensor([sum(q.counts) for q in queries])
+        self.owner = torch.repeat_interleave(torch.arange(len(queries)), n)
+        """The query of each, `(n_candidates,)`."""
+        self._ends = n.cumsum(0)
+        self._starts = self._ends - n
+
+    def of(self, batch: Sequence[int]) -> torch.Tensor:
+        """Places of the tokens of some queries, in the order in which a batch of them gives them."""
+        return torch.cat([torch.arange(int(self._starts[i]), int(self._ends[i])) for i in batch])
+
+
+def candidate_rows(acts: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
+    """Of a batch of queries, the tokens that count.
+
+    Args:
+        acts: `(n_rows, n_suffix, d)`, right-padded.
+        queries: one for each row.
+
+    Returns:
+        `(n_candidates, d)`, query by query.
+
+    """
+    rows = torch.tensor([row for row, q in enumerate(queries) for counts in q.counts if counts])
+    columns = torch.tensor([column for q in queries for column, counts in enumerate(q.counts) if counts])
+    return acts[rows.to(acts.device), columns.to(acts.device)]
+
+
+def answer_positions(queries: Sequence[Query]) -> torch.Tensor:
+    """Positions whose logits predict an answer token, `(n_rows, n_suffix)` booleans: position p predicts token p + 1."""
+    select = torch.zeros(len(queries), max(len(q.tokens) for q in queries), dtype=torch.bool)
+    for row, q in enumerate(queries):
+        select[row, len(q.query) - 1 : len(q.tokens) - 1] = True
+    return select
