@@ -20,7 +20,7 @@ from sts_callback.domains.starter import choose_domains
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo
 from sts_callback.model.capture import undisturbed
 from sts_callback.monitor import Monitor
-from sts_callback.policy import fewest_queries, judge_drift, judge_forecast
+from sts_callback.policy import fewest_queries, judge_drift, judge_forecast, short_of_queries
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
 from sts_callback.runlog import RunLog
 from sts_callback.scoring import rank_agreement
@@ -211,13 +211,11 @@ class STSCallback(TrainerCallback):
 
     def _require_power(self, monitor: Monitor) -> None:
         """Refuse probes that could never raise an alarm, however bad the harm."""
-        needed = fewest_queries(self._policy)
-        short = {n: len(monitor.domains[n].queries) for n in self._policy.budgets if len(monitor.domains[n].queries) < needed}
-        if short:
+        if short := short_of_queries({name: len(s.queries) for name, s in monitor.domains.items()}, self._policy):
             raise CannotTell(
                 f"n_queries: {', '.join(f'{name} has {n}' for name, n in short.items())}; an alarm for one of "
-                f"{len(self._policy.budgets)} protected domains at alpha {self._policy.alpha} takes {needed}. Give more rows, "
-                "raise ProbeConfig(n_queries=...), or protect fewer domains."
+                f"{len(self._policy.budgets)} protected domains at alpha {self._policy.alpha} takes "
+                f"{fewest_queries(self._policy)}. Give more rows, raise ProbeConfig(n_queries=...), or protect fewer domains."
             )
 
     def _resume(self, monitor: Monitor, state: TrainerState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +13,8 @@ from sts_callback.measure import BARE
 from sts_callback.metrics.resample import detectable_rise, resampled_ratios
 from sts_callback.model.encoder import SaeEncoder
 from sts_callback.model.probes import ProbeSet
-from sts_callback.policy import NOISE_MARGIN, fewest_queries
+from sts_callback.model.registry import base_name
+from sts_callback.policy import NOISE_MARGIN, fewest_queries, short_of_queries
 from sts_callback.readings import Fit, Reading
 from sts_callback.records import Check, Status
 from sts_callback.scoring import NEUTRAL
@@ -116,7 +118,7 @@ def process_check(is_sharded: bool) -> Check:
 
 
 def _variance(fit: Fit, source: str) -> Check:
-    if fit.unexplained != fit.unexplained:
+    if math.isnan(fit.unexplained):
         return Check("explained variance", "warn", "unknown: a transcoder does not reconstruct what it reads", "prefer an SAE")
     status: Status = "pass"
     if not fit.unexplained <= WARN_UNEXPLAINED:
@@ -128,7 +130,7 @@ def _variance(fit: Fit, source: str) -> Check:
 
 
 def _place(layer: int, by_layer: Mapping[int, float]) -> Check:
-    known = {index: left for index, left in by_layer.items() if left == left}
+    known = {index: left for index, left in by_layer.items() if not math.isnan(left)}
     if layer not in known:
         return Check("layer", "warn", "the fit at other layers is unknown", "")
     best = min(known, key=lambda index: known[index])
@@ -163,11 +165,7 @@ def _origin(encoder: SaeEncoder, model_name: str) -> Check:
     made_for = encoder.trained_on
     if made_for is None:
         return Check("trained on", "warn", "the SAE does not name its model", "trust explained variance and layer above")
-
-    def key(name: str) -> str:
-        return name.rstrip("/").rsplit("/", maxsplit=1)[-1].lower()
-
-    one, other = key(made_for), key(model_name)
+    one, other = base_name(made_for), base_name(model_name)
     if one in other or other in one:
         return Check("trained on", "pass", made_for, "")
     return Check("trained on", "warn", f"{made_for}, the model is {model_name}", "explained variance says how far it has moved")
@@ -177,14 +175,12 @@ def _power(readings: Mapping[str, Reading], policy: PolicyConfig) -> Check:
     wanted = {name: budget for name, budget in policy.budgets.items() if name in readings}
     if not wanted:
         return Check("alarm power", "warn", "no domain is protected", "name some with protect=")
-    needed = fewest_queries(policy)
-    short = {name: len(readings[name].n_tokens) for name in wanted if len(readings[name].n_tokens) < needed}
-    if short:
+    if short := short_of_queries({name: len(r.n_tokens) for name, r in readings.items()}, policy):
         found = ", ".join(f"{name} {n}" for name, n in short.items())
         return Check(
             "alarm power",
             "refuse",
-            f"queries: {found}; an alarm for one of {len(wanted)} domains at alpha {policy.alpha} takes {needed}",
+            f"queries: {found}; an alarm for one of {len(wanted)} domains at alpha {policy.alpha} takes {fewest_queries(policy)}",
             "give more rows, raise n_queries, or protect fewer domains",
         )
     smallest = {}

@@ -76,6 +76,17 @@ def fewest_queries(policy: PolicyConfig) -> int:
     return math.ceil(math.log2(max(1, len(policy.budgets)) / policy.alpha))
 
 
+def short_of_queries(n_queries: Mapping[str, int], policy: PolicyConfig) -> dict[str, int]:
+    """Protected domains that could never alarm, however bad the harm, and the queries that they have.
+
+    Args:
+        n_queries: of each set.
+        policy: whose test is to be passed.
+
+    """
+    return {name: n_queries[name] for name in policy.budgets if name in n_queries and n_queries[name] < fewest_queries(policy)}
+
+
 def _verdict(judged: dict[str, tuple[Decision, str]], step: int) -> Verdict:
     order: tuple[Decision, ...] = ("no-go", "watch", "not covered", "cannot tell", "go")
     decision: Decision = next((d for d in order if any(found == d for found, _ in judged.values())), "go")
@@ -101,8 +112,7 @@ def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: Polic
         return "cannot tell", "nothing shifted in context beyond random features, so no transfer can be read off."
     extent = f"transfer {place:.0%}, {low:.0%} to {high:.0%}; from {policy.min_transfer:.0%} on it counts"
     if high < policy.min_transfer:
-        decision, reason = _safe(f"expected to stay ({extent})", domain.unseen, policy)
-        return decision, reason
+        return _safe(f"expected to stay ({extent})", domain.unseen, policy)
     worse, sentence = _worsens(domain.nll_change, budget)
     if worse is None:
         return "cannot tell", f"may move ({extent}), in an unknown direction ({sentence})."

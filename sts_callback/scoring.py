@@ -35,7 +35,7 @@ class ForecastScorer:
         self.features = scores.shifted_features(self.mean_shift, n_features)
         """D_N."""
         self._train_raw = token_mean(train.raw, train.n_tokens)
-        self.train_gradients, self._train_n_answer = gradients, train.n_answer
+        self._train_gradients, self._train_n_answer = gradients, train.n_answer
         self._n_draws = 0
         self._anchors: dict[str, float] = {}
         self._cross: dict[str, torch.Tensor] = {}
@@ -54,16 +54,14 @@ class ForecastScorer:
         self._n_draws = self._n_draws or len(probes.draws)
         taught_group = group % self._n_draws  # a small training set has fewer draws, which then come again
         taught, own = reading.shifts[TAUGHT], reading.shifts.get(OWN, reading.shifts[TAUGHT])
-        columns = list(self.features)
+        taught_total = taught.features.sum(dim=1)
         sets = null.matched_sets(token_mean(reading.activity, n), self.features)
         changes = (_NAN_ESTIMATE, _NAN_ESTIMATE)
         if reading.nll:
             risen = reading.nll[TAUGHT] - reading.nll[NEUTRAL]
             changes = estimate(reading.nll[BARE], reading.n_answer, alone), estimate(risen, reading.n_answer, taught_group)
-        cross = self._score("sts_cross", taught.features, taught.features.sum(dim=1), taught_group, sets)
-        self._cross[probes.name] = resampled_ratios(
-            taught.features[:, columns].sum(dim=1), taught.features.sum(dim=1), taught_group
-        )
+        on_features = taught.features[:, list(self.features)].sum(dim=1)
+        self._cross[probes.name] = resampled_ratios(on_features, taught_total, taught_group)
         return DomainForecast(
             name=probes.name,
             n_queries=len(probes.queries),
@@ -74,11 +72,11 @@ class ForecastScorer:
             sts_act=self._score("sts_act", reading.activity, n, alone, sets),
             sts_icl=self._score("sts_icl", own.features, n, group, sets),
             sts_rel=self._score("sts_rel", own.features, own.features.sum(dim=1), group, sets),
-            sts_cross=cross,
+            sts_cross=self._score("sts_cross", taught.features, taught_total, taught_group, sets),
             neutral_cross=scores.shift_share(token_mean(reading.shifts[NEUTRAL].features, n), self.features),
             rank=(0, 0),
             above_next=_NAN,
-            relative_shift=estimate(taught.features.sum(dim=1), reading.energy, taught_group),
+            relative_shift=estimate(taught_total, reading.energy, taught_group),
             raw_shift=estimate(taught.raw, reading.raw_energy, taught_group),
             unseen=_ratio(taught.unseen, taught.raw),
             cosine=float(torch.cosine_similarity(token_mean(reading.raw, n), self._train_raw, dim=0)),
@@ -107,11 +105,9 @@ class ForecastScorer:
         return Score(found.value, found.low, found.high, random, anchor)
 
     def _gradient_change(self, gradients: torch.Tensor | None, n_answer: torch.Tensor) -> Estimate:
-        if gradients is None or self.train_gradients is None:
+        if gradients is None or self._train_gradients is None or not self._train_n_answer.any():
             return _NAN_ESTIMATE
-        if not self._train_n_answer.any():
-            return _NAN_ESTIMATE
-        train = self.train_gradients.double()
+        train = self._train_gradients.double()
         whole = train.sum(dim=0)
         # The square of a mean, without its noise: products of different queries only.
         n_pairs = float(self._train_n_answer.sum()) ** 2 * (1 - 1 / len(train))

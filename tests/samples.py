@@ -129,6 +129,21 @@ def snapshot(step: int, *domains: DomainDrift, **changes: Any) -> DriftSnapshot:
 GO = Verdict("go", (), {"law": "has not moved."}, 0)
 
 
+EXAMINED = [
+    "explained variance",
+    "layer",
+    "L0",
+    "silent features",
+    "trained on",
+    "attention sinks",
+    "noise floor",
+    "alarm power",
+    "cost",
+    "processes",
+]
+"""Names of the checks of a whole examination, in their order."""
+
+
 def timeless(record: Any) -> Any:
     """A record without what it took, which no two measurements share."""
     times: dict[str, Any] = {"seconds": 0.0, "seconds_by_part": {}}

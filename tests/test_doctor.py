@@ -11,7 +11,7 @@ import pytest
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-from samples import timeless
+from samples import EXAMINED, timeless
 from sts_callback import doctor
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell, SaeError
@@ -337,18 +337,7 @@ def test_the_right_sae_is_passed(layer: int) -> None:
     checks = examined(patient(fitted_sae(layer, layer)))
     assert refused(checks) == set()
     assert checks["layer"].status == checks["explained variance"].status == "pass"
-    assert list(checks) == [
-        "explained variance",
-        "layer",
-        "L0",
-        "silent features",
-        "trained on",
-        "attention sinks",
-        "noise floor",
-        "alarm power",
-        "cost",
-        "processes",
-    ]
+    assert list(checks) == EXAMINED
 
 
 @pytest.mark.parametrize(("layer", "hook_layer"), [(1, 2), (1, 3), (2, 1), (3, 0)])

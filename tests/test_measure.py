@@ -18,7 +18,7 @@ from sae_lens import SAE, Transcoder, TranscoderConfig
 from torch import nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
-from samples import timeless
+from samples import EXAMINED, timeless
 from sts_callback import measure
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell, ConfigError, ModelError, SaeError
@@ -725,18 +725,7 @@ def test_examination_says_what_the_doctor_finds_and_changes_nothing() -> None:
     drawn = torch.rand(1)
     torch.manual_seed(2)
     assert torch.equal(drawn, torch.rand(1))
-    assert list(checks) == [
-        "explained variance",
-        "layer",
-        "L0",
-        "silent features",
-        "trained on",
-        "attention sinks",
-        "noise floor",
-        "alarm power",
-        "cost",
-        "processes",
-    ]
+    assert list(checks) == EXAMINED
     assert checks["explained variance"].status == checks["layer"].status == checks["noise floor"].status == "pass"
     assert all(m.training for m in model.modules())
     assert monitor.baseline is None

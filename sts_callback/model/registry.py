@@ -116,9 +116,14 @@ def _releases() -> dict[str, dict[str, SaeEntry]]:
     return {release: {sae["id"]: _entry(release, f, sae) for sae in f["saes"]} for release, f in content.items()}
 
 
+def base_name(model_id: str) -> str:
+    """A model's name without its organisation or folder and letter case."""
+    return model_id.rstrip("/").rsplit("/", maxsplit=1)[-1].lower()
+
+
 def _model_key(model_id: str) -> str:
-    """A model's name without its organisation or folder, letter case, and what differs between hubs."""
-    name = model_id.rstrip("/").rsplit("/", maxsplit=1)[-1].lower()
+    """A model's base name without what differs between hubs."""
+    name = base_name(model_id)
     return _ALIASES.get(name, name.removeprefix("meta-"))  # Meta-Llama-3.1-8B was renamed Llama-3.1-8B
 
 
