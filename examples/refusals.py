@@ -86,7 +86,7 @@ def main() -> None:
         )
         checks = monitor.examine(policy)
         refused = {check.name: check.found for check in checks if check.status == "refuse"}
-        results[case] = {"refused": refused, "explained_variance": 1 - monitor.fit.unexplained, "l0": monitor.fit.l0}
+        results[case] = {"refused": refused, "explained_variance": 1 - monitor.fits[0].unexplained, "l0": monitor.fits[0].l0}
         print(f"\n{case}: {'refused' if refused else 'passed'}\n{doctor_table(checks)}", flush=True)
     (Path(__file__).parent / "refusals.json").write_text(json.dumps(results, indent=1) + "\n")
 

@@ -131,10 +131,9 @@ class STSCallback(TrainerCallback):
         self._monitor = None
         self._log = RunLog(Path(args.output_dir or ".") / "sts")
         with undisturbed(kwargs["model"]):  # loading, tokenising and drawing must not touch the run either
-            monitor = self._made_monitor(self._saes[0], state, **kwargs)
+            monitor = self._made_monitor(self._saes if state.global_step == 0 else self._saes[:1], state, **kwargs)
             if state.global_step == 0:
-                others = [self._made_monitor(sae, state, **kwargs) for sae in self._saes[1:]]
-                self._begin(monitor, others, state)
+                self._begin(monitor, state)
             else:
                 self._guarded(state, lambda: self._resume(monitor, state))
 
@@ -160,7 +159,7 @@ class STSCallback(TrainerCallback):
         if self._monitor is not None and state.is_world_process_zero:
             tqdm.write(f"STS files of this run: {self._log.folder}")
 
-    def _made_monitor(self, sae: SaeSource, state: TrainerState, **kwargs: Any) -> Monitor:
+    def _made_monitor(self, saes: Sequence[SaeSource], state: TrainerState, **kwargs: Any) -> Monitor:
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if tokenizer is None:
@@ -168,7 +167,7 @@ class STSCallback(TrainerCallback):
         return Monitor(
             kwargs["model"],
             tokenizer,
-            sae=sae,
+            sae=saes,
             train_data=self._found_train_data(kwargs.get("train_dataloader")),
             domains=self._domains,
             config=self._probes,
@@ -187,21 +186,20 @@ class STSCallback(TrainerCallback):
                 )
         raise DataError("train_data: the trainer has no training data set; give examples as STSCallback(train_data=...).")
 
-    def _begin(self, monitor: Monitor, others: Sequence[Monitor], state: TrainerState) -> None:
+    def _begin(self, monitor: Monitor, state: TrainerState) -> None:
         self._require_power(monitor)
-        self.forecast = monitor.forecast()
-        other_forecasts = [other.forecast() for other in others]
+        forecasts = monitor.forecasts()
+        self.forecast = forecasts[0]
         self.verdict = judge_forecast(self.forecast, self._policy)
         self._history, self._alarmed, self._monitor = [], (), monitor
         if state.is_world_process_zero:
             self._log.start_anew()
-            self._log.write_forecast(self.forecast, self.verdict, other_forecasts)
+            self._log.write_forecast(self.forecast, self.verdict, forecasts[1:])
             assert monitor.baseline is not None
             monitor.baseline.save(self._log.baseline_file)
             self._log.append_words(monitor.words())
             tqdm.write(terminal.forecast_table(self.forecast, self.verdict))
-            if other_forecasts:
-                forecasts = [self.forecast, *other_forecasts]
+            if len(forecasts) > 1:
                 tqdm.write(terminal.layers_table(forecasts, [rank_agreement(self.forecast, f) for f in forecasts]))
         if self.verdict.decision == "no-go" and self._on_forecast == "refuse":
             raise NoGo(

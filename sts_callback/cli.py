@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sts_callback.errors import CannotTell, ConfigError, StsError
@@ -112,12 +113,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    monitors, policy = _prepared(args)
+    made_monitor, policy = _prepared(args)
 
     from sts_callback.terminal import doctor_table
 
     refused = False
-    for monitor in monitors:
+    for sae in args.sae:
+        monitor = made_monitor(sae=sae)
         checks = monitor.examine(policy)
         refused |= any(check.status == "refuse" for check in checks)
         if args.json:
@@ -128,13 +130,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _forecast(args: argparse.Namespace) -> int:
-    monitors, policy = _prepared(args)
+    made_monitor, policy = _prepared(args)
 
     from sts_callback.policy import judge_forecast
     from sts_callback.scoring import rank_agreement
     from sts_callback.terminal import forecast_table, layers_table, words_lines
 
-    forecasts = [monitor.forecast() for monitor in monitors]
+    monitor = made_monitor(sae=args.sae)
+    forecasts = monitor.forecasts()
     verdict = judge_forecast(forecasts[0], policy)
     if args.json:
         made = [forecast.to_dict() for forecast in forecasts]
@@ -145,12 +148,12 @@ def _forecast(args: argparse.Namespace) -> int:
             print(layers_table(forecasts, [rank_agreement(forecasts[0], forecast) for forecast in forecasts]))
         if args.words:
             print("\nWhere the features that training is expected to shift fire most:")
-            print(words_lines(monitors[0].words()))
+            print(words_lines(monitor.words()))
     return _EXIT_CODES[verdict.decision]
 
 
-def _prepared(args: argparse.Namespace) -> tuple[list[Monitor], PolicyConfig]:
-    """What doctor and forecast share: the settings checked, then model, SAEs and data loaded."""
+def _prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:
+    """What doctor and forecast share: the settings checked, then the model loaded; all but the SAEs is given."""
     from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
     from sts_callback.domains.starter import choose_domains
 
@@ -165,19 +168,16 @@ def _prepared(args: argparse.Namespace) -> tuple[list[Monitor], PolicyConfig]:
     from sts_callback.monitor import Monitor
 
     model, tokenizer = _loaded(args.model, args.device)
-    monitors = [
-        Monitor(
-            model,
-            tokenizer,
-            sae=sae,
-            train_data=args.train,
-            domains=domains,
-            config=config,
-            progress=sys.stderr.isatty(),
-        )
-        for sae in args.sae
-    ]
-    return monitors, policy
+    made_monitor = functools.partial(
+        Monitor,
+        model,
+        tokenizer,
+        train_data=args.train,
+        domains=domains,
+        config=config,
+        progress=sys.stderr.isatty(),
+    )
+    return made_monitor, policy
 
 
 def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # transformers types stay out of the fast path

@@ -9,13 +9,12 @@ import torch
 import torch.distributed
 
 from sts_callback.config import PolicyConfig
-from sts_callback.measure import BARE
 from sts_callback.metrics.resample import detectable_rise, resampled_ratios
 from sts_callback.model.encoder import SaeEncoder
 from sts_callback.model.probes import ProbeSet
 from sts_callback.model.registry import base_name
 from sts_callback.policy import NOISE_MARGIN, fewest_queries, short_of_queries
-from sts_callback.readings import Fit, Reading
+from sts_callback.readings import BARE, Fit, Reading
 from sts_callback.records import Check, Status
 from sts_callback.scoring import NEUTRAL
 

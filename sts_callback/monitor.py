@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm.auto import tqdm
 
 from sts_callback import doctor, scoring
@@ -19,14 +18,14 @@ from sts_callback.baseline import Baseline, SetBaseline
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.domains.reader import Row, Source, read_rows
 from sts_callback.errors import CannotTell, ConfigError
-from sts_callback.measure import Context, Gauge, OnBatch
+from sts_callback.measure import Context, Gauge
 from sts_callback.metrics import scores
 from sts_callback.model.capture import is_sharded, undisturbed
 from sts_callback.model.encoder import SaeEncoder, SaeSource, load_encoder
 from sts_callback.model.hooks import find_layers, text_config
 from sts_callback.model.probes import ProbeSet, bos_tokens, check_lengths, make_probe_set, neutral_tokens
 from sts_callback.readings import Fit, Reading
-from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Identity
+from sts_callback.records import Check, DomainForecast, DriftSnapshot, FeatureInWords, Forecast, Identity
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
 from sts_callback.words import in_words
 
@@ -51,18 +50,18 @@ class Monitor:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        sae: SaeSource,
+        sae: SaeSource | Sequence[SaeSource],
         train_data: Source,
         domains: Mapping[str, Source],
         config: ProbeConfig | None = None,
         progress: bool = True,
     ) -> None:
-        """Load the SAE, draw the probes and check that all fits.
+        """Load the SAEs, draw the probes and check that all fits.
 
         Args:
             model: a decoder-only transformers model, wrapped or not.
             tokenizer: its tokenizer; not altered.
-            sae: see `model.encoder.SaeSource`.
+            sae: see `model.encoder.SaeSource`; of several, each makes a forecast, and the first watches drift.
             train_data: answered training examples, see `domains.reader`.
             domains: name to source; at least one.
             config: numbers, limits and seed.
@@ -80,7 +79,7 @@ class Monitor:
             raise ConfigError(f"domains: got {sorted(domains)}; give at least one, and none by the name of {TRAIN!r}.")
         self._bos = bos_tokens(tokenizer)
         with undisturbed(model):
-            encoder = _encoder(sae, model)
+            encoders = [_encoder(one, model) for one in (sae if isinstance(sae, (list, tuple)) else [sae])]
             train_rows = read_rows(train_data, "train_data")
             self.train = self._probes(TRAIN, train_rows, tokenizer, self.config.n_train_demonstrations, "train_data")
             self.domains = {
@@ -88,15 +87,17 @@ class Monitor:
                 for name, source, field in ((n, s, f"domains[{n!r}]") for n, s in domains.items())
             }
             self._neutral = neutral_tokens(tokenizer, sum(map(len, self.train.draws)) // len(self.train.draws))
-            self._gauge = Gauge(model, encoder, self.config)
+            self._gauge = Gauge(model, encoders, self.config)
         sets = self._sets = [self.train, *self.domains.values()]
         check_lengths(sets, getattr(text_config(model), "max_position_embeddings", None))
-        self.identity = _identity(model, encoder, self.config, sets)
+        self._identities = [_identity(model, encoder, self.config, sets) for encoder in encoders]
+        self.identity = self._identities[0]
         self._fingerprint = hashlib.sha256(
             json.dumps([self.identity.model, self.identity.sae, self.identity.hook_name, self.identity.probes]).encode()
         ).hexdigest()
         self.baseline: Baseline | None = None
-        self.fit: Fit
+        self.fits: list[Fit]
+        """How each SAE fits, after `examine` or `forecast`."""
         self._forecast: Forecast | None = None
 
     def examine(self, policy: PolicyConfig) -> tuple[Check, ...]:
@@ -108,74 +109,89 @@ class Monitor:
         """
         with undisturbed(self._model), self._bar("Doctor", 2 * self._n_queries) as bar:
             bare = self._context((), with_answers=True)
-            checks = self._fit_checks(bare)
+            checks = self._fit_checks(bare)[0]
             if any(check.status == "refuse" for check in checks):
                 return checks
             neutral = {NEUTRAL: (self._context(self._neutral, with_answers=True),)}
             started = time.monotonic()
-            readings = {s.name: self._gauge.read(s, bare, neutral, bar.update) for s in self._sets}
+            readings = {s.name: self._gauge.read(s, bare, neutral, bar.update)[0] for s in self._sets}
             seconds = time.monotonic() - started
-            noise = self._noise_floor(readings[TRAIN])
+            noise = self._noise_floors([readings[TRAIN]])[0]
         return (
             *checks,
             *doctor.probe_checks(readings, noise, policy),
-            doctor.cost_check(self._gauge.encoder, self._sets, seconds),
+            doctor.cost_check(self._gauge.lenses[0].encoder, self._sets, seconds),
             doctor.process_check(is_sharded(self._model)),
         )
 
     def forecast(self) -> Forecast:
+        """The forecast by the first SAE, see `forecasts`."""
+        return self.forecasts()[0]
+
+    def forecasts(self) -> tuple[Forecast, ...]:
         """Measure the untuned model: what training on the data is expected to move. Also takes the baseline for drift.
 
+        Returns:
+            One for each SAE. They share all passes through the model, and the seconds of the whole.
+
         Raises:
-            CannotTell: if the SAE does not fit the model's activations.
-            SaeError: if it has another width.
+            CannotTell: if an SAE does not fit the model's activations.
+            SaeError: if one has another width.
 
         """
         started, clock = time.monotonic(), _Clock()
-        n_passes = 4 * len(self.train.queries) + 5 * (self._n_queries - len(self.train.queries))
+        n_passes = 3 * len(self.train.queries) + 4 * (self._n_queries - len(self.train.queries))
         with undisturbed(self._model), self._bar("Forecast", n_passes) as bar:
             with clock("fit of the SAE"):
                 bare = self._context((), with_answers=True)
                 checks = self._fit_checks(bare)
-            if refused := [check for check in checks if check.status == "refuse"]:
+            if refused := [check for one in checks for check in one if check.status == "refuse"]:
                 raise CannotTell(" ".join(f"{c.name}: {c.found}. {c.remedy}" for c in refused))
             with clock("contexts"):
                 shared = {
                     TAUGHT: [self._context(draw, with_answers=True) for draw in self.train.draws],
                     NEUTRAL: [self._context(self._neutral, with_answers=True)],
                 }
-            found, baselines = {}, {}
+            scorers: list[ForecastScorer] = []
+            found: dict[str, list[DomainForecast]] = {}
+            baselines: dict[str, list[SetBaseline]] = {}
             for probes in self._sets:
                 own = {}
                 if probes is not self.train:  # whose own demonstrations are the training demonstrations
                     with clock("contexts"):
                         own = {OWN: [self._context(draw, with_answers=False) for draw in probes.draws]}
                 with clock("readings"):
-                    reading = self._gauge.read(probes, bare, shared | own, bar.update)
-                with clock("gradients"):
-                    gradients = self._gradients(probes, bare, bar.update)
+                    readings = self._gauge.read(probes, bare, shared | own, bar.update, with_gradients=True)
                 with clock("scores"):
-                    if probes is self.train:
-                        scorer = ForecastScorer(reading, gradients, self.config.n_features)
-                    found[probes.name] = scorer.domain(probes, reading, gradients)
-                    baselines[probes.name] = scoring.set_baseline(reading)
+                    scorers = scorers or [ForecastScorer(reading, self.config.n_features) for reading in readings]
+                    pairs = list(zip(scorers, readings, strict=True))
+                    found[probes.name] = [scorer.domain(probes, reading) for scorer, reading in pairs]
+                    baselines[probes.name] = [scoring.set_baseline(reading) for reading in readings]
             with clock("noise floor"):
-                noise_floor = self._noise_floor(baselines[TRAIN])
-        self.baseline = Baseline(self._fingerprint, self._gauge.reference, baselines)
-        self._forecast = Forecast(
-            identity=self.identity,
-            features=scorer.features,
-            features_share=scores.shift_share(scorer.mean_shift, scorer.features),
-            median_norm=self._gauge.reference.median_norm,
-            unexplained=self.fit.unexplained,
-            checks=checks,
-            noise_floor=noise_floor,
-            train=found.pop(TRAIN),
-            domains=scorer.ranked(found),
-            seconds=time.monotonic() - started,
-            seconds_by_part=dict(clock.seconds),
-        )
-        return self._forecast
+                noise_floors = self._noise_floors(baselines[TRAIN])
+        first = {name: of_each[0] for name, of_each in baselines.items()}
+        self.baseline = Baseline(self._fingerprint, self._gauge.lenses[0].reference, first)
+        seconds = time.monotonic() - started
+        forecasts = []
+        for i, (scorer, lens) in enumerate(zip(scorers, self._gauge.lenses, strict=True)):
+            domains = {name: of_each[i] for name, of_each in found.items()}
+            forecasts.append(
+                Forecast(
+                    identity=self._identities[i],
+                    features=scorer.features,
+                    features_share=scores.shift_share(scorer.mean_shift, scorer.features),
+                    median_norm=lens.reference.median_norm,
+                    unexplained=self.fits[i].unexplained,
+                    checks=checks[i],
+                    noise_floor=noise_floors[i],
+                    train=domains.pop(TRAIN),
+                    domains=scorer.ranked(domains),
+                    seconds=seconds,
+                    seconds_by_part=dict(clock.seconds),
+                )
+            )
+        self._forecast = forecasts[0]
+        return tuple(forecasts)
 
     def restore(self, baseline_file: Path, forecast: Forecast) -> None:
         """Take step 0 from an earlier session of the same run.
@@ -185,7 +201,7 @@ class Monitor:
 
         """
         self.baseline = Baseline.load(baseline_file, self._fingerprint)
-        self._gauge.adopt(self.baseline.reference)
+        self._gauge.lenses[0].adopt(self.baseline.reference)
         self._forecast = forecast
 
     def check(self, step: int, *, batch_tokens: int | None = None) -> DriftSnapshot:
@@ -202,7 +218,7 @@ class Monitor:
         with undisturbed(self._model), self._bar(f"Drift check at step {step}", self._n_queries) as bar:
             bare = self._context((), with_answers=True)
             readings = {
-                s.name: self._gauge.read_drift(s, bare, step_zero[s.name], bar.update, batch_tokens=batch_tokens)
+                s.name: self._gauge.read_drift(s, bare, [step_zero[s.name]], bar.update, batch_tokens=batch_tokens)[0]
                 for s in self._sets
             }
         realised = scoring.realised_features(readings[TRAIN], self.config.n_features)
@@ -230,7 +246,8 @@ class Monitor:
         if features is None:
             shift = self.baseline.sets[TRAIN].mean_train_shift
             features = [(j, scores.shift_share(shift, (j,))) for j in self._forecast.features[:_N_WORDS]]
-        return in_words(features, self._sets, self.baseline.sets, self._tokenizer, self._gauge.encoder.neuronpedia_id)
+        encoder = self._gauge.lenses[0].encoder
+        return in_words(features, self._sets, self.baseline.sets, self._tokenizer, encoder.neuronpedia_id)
 
     def _probes(
         self, name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, n_demonstrations: int, field: str
@@ -240,19 +257,19 @@ class Monitor:
     def _context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
         return self._gauge.context((*self._bos, *tokens), with_answers=with_answers)
 
-    def _fit_checks(self, bare: Context) -> tuple[Check, ...]:
-        self.fit = self._gauge.calibrate(self._sets, bare)
-        by_layer = self._gauge.fit_by_layer(self.train, bare)
-        return doctor.fit_checks(self._gauge.encoder, self.fit, self._gauge.layer, by_layer, _model_name(self._model))
+    def _fit_checks(self, bare: Context) -> list[tuple[Check, ...]]:
+        self.fits = self._gauge.calibrate(self._sets, bare)
+        name = _model_name(self._model)
+        return [
+            doctor.fit_checks(lens.encoder, fit, lens.point.layer, self._gauge.fit_by_layer(self.train, bare, lens), name)
+            for lens, fit in zip(self._gauge.lenses, self.fits, strict=True)
+        ]
 
-    def _gradients(self, probes: ProbeSet, bare: Context, on_batch: OnBatch) -> torch.Tensor | None:
-        return self._gauge.read_gradients(probes, bare, on_batch) if self._gauge.can_read_gradients else None
-
-    def _noise_floor(self, train: Reading | SetBaseline) -> float:
-        """Relative drift of the same weights with the training data's batches laid out otherwise."""
+    def _noise_floors(self, train: Sequence[Reading | SetBaseline]) -> list[float]:
+        """For each SAE, relative drift of the same weights with the training data's batches laid out otherwise."""
         layout = max(1, self.config.batch_tokens // 4)
         again = self._gauge.read_drift(self.train, self._context((), with_answers=False), train, batch_tokens=layout)
-        return float(again.shift.features.sum() / train.energy.sum())
+        return [float(a.shift.features.sum() / one.energy.sum()) for a, one in zip(again, train, strict=True)]
 
     @property
     def _n_queries(self) -> int:

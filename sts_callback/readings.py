@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from sts_callback.metrics.sparse import SparseActs
+
+BARE = "bare"
+"""The context without demonstrations."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,31 @@ class Reading:
     """Answer tokens, `(n_queries,)`, int64."""
     nll: Mapping[str, torch.Tensor]
     """By the name of a context with answers, `BARE` among them: NLL of the answer in nats, `(n_queries,)`."""
+    gradients: torch.Tensor | None
+    """Of the answers' NLL without context by feature activations, summed over the tokens of each query and its answer,
+    `(n_queries, d_sae)`, in nats per unit of activation; None where they were not asked for or cannot be had."""
     counted: torch.Tensor
     """Which candidate tokens count, query by query, `(n_candidates,)` booleans."""
     acts: SparseActs
     """Feature activations of the tokens that count."""
     sketches: torch.Tensor
     """Of the same tokens' activations and of what the dictionary leaves, `(n_counted, 2, sketch.WIDTH)`."""
+
+
+class StepZero(Protocol):
+    """What a drift check compares with: a `Reading`, or what a baseline keeps of one."""
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """See `Reading`."""
+
+    @property
+    def acts(self) -> SparseActs:
+        """See `Reading`."""
+
+    @property
+    def sketches(self) -> torch.Tensor:
+        """See `Reading`."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ import torch
 from scipy import stats
 
 from sts_callback.baseline import SetBaseline
-from sts_callback.measure import BARE
 from sts_callback.metrics import null, scores
 from sts_callback.metrics.resample import interval, p_of_rise, rank_ranges, resampled_ratios
 from sts_callback.metrics.sums import token_mean
 from sts_callback.model.probes import ProbeSet
-from sts_callback.readings import DriftReading, Reading
+from sts_callback.readings import BARE, DriftReading, Reading
 from sts_callback.records import DomainDrift, DomainForecast, Estimate, Forecast, Score
 
 OWN, TAUGHT, NEUTRAL = "own demonstrations", "training demonstrations", "neutral"
@@ -28,25 +27,24 @@ _NAN = float("nan")
 class ForecastScorer:
     """Scores domains against the training data's reading; `domain` for each, then `ranked`."""
 
-    def __init__(self, train: Reading, gradients: torch.Tensor | None, n_features: int) -> None:
+    def __init__(self, train: Reading, n_features: int) -> None:
         """Choose the shifted features."""
         self.mean_shift = token_mean(train.shifts[TAUGHT].features, train.n_tokens)
         """Mean squared shift of each feature on the training data, `(d_sae,)`."""
         self.features = scores.shifted_features(self.mean_shift, n_features)
         """D_N."""
         self._train_raw = token_mean(train.raw, train.n_tokens)
-        self._train_gradients, self._train_n_answer = gradients, train.n_answer
+        self._train_gradients, self._train_n_answer = train.gradients, train.n_answer
         self._n_draws = 0
         self._anchors: dict[str, float] = {}
         self._cross: dict[str, torch.Tensor] = {}
 
-    def domain(self, probes: ProbeSet, reading: Reading, gradients: torch.Tensor | None) -> DomainForecast:
+    def domain(self, probes: ProbeSet, reading: Reading) -> DomainForecast:
         """Score one set; the training data itself comes first, as the anchor of the others.
 
         Args:
             probes: the set.
             reading: of it.
-            gradients: of it, from `Gauge.read_gradients`.
 
         """
         n, alone = reading.n_tokens, torch.arange(len(probes.queries))
@@ -82,7 +80,7 @@ class ForecastScorer:
             cosine=float(torch.cosine_similarity(token_mean(reading.raw, n), self._train_raw, dim=0)),
             nll=changes[0],
             nll_change=changes[1],
-            gradient_change=self._gradient_change(gradients, reading.n_answer),
+            gradient_change=self._gradient_change(reading.gradients, reading.n_answer),
         )
 
     def ranked(self, domains: Mapping[str, DomainForecast]) -> dict[str, DomainForecast]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sts_callback.measure import StepZero
 from sts_callback.model.probes import ProbeSet
+from sts_callback.readings import StepZero
 from sts_callback.records import FeatureInWords, Snippet
 
 if TYPE_CHECKING:

@@ -15,14 +15,13 @@ from samples import EXAMINED, timeless
 from sts_callback import doctor
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell, SaeError
-from sts_callback.measure import BARE
 from sts_callback.metrics.resample import detectable_rise
 from sts_callback.metrics.sketch import WIDTH
 from sts_callback.metrics.sparse import SparseActs
 from sts_callback.model.encoder import SaeEncoder, load_encoder
 from sts_callback.model.probes import ProbeSet, Query
 from sts_callback.monitor import Monitor
-from sts_callback.readings import Fit, Reading
+from sts_callback.readings import BARE, Fit, Reading
 from sts_callback.records import Check, Status
 from sts_callback.scoring import NEUTRAL
 from tiny import D_MODEL, N_LAYERS, rotated_sae, rows, tiny_model, tiny_tokenizer
@@ -180,6 +179,7 @@ def reading(n_queries: int = 8, *, rise: float = 0.0, n_masked: int = 0, n_count
         shifts={},
         n_answer=torch.ones(n_queries, dtype=torch.int64),
         nll={BARE: bare, NEUTRAL: bare + rise * signs} if has_head else {},
+        gradients=None,
         counted=torch.ones(n_counted, dtype=torch.bool),
         acts=SparseActs.of(torch.ones(2, 4)),
         sketches=torch.zeros(2, 2, WIDTH),

@@ -19,16 +19,16 @@ from torch import nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from samples import EXAMINED, timeless
-from sts_callback import measure
+from sts_callback import lens
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell, ConfigError, ModelError, SaeError
-from sts_callback.measure import BARE, Context, Gauge
+from sts_callback.measure import Context, Gauge
 from sts_callback.metrics.sketch import WIDTH, sketch
 from sts_callback.model.capture import undisturbed
 from sts_callback.model.encoder import SaeEncoder, load_encoder
 from sts_callback.model.probes import ProbeSet, Query, neutral_tokens
 from sts_callback.monitor import Monitor
-from sts_callback.readings import DriftReading, Reading
+from sts_callback.readings import BARE, DriftReading, Reading
 from sts_callback.records import DomainDrift, DriftSnapshot, Estimate, Forecast
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, set_baseline
 from tiny import ARCHITECTURES, rotated_sae, rows, tiny_model, tiny_tokenizer
@@ -251,7 +251,7 @@ def assert_same_shift(found: Any, wanted: Any, rtol: float = 1e-4) -> None:
 def gauge_of(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> Iterator[tuple[Gauge, Context]]:
     """With the context of BOS alone."""
     with undisturbed(model):
-        gauge = Gauge(model, made_encoder(sae), config)
+        gauge = Gauge(model, [made_encoder(sae)], config)
         bare = gauge.context(BOS, with_answers=True)
         gauge.calibrate(probe_sets(), bare)
         yield gauge, bare
@@ -259,7 +259,7 @@ def gauge_of(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> I
 
 def read_domain(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> Reading:
     with gauge_of(model, sae, config) as (gauge, bare):
-        return gauge.read(probe_sets()[1], bare, contexts(gauge))
+        return gauge.read(probe_sets()[1], bare, contexts(gauge))[0]
 
 
 def test_groups_of_unlike_size_are_measured() -> None:
@@ -274,8 +274,8 @@ def test_sums_are_those_of_numpy(architecture: str, kind: str) -> None:
     _, wanted, median = expected(architecture, kind)
     _, domain = probe_sets()
     with gauge_of(tiny_model(architecture), made_sae(kind), config_of(architecture)) as (gauge, bare):
-        found = gauge.read(domain, bare, contexts(gauge))
-        assert gauge.reference.median_norm == pytest.approx(median, rel=1e-5)
+        (found,) = gauge.read(domain, bare, contexts(gauge))
+        assert gauge.lenses[0].reference.median_norm == pytest.approx(median, rel=1e-5)
     assert found.n_tokens.tolist() == wanted.n_tokens.tolist()
     assert found.n_masked == wanted.n_masked
     assert 0 < found.n_masked < found.counted.numel() / 2
@@ -296,7 +296,7 @@ def test_every_group_is_read_behind_its_own_demonstrations() -> None:
     _, domain = probe_sets()
     with gauge_of(tiny_model(), rotated_sae()) as (gauge, bare):
         turned = in_front(TAUGHT)[TAUGHT][1:] + in_front(TAUGHT)[TAUGHT][:1]
-        found = gauge.read(domain, bare, contexts(gauge, in_front() | {TAUGHT: turned}))
+        (found,) = gauge.read(domain, bare, contexts(gauge, in_front() | {TAUGHT: turned}))
     apart = np.abs(found.nll[TAUGHT].numpy() - wanted.nll[TAUGHT])
     assert (apart > 1e-3).all()
     assert_close(found.nll[NEUTRAL], wanted.nll[NEUTRAL])
@@ -351,7 +351,7 @@ def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n
         return encode(self, x)
 
     monkeypatch.setattr(SAE_CLASS, "encode", counted_encode)
-    monkeypatch.setattr(measure, "_CHUNK_ELEMENTS", 64 * n_tokens_at_once)
+    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 64 * n_tokens_at_once)
     parts = read_domain(tiny_model(), rotated_sae())
     assert max(sizes) == max(1, n_tokens_at_once)
     assert_same_reading(parts, whole)
@@ -360,17 +360,83 @@ def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n
 SAE_CLASS = type(rotated_sae())
 
 
+def test_gradients_change_no_other_number() -> None:
+    """Not even in the last bit, since a check has no backward and is compared with them."""
+    for architecture in ARCHITECTURES:
+        with gauge_of(tiny_model(architecture), rotated_sae()) as (gauge, bare):
+            (plain,), (differentiated,) = (
+                gauge.read(probe_sets()[1], bare, contexts(gauge), with_gradients=wanted) for wanted in (False, True)
+            )
+        assert plain.gradients is None and differentiated.gradients is not None
+        for name in ("activity", "energy", "raw", "raw_energy", "sketches"):
+            assert torch.equal(getattr(plain, name), getattr(differentiated, name))
+        for name in (BARE, TAUGHT, NEUTRAL):
+            assert torch.equal(plain.nll[name], differentiated.nll[name])
+
+
+@pytest.mark.parametrize("with_answers", [True, False])
+def test_several_saes_see_what_each_would_see_alone_in_one_run_of_the_model(with_answers: bool) -> None:
+    """Two at one hook point, one below and one above, in another site."""
+    saes = [
+        rotated_sae(),
+        rotated_sae(kind="topk", seed=1),
+        rotated_sae("blocks.1.hook_resid_pre"),
+        rotated_sae("blocks.3.hook_mlp_out", kind="jumprelu"),
+    ]
+    model = tiny_model()
+    forwards: list[int] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *args: forwards.append(1))
+
+    def read(*some: SAE[Any]) -> tuple[list[Reading], int]:
+        with undisturbed(model):
+            gauge = Gauge(model, [made_encoder(sae) for sae in some], CONFIG)
+            bare = gauge.context(BOS, with_answers=with_answers)
+            gauge.calibrate(probe_sets(), bare)
+            before = len(forwards)
+            found = gauge.read(probe_sets()[1], bare, contexts(gauge), with_gradients=True)
+            n_forwards = len(forwards) - before
+            gauge.read_drift(probe_sets()[1], bare, found)
+            return found, n_forwards
+
+    together, n_together = read(*saes)
+    alone = [read(sae) for sae in saes]
+    assert {n for _, n in alone} == {n_together}
+    assert len(together) == 4
+    for one, ((other,), _) in zip(together, alone, strict=True):
+        assert one.n_masked == other.n_masked
+        assert torch.equal(one.counted, other.counted)
+        for name in ("activity", "energy", "raw", "sketches"):
+            assert_close(getattr(one, name), getattr(other, name), rtol=1e-5)
+        for name, shift in other.shifts.items():
+            assert_same_shift(one.shifts[name], shift)
+        assert (one.gradients is None) == (other.gradients is None) == (not with_answers)
+        if one.gradients is not None:
+            assert_close(one.gradients, other.gradients, rtol=1e-5)
+    handle.remove()
+
+
+def test_several_saes_forecast_what_each_would_forecast_alone() -> None:
+    saes = [rotated_sae(), rotated_sae("blocks.1.hook_resid_post", kind="jumprelu")]
+    together = made_monitor(tiny_model(), saes)
+    for found, sae in zip(together.forecasts(), saes, strict=True):
+        wanted = made_monitor(tiny_model(), sae).forecast()
+        assert found.identity == wanted.identity
+        assert found.features == wanted.features
+        for one, other in ((found.train, wanted.train), (found.domains["poems"], wanted.domains["poems"])):
+            for name in ("sts_act", "sts_icl", "sts_rel", "sts_cross", "relative_shift", "nll_change", "gradient_change"):
+                assert getattr(one, name).value == pytest.approx(getattr(other, name).value, rel=1e-5, abs=1e-6)
+    assert_still(together.check(0))
+
+
 def test_progress_is_told_of_every_query_once_a_context() -> None:
     _, domain = probe_sets()
     done: list[int] = []
     with gauge_of(tiny_model(), rotated_sae()) as (gauge, bare):
-        reading = gauge.read(domain, bare, contexts(gauge), done.append)
-        assert sum(done) == 4 * 7
-        done.clear()
-        gauge.read_drift(domain, bare, reading, done.append)
-        assert sum(done) == 7
-        done.clear()
-        gauge.read_gradients(domain, bare, done.append)
+        for with_gradients in (False, True):
+            readings = gauge.read(domain, bare, contexts(gauge), done.append, with_gradients=with_gradients)
+            assert sum(done) == 4 * 7
+            done.clear()
+        gauge.read_drift(domain, bare, readings, done.append)
         assert sum(done) == 7
 
 
@@ -385,10 +451,10 @@ def test_bos_free_model_is_read_with_an_empty_bare_context() -> None:
     model, sae, (train, domain) = tiny_model("qwen3"), rotated_sae(), probe_sets()
     prefixes = {BARE: [()], TAUGHT: list(train.draws)}
     with undisturbed(model):
-        gauge = Gauge(model, made_encoder(sae), replace(CONFIG, max_norm_multiple=1e9))
+        gauge = Gauge(model, [made_encoder(sae)], replace(CONFIG, max_norm_multiple=1e9))
         bare = gauge.context((), with_answers=True)
         gauge.calibrate((train, domain), bare)
-        found = gauge.read(domain, bare, contexts(gauge, prefixes))
+        (found,) = gauge.read(domain, bare, contexts(gauge, prefixes))
     wanted = numpy_sums(tiny_model("qwen3"), sae, domain, prefixes, limit=1e9)
     assert_close(found.activity, wanted.activity)
     assert_same_shift(found.shifts[TAUGHT], wanted.shifts[TAUGHT])
@@ -491,6 +557,12 @@ def gradient_alone(model: PreTrainedModel, sae: SAE[Any], query: Query, limit: f
     return np.asarray(np.where(features(sae, x) > 0, by_feature, 0)[kept].sum(axis=0))
 
 
+def read_gradients(gauge: Gauge, probes: ProbeSet, bare: Context) -> torch.Tensor:
+    (reading,) = gauge.read(probes, bare, {}, with_gradients=True)
+    assert reading.gradients is not None
+    return reading.gradients
+
+
 @cache
 def expected_gradients(architecture: str, kind: str) -> tuple[Array, Array]:
     """Of training data and domain, `(n_queries, d_sae)`."""
@@ -507,15 +579,14 @@ def expected_gradients(architecture: str, kind: str) -> tuple[Array, Array]:
 def test_gradients_are_those_of_whole_forwards(architecture: str, kind: str) -> None:
     for probes, wanted in zip(probe_sets(), expected_gradients(architecture, kind), strict=True):
         with gauge_of(tiny_model(architecture), made_sae(kind), config_of(architecture)) as (gauge, bare):
-            assert gauge.can_read_gradients
-            assert_close(gauge.read_gradients(probes, bare), wanted, rtol=2e-4)
+            assert_close(read_gradients(gauge, probes, bare), wanted, rtol=2e-4)
 
 
 def test_gradients_are_finite_differences() -> None:
     """GPT-2, whose norms are in the model's own dtype, so that steps may be small."""
     model, sae, (_, domain) = tiny_model("gpt2").double(), rotated_sae(), probe_sets()
     with gauge_of(tiny_model("gpt2"), sae, replace(CONFIG, max_norm_multiple=1e9)) as (gauge, bare):
-        found = gauge.read_gradients(domain, bare)
+        found = read_gradients(gauge, domain, bare)
     decoder = sae.W_dec.detach().double()
 
     def nll(query: Query, step: float, feature: int) -> float:
@@ -539,10 +610,10 @@ def test_gradients_are_finite_differences() -> None:
 def test_streamed_gradients_are_those_of_one_batch(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(config: ProbeConfig) -> torch.Tensor:
         with gauge_of(tiny_model(), rotated_sae(), config) as (gauge, bare):
-            return gauge.read_gradients(probe_sets()[1], bare)
+            return read_gradients(gauge, probe_sets()[1], bare)
 
     whole = read(CONFIG)
-    monkeypatch.setattr(measure, "_CHUNK_ELEMENTS", 64 * 7)
+    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 64 * 7)
     assert_close(read(replace(CONFIG, batch_tokens=batch_tokens)), whole)
 
 
@@ -590,7 +661,7 @@ def test_where_no_gradient_can_be_had_the_forecast_does_without(make: Any, sae: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_and_fit_are_those_of_numpy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_CHUNK_ELEMENTS", 64 * 50)
+    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 64 * 50)
     model, sae, config = tiny_model(), made_sae(kind), replace(CONFIG, max_norm_multiple=1.16)
     x = calibration_sample(tiny_model(), probe_sets())
     norms = np.linalg.norm(x, axis=1)
@@ -598,12 +669,12 @@ def test_reference_and_fit_are_those_of_numpy(kind: str, monkeypatch: pytest.Mon
     acts = features(sae, x[ordinary])
     fvu = (left(sae, x[ordinary]) ** 2).sum() / ((x[ordinary] - x[ordinary].mean(0)) ** 2).sum()
     with undisturbed(model):
-        gauge = Gauge(model, made_encoder(sae), config)
-        fit = gauge.calibrate(probe_sets(), gauge.context(BOS, with_answers=True))
+        gauge = Gauge(model, [made_encoder(sae)], config)
+        (fit,) = gauge.calibrate(probe_sets(), gauge.context(BOS, with_answers=True))
     assert 50 < ordinary.sum() < len(x)
-    assert gauge.reference.median_norm == pytest.approx(lower_median(norms), rel=1e-5)
-    assert gauge.reference.mean_norm == pytest.approx(norms[ordinary].mean(), rel=1e-5)
-    assert gauge.layer == LAYER
+    assert gauge.lenses[0].reference.median_norm == pytest.approx(lower_median(norms), rel=1e-5)
+    assert gauge.lenses[0].reference.mean_norm == pytest.approx(norms[ordinary].mean(), rel=1e-5)
+    assert gauge.lenses[0].point.layer == LAYER
     assert fit.n_tokens == ordinary.sum()
     assert fit.unexplained == pytest.approx(fvu, rel=1e-4, abs=1e-9)
     assert (fvu > 0.001) == (kind == "topk")
@@ -616,7 +687,7 @@ def test_fit_by_layer_is_that_of_numpy(hook_name: str) -> None:
     model, sae, (train, _) = tiny_model(), rotated_sae(hook_name, kind="topk"), probe_sets()
     config = replace(CONFIG, max_norm_multiple=1.16)
     with gauge_of(tiny_model(), sae, config) as (gauge, bare):
-        found = gauge.fit_by_layer(train, bare)
+        found = gauge.fit_by_layer(train, bare, gauge.lenses[0])
     seen: dict[int, list[Array]] = {layer: [] for layer in range(4)}
     for layer, module in enumerate(model.model.layers):
         module.register_forward_hook(
@@ -639,8 +710,8 @@ def test_layers_without_the_site_are_left_out_of_the_fit_by_layer() -> None:
     model.model.layers[1].mlp = nn.Identity()  # as where architectures mix kinds of layers
     sae = rotated_sae("blocks.2.mlp.hook_post", d_in=48)
     with undisturbed(model):
-        gauge = Gauge(model, made_encoder(sae), CONFIG)
-        found = gauge.fit_by_layer(probe_sets()[0], gauge.context(BOS, with_answers=False))
+        gauge = Gauge(model, [made_encoder(sae)], CONFIG)
+        found = gauge.fit_by_layer(probe_sets()[0], gauge.context(BOS, with_answers=False), gauge.lenses[0])
     assert set(found) == {0, 2, 3}
 
 
@@ -652,7 +723,7 @@ def test_sae_trained_on_scaled_activations_is_scaled_once_and_for_all(tmp_path: 
 
     model = tiny_model()
     with gauge_of(model, scaled_sae()) as (gauge, _):
-        scale = math.sqrt(32) / gauge.reference.mean_norm
+        scale = math.sqrt(32) / gauge.lenses[0].reference.mean_norm
     by_hand = rotated_sae(kind="jumprelu", threshold=0.5)
     by_hand.W_enc.data *= scale
     by_hand.W_dec.data /= scale
@@ -692,7 +763,7 @@ def test_sae_that_leaves_most_of_the_variance_is_refused(spoilt: Any) -> None:
     with pytest.raises(CannotTell, match=r"explained variance: none: .* take an SAE that was trained on this model"):
         monitor.forecast()
     assert monitor.baseline is None
-    assert monitor.fit.unexplained >= 1
+    assert monitor.fits[0].unexplained >= 1
 
 
 @pytest.mark.parametrize("n_features", [33, 64, 100])
@@ -792,7 +863,7 @@ def test_sinks_have_no_gradient() -> None:
     model, sae, (_, domain) = model_with_sinks(), rotated_sae(), probe_sets()
     limit = 3 * numpy_median_norm(model, probe_sets())
     with gauge_of(model, sae, replace(CONFIG, max_norm_multiple=3.0)) as (gauge, bare):
-        found = gauge.read_gradients(domain, bare)
+        found = read_gradients(gauge, domain, bare)
     assert_close(found, np.stack([gradient_alone(model_with_sinks(), sae, q, limit) for q in domain.queries]))
 
 
@@ -809,17 +880,17 @@ def test_token_that_is_a_sink_in_one_context_only_is_masked_in_all() -> None:
     bare = [False]
     model.model.layers[LAYER].register_forward_hook(enlarge)
     with undisturbed(model):
-        gauge = Gauge(model, made_encoder(rotated_sae()), replace(CONFIG, max_norm_multiple=3.0))
+        gauge = Gauge(model, [made_encoder(rotated_sae())], replace(CONFIG, max_norm_multiple=3.0))
         bare_context = gauge.context(BOS, with_answers=True)
         gauge.calibrate((train, domain), bare_context)
-        run = gauge._run
+        run = gauge._batch
 
-        def run_and_know(queries: Any, prefix: Any, **options: Any) -> Any:
-            bare[0] = prefix.token_ids == BOS
-            return run(queries, prefix, **options)
+        def run_and_know(queries: Any, context: Context) -> Any:
+            bare[0] = context.prefix.token_ids == BOS
+            return run(queries, context)
 
-        gauge._run = run_and_know  # type: ignore[method-assign]
-        found = gauge.read(domain, bare_context, contexts(gauge))
+        gauge._batch = run_and_know  # type: ignore[method-assign]
+        (found,) = gauge.read(domain, bare_context, contexts(gauge))
     assert found.n_masked == 7
     assert found.n_tokens.tolist() == [len(q.query) - 1 for q in domain.queries]
 
@@ -900,9 +971,9 @@ def test_drift_sums_are_those_of_numpy(architecture: str, kind: str) -> None:
     _, domain = probe_sets()
     model, sae, config = tiny_model(architecture), made_sae(kind), replace(CONFIG, max_norm_multiple=3.0)
     with gauge_of(model, sae, config) as (gauge, bare):
-        before = gauge.read(domain, bare, {})
+        (before,) = gauge.read(domain, bare, {})
         model.load_state_dict(trained().state_dict())
-        found = gauge.read_drift(domain, gauge.context(BOS, with_answers=True), before)
+        (found,) = gauge.read_drift(domain, gauge.context(BOS, with_answers=True), [before])
     then, now = ([run_alone(m, BOS, q) for q in domain.queries] for m in (tiny_model(architecture), trained()))
     kept = [np.array(q.query) != COMMA for q in domain.queries]
     x_then, x_now = ([one.x[k] for one, k in zip(alone, kept, strict=True)] for alone in (then, now))
@@ -929,9 +1000,9 @@ def read_moved(config: ProbeConfig, **options: Any) -> DriftReading:
     _, domain = probe_sets()
     model = tiny_model()
     with gauge_of(model, made_sae("topk"), config) as (gauge, bare):
-        before = gauge.read(domain, bare, {})
+        (before,) = gauge.read(domain, bare, {})
         perturbed(model)
-        return gauge.read_drift(domain, gauge.context(BOS, with_answers=True), before, **options)
+        return gauge.read_drift(domain, gauge.context(BOS, with_answers=True), [before], **options)[0]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
@@ -939,23 +1010,25 @@ def test_streamed_drift_is_that_of_one_batch(batch_tokens: int, monkeypatch: pyt
     config = replace(CONFIG, max_norm_multiple=1.1)
     whole = read_moved(config)
     assert whole.n_masked > 0
-    monkeypatch.setattr(measure, "_CHUNK_ELEMENTS", 64 * 7)
-    for parts in (read_moved(replace(config, batch_tokens=batch_tokens)), read_moved(config, batch_tokens=batch_tokens)):
-        assert parts.n_tokens.tolist() == whole.n_tokens.tolist()
-        assert parts.n_masked == whole.n_masked
-        assert_same_shift(parts.shift, whole.shift)
-        assert parts.nll is not None and whole.nll is not None
-        assert_close(parts.nll, whole.nll)
+    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 64 * 7)
+    # Each segment has its own median, so that segments are compared where nothing is masked.
+    unmasked, in_segments = (read_moved(replace(CONFIG, max_norm_multiple=1e9, batch_tokens=n)) for n in (10_000, batch_tokens))
+    for parts, wanted in ((read_moved(config, batch_tokens=batch_tokens), whole), (in_segments, unmasked)):
+        assert parts.n_tokens.tolist() == wanted.n_tokens.tolist()
+        assert parts.n_masked == wanted.n_masked
+        assert_same_shift(parts.shift, wanted.shift)
+        assert parts.nll is not None and wanted.nll is not None
+        assert_close(parts.nll, wanted.nll)
 
 
 def test_a_baseline_is_as_good_a_step_zero_as_the_reading() -> None:
     _, domain = probe_sets()
     model = tiny_model()
     with gauge_of(model, rotated_sae()) as (gauge, bare):
-        before = gauge.read(domain, bare, contexts(gauge))
+        (before,) = gauge.read(domain, bare, contexts(gauge))
         perturbed(model)
         now = gauge.context(BOS, with_answers=True)
-        one, other = (gauge.read_drift(domain, now, step_zero) for step_zero in (before, set_baseline(before)))
+        one, other = (gauge.read_drift(domain, now, [step_zero])[0] for step_zero in (before, set_baseline(before)))
     assert all(torch.equal(getattr(one.shift, f.name), getattr(other.shift, f.name)) for f in fields(one.shift))
     assert float(one.shift.features.sum()) > 0
 
@@ -963,11 +1036,14 @@ def test_a_baseline_is_as_good_a_step_zero_as_the_reading() -> None:
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-9), (torch.bfloat16, 1e-2)])
 def test_another_batch_layout_moves_next_to_nothing(dtype: torch.dtype, most: float) -> None:
     _, domain = probe_sets()
-    layouts: list[int] = []
+    layouts: dict[int, list[int]] = {150: [], 10_000: []}
     with gauge_of(tiny_model().to(dtype), rotated_sae()) as (gauge, bare):
-        before = gauge.read(domain, bare, {})
-        same, other = (gauge.read_drift(domain, bare, before, layouts.append, batch_tokens=tokens) for tokens in (150, 10_000))
-    assert layouts[-1] == 7 > max(layouts[:-1])
+        (before,) = gauge.read(domain, bare, {})
+        same, other = (
+            gauge.read_drift(domain, bare, [before], sizes.append, batch_tokens=tokens)[0] for tokens, sizes in layouts.items()
+        )
+    assert max(layouts[10_000]) > max(layouts[150]) > 1
+    assert sum(layouts[10_000]) == sum(layouts[150]) == 7
     assert float(same.shift.features.sum()) == float(same.shift.raw.sum()) == float(same.shift.unseen.sum()) == 0
     assert float(other.shift.features.sum()) < most * float(before.energy.sum())
     assert float(other.shift.raw.sum()) < most * float(before.raw_energy.sum())
@@ -1087,7 +1163,7 @@ def test_records_agree_with_one_another(architecture: str, tmp_path: Path) -> No
     assert forecast.domains["poems"].sts_cross.own == forecast.train.sts_cross.value
     assert forecast.domains["poems"].rank == (1, 1)
     assert forecast.identity == monitor.identity
-    assert forecast.unexplained == monitor.fit.unexplained
+    assert forecast.unexplained == monitor.fits[0].unexplained
     still = monitor.check(0)
     assert still.domains["poems"].nll == forecast.domains["poems"].nll.value
     assert still.train.n_tokens == forecast.train.n_tokens

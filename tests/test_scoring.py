@@ -16,12 +16,11 @@ from scipy import stats
 import samples
 from sts_callback import scoring
 from sts_callback.baseline import SetBaseline
-from sts_callback.measure import BARE
 from sts_callback.metrics.null import matched_sets
 from sts_callback.metrics.sketch import WIDTH
 from sts_callback.metrics.sparse import SparseActs
 from sts_callback.model.probes import ProbeSet, Query
-from sts_callback.readings import DriftReading, Reading, Shift
+from sts_callback.readings import BARE, DriftReading, Reading, Shift
 from sts_callback.records import DomainForecast, Estimate
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer, rank_agreement
 
@@ -61,6 +60,7 @@ def reading(seed: int = 0, by_feature: Array | None = None, **changes: Any) -> R
         "n_masked": 7,
         "shifts": {name: shift(rng, tokens, by_feature) for name in (OWN, TAUGHT, NEUTRAL)},
         "n_answer": torch.from_numpy(n_answer),
+        "gradients": None,
         "nll": {name: torch.from_numpy(rng.uniform(1, 3, N_QUERIES) * n_answer) for name in (BARE, TAUGHT, NEUTRAL)},
         "counted": torch.ones(int(tokens.sum()), dtype=torch.bool),
         "acts": SparseActs.of(torch.ones(3, D_SAE)),
@@ -88,9 +88,12 @@ TRAIN, LAW = reading(0, concentrated()), reading(1, concentrated(times=10.0))
 def scored(law: Reading = LAW, train: Reading = TRAIN, **changes: Any) -> tuple[ForecastScorer, DomainForecast, DomainForecast]:
     """The scorer, and the records of the training data and of one domain."""
     options: dict[str, Any] = {"train_gradients": gradients(), "gradients": gradients(), "n_features": N_FEATURES} | changes
-    scorer = ForecastScorer(train, options["train_gradients"], options["n_features"])
-    first = scorer.domain(probes("train"), train, options["train_gradients"])
-    return scorer, first, scorer.domain(probes(), law, options["gradients"])
+    train, law = (
+        dataclasses.replace(train, gradients=options["train_gradients"]),
+        dataclasses.replace(law, gradients=options["gradients"]),
+    )
+    scorer = ForecastScorer(train, options["n_features"])
+    return scorer, scorer.domain(probes("train"), train), scorer.domain(probes(), law)
 
 
 def interval_by_formula(above: Array, below: Array, n_groups: int) -> tuple[float, float]:
@@ -111,7 +114,7 @@ def assert_estimate(found: Estimate, above: Array, below: Array, n_groups: int) 
 
 
 def test_shifted_features_are_those_that_shift_most_on_the_training_data() -> None:
-    scorer = ForecastScorer(TRAIN, None, N_FEATURES)
+    scorer = ForecastScorer(TRAIN, N_FEATURES)
     mean = TRAIN.shifts[TAUGHT].features.double().numpy().sum(axis=0) / TRAIN.n_tokens.sum().item()
     assert scorer.mean_shift.numpy() == pytest.approx(mean, rel=1e-6)
     assert scorer.features == tuple(np.argsort(-mean)[:N_FEATURES].tolist())
@@ -185,7 +188,7 @@ def test_training_data_without_demonstrations_of_its_own_is_scored_by_the_traini
     train = dataclasses.replace(TRAIN, shifts={name: TRAIN.shifts[name] for name in (TAUGHT, NEUTRAL)})
     _, found, _ = scored(train=train)
     assert found.sts_rel.value == found.sts_cross.value
-    columns = list(ForecastScorer(train, None, N_FEATURES).features)
+    columns = list(ForecastScorer(train, N_FEATURES).features)
     taught = TRAIN.shifts[TAUGHT].features.double()
     assert found.sts_icl.value == pytest.approx(float(taught[:, columns].sum() / TRAIN.n_tokens.sum()), rel=1e-6)
 
@@ -266,8 +269,9 @@ def test_noise_in_the_training_gradients_does_not_shrink_it() -> None:
     lengths = []
     for _ in range(60):
         noisy = torch.from_numpy(signal + rng.normal(0, 0.3, (N_QUERIES, D_SAE)))
-        scorer = ForecastScorer(TRAIN, noisy, N_FEATURES)
-        found = scorer.domain(probes("train"), TRAIN, torch.from_numpy(np.tile(signal, (N_QUERIES, 1))))
+        scorer = ForecastScorer(dataclasses.replace(TRAIN, gradients=noisy), N_FEATURES)
+        domain = dataclasses.replace(TRAIN, gradients=torch.from_numpy(np.tile(signal, (N_QUERIES, 1))))
+        found = scorer.domain(probes("train"), domain)
         lengths.append(-found.gradient_change.value)
     assert np.mean(lengths) == pytest.approx(1, abs=0.1)  # were the noise left in, it would be 0.73
 
@@ -279,9 +283,9 @@ def test_gradients_of_which_nothing_is_in_common_tell_nothing() -> None:
 
 
 def ranked(*domains: tuple[str, Reading]) -> dict[str, DomainForecast]:
-    scorer = ForecastScorer(TRAIN, None, N_FEATURES)
-    scorer.domain(probes("train"), TRAIN, None)
-    return scorer.ranked({name: scorer.domain(probes(name), r, None) for name, r in domains})
+    scorer = ForecastScorer(TRAIN, N_FEATURES)
+    scorer.domain(probes("train"), TRAIN)
+    return scorer.ranked({name: scorer.domain(probes(name), r) for name, r in domains})
 
 
 def test_domains_are_ranked_by_sts_cross_the_most_moved_first() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sts_callback.model.hooks import HookPoint, text_config
@@ -67,9 +68,9 @@ class Prefix:
     cache: DynamicCache | None
 
     def fork(self, n_rows: int) -> DynamicCache:
-        """A cache for `n_rows` suffixes: expanded views of the same keys and values; updates leave the original untouched."""
+        """A cache for one batch of `n_rows` suffixes: expanded views of the same keys and values, to which nothing is added."""
         assert self.cache is not None
-        fork = copy.copy(self.cache)
+        fork = _Fork()
         fork.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in fork.layers:
             assert isinstance(layer, DynamicLayer)  # `Capture.prefix` keeps no other kind
@@ -77,6 +78,19 @@ class Prefix:
                 layer.keys = layer.keys.expand(n_rows, -1, -1, -1)
                 layer.values = layer.values.expand(n_rows, -1, -1, -1)
         return fork
+
+
+class _Fork(DynamicCache):
+    """Forgets each layer's keys and values of the suffixes as soon as it has handed them out: no other forward will ask for them.
+
+    Prefix and suffixes of all rows are then together in memory for one layer at a time, not for all of them.
+    """
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        before = dict(vars(self.layers[layer_idx]))
+        found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        vars(self.layers[layer_idx]).update(before)
+        return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,18 @@ class Captured:
     """Per hook name, `(n_rows, n_suffix, d)` in the model's dtype."""
     logits: torch.Tensor | None
     """`(n_selected, vocab)` at the selected positions, row by row."""
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """What one forward and one backward left."""
+
+    activations: dict[str, torch.Tensor]
+    """Per hook name, `(n_rows, n_suffix, d)` in the model's dtype."""
+    gradients: dict[str, torch.Tensor]
+    """Of the loss with respect to these."""
+    losses: torch.Tensor
+    """As the loss function gave them."""
 
 
 @dataclass(frozen=True)
@@ -150,42 +176,51 @@ class Capture:
         *,
         select: torch.Tensor,
         loss: Callable[[torch.Tensor], torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One backward pass from a loss down to the first hook point; no gradient of a weight is made.
+    ) -> Differentiated:
+        """One forward, and one backward from a loss down to the lowest hook point; no gradient of a weight is made.
 
         Args:
             suffixes: as for `run`.
             prefix: as for `run`; a constant, nothing flows into it.
             select: as for `run`.
-            loss: of the logits at the selected positions, `(n_selected, vocab)`, a scalar.
-
-        Returns:
-            Activations at the hook point and the loss's gradient with respect to them, each `(n_rows, n_suffix, d)`.
+            loss: of the logits at the selected positions, `(n_selected, vocab)`; the gradient is that of its sum.
 
         """
-        inputs, point, leaves = self._inputs(suffixes, prefix, select), self._points[0], []
+        inputs, found, handles = self._inputs(suffixes, prefix, select), dict[str, torch.Tensor](), []
 
-        def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-            leaf = _tensor_at(point, args, kwargs, *output).detach().requires_grad_()
-            leaves.append(leaf)
-            torch.set_grad_enabled(True)  # from here up; below, weights that train would record a graph nobody needs
-            if point.side == "output":
-                return (leaf, *output[0][1:]) if isinstance(output[0], tuple) else leaf
-            return ((leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf})
+        def cutting(point: HookPoint) -> Callable[..., Any]:
+            def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+                x = _tensor_at(point, args, kwargs, *output)
+                if torch.is_grad_enabled():  # a lower hook point has been passed
+                    found[point.name] = x
+                    return None
+                leaf = found[point.name] = x.detach().requires_grad_()
+                torch.set_grad_enabled(True)  # from here up; below, weights that train would record a graph nobody needs
+                if point.side == "output":
+                    return (leaf, *output[0][1:]) if isinstance(output[0], tuple) else leaf
+                return ((leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf})
 
-        if point.side == "input":
-            handle = point.module.register_forward_pre_hook(cut, with_kwargs=True)
-        else:
-            handle = point.module.register_forward_hook(cut, with_kwargs=True)
+            return cut
+
         try:
+            for point in self._points:
+                handles.append(_hooked(point, cutting(point)))
             with torch.no_grad():
                 out = self._model(**self._arguments(inputs))
-                logits = out.logits if self._takes_selection else out.logits[inputs.select]
-                (gradient,) = torch.autograd.grad(loss(logits), leaves)
+                losses = loss(out.logits if self._takes_selection else out.logits[inputs.select])
+                gradients = torch.autograd.grad(losses.sum(), list(found.values()))
         finally:
-            handle.remove()
-        shape = (*inputs.ids.shape, -1)
-        return leaves[0].detach().reshape(shape)[:, inputs.skip :], gradient.reshape(shape)[:, inputs.skip :]
+            for handle in handles:
+                handle.remove()
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            return x.detach().reshape(*inputs.ids.shape, -1)[:, inputs.skip :]
+
+        return Differentiated(
+            {name: rows(x) for name, x in found.items()},
+            {name: rows(x) for name, x in zip(found, gradients, strict=True)},
+            losses.detach(),
+        )
 
     def _inputs(self, suffixes: Sequence[Sequence[int]], prefix: Prefix, select: torch.Tensor | None) -> _Inputs:
         n_rows, n_suffix = len(suffixes), max(map(len, suffixes))
@@ -223,10 +258,7 @@ class Capture:
         handles = []
         for point in self._points:
             reader = _reader(point, activations, len(self._points) if stop else 0)
-            if point.side == "input":
-                handles.append(point.module.register_forward_pre_hook(reader, with_kwargs=True))
-            else:
-                handles.append(point.module.register_forward_hook(reader, with_kwargs=True))
+            handles.append(_hooked(point, reader))
         try:
             out = self._model(**self._arguments(inputs))
         except _Captured:
@@ -242,6 +274,13 @@ class Capture:
             return Captured(activations, None)
         logits = out.logits if self._takes_selection else out.logits[inputs.select]
         return Captured(activations, logits)
+
+
+def _hooked(point: HookPoint, hook: Callable[..., Any]) -> RemovableHandle:
+    """Put a forward (pre-)hook where a point is."""
+    if point.side == "input":
+        return point.module.register_forward_pre_hook(hook, with_kwargs=True)
+    return point.module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> Callable[..., None]:

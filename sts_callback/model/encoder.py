@@ -8,9 +8,10 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
+from torch.nn.functional import embedding_bag
 
 from sts_callback.errors import SaeError
 from sts_callback.model import registry
@@ -22,33 +23,10 @@ SaeSource: TypeAlias = "str | Path | SAE[Any]"
 """SAELens `release/sae_id`, a folder in SAELens format, an `SAE` object, or `"auto"`."""
 
 
-class Encoder(Protocol):
-    """What turns activations at a hook point into features."""
-
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Features of `(n_tokens, d_in)`, `(n_tokens, d_sae)`, float32."""
-
-
-# Activations that act on each feature alone, by SAELens' architecture names. TopK families need the whole row for the k-th value.
-_ELEMENTWISE = {
-    "standard",
-    "jumprelu",
-    "gated",
-    "transcoder",
-    "skip_transcoder",
-    "jumprelu_transcoder",
-    "jumprelu_skip_transcoder",
-}
+_LINEAR = {"standard", "jumprelu", "gated", "topk"}  # decode by one product, a bias and what undoes the input's normalisation
+_SPARSE = 0.05  # a share of active features above which the whole product is faster
 _NOT_PER_TOKEN = {"temporal"}  # attends over the sequence, so tokens cannot be encoded one by one
-_BY_FEATURE = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag")
+_WEIGHTS = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag", "b_dec", "W_dec")
 # Of the configuration, what changes an answer.
 _ENCODES = ("d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "k", "rescale_acts_by_decoder_norm")
 
@@ -137,8 +115,20 @@ class SaeEncoder:
         x = self._prepared(x)
         with torch.autocast(x.device.type, enabled=False):
             acts = self.sae.encode(x)
-            left = x - self.sae.decode(acts) if self.reconstructs else torch.full_like(x, float("nan"))
+            left = x - self._decoded(acts) if self.reconstructs else torch.full_like(x, float("nan"))
         return Reconstruction(acts, x, left)
+
+    def _decoded(self, acts: torch.Tensor) -> torch.Tensor:
+        """The decoder's output, `(n_tokens, d_in)`: on a CPU from the few activations that are not 0, many times faster."""
+        sae = self.sae
+        if acts.device.type == "cpu" and self.architecture in _LINEAR and not getattr(sae.cfg, "rescale_acts_by_decoder_norm", 0):
+            entries = acts.flatten().nonzero()[:, 0]
+            if len(entries) < _SPARSE * acts.numel():
+                starts = torch.searchsorted(entries, torch.arange(len(acts)) * self.d_sae)
+                weights = acts.flatten()[entries]
+                decoded = embedding_bag(entries % self.d_sae, sae.W_dec, starts, mode="sum", per_sample_weights=weights)
+                return sae.run_time_activation_norm_fn_out(decoded + sae.b_dec)  # type: ignore[no-any-return]
+        return sae.decode(acts)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def feature_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -166,28 +156,6 @@ class SaeEncoder:
     def _prepared(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.sae.device, torch.float32)
         return x - x.mean(dim=-1, keepdim=True) if self.centred else x
-
-    def restrict(self, features: tuple[int, ...]) -> SaeEncoder:
-        """An encoder of these features only, in this order, with equal activations and less work.
-
-        Raises:
-            SaeError: if the architecture's activation looks at all features (TopK families).
-
-        """
-        if self.architecture not in _ELEMENTWISE:
-            raise SaeError(
-                f"sae: features of a {self.architecture} SAE cannot be computed apart; allowed are "
-                f"{', '.join(sorted(_ELEMENTWISE))}. Encode all features and select."
-            )
-        columns = torch.tensor(features, device=self.sae.device)
-        part = copy.copy(self.sae)
-        part._parameters = {
-            name: torch.nn.Parameter(p[..., columns], requires_grad=False) if name in _BY_FEATURE and p is not None else p
-            for name, p in self.sae._parameters.items()
-        }
-        part.cfg = copy.copy(self.sae.cfg)
-        part.cfg.d_sae = len(features)
-        return replace(self, sae=part)
 
     def scaled(self, mean_norm: float) -> SaeEncoder:
         """Fold the scale that it was trained with, estimated as sqrt(d_in) over the mean activation norm."""
@@ -280,6 +248,6 @@ def _fingerprint(sae: SAE[Any], centred: bool) -> str:
     settings = [sae.cfg.architecture(), centred, *(getattr(sae.cfg, name, None) for name in _ENCODES)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, parameter in sorted(sae.named_parameters()):
-        if name in (*_BY_FEATURE, "b_dec", "W_dec"):  # b_dec is subtracted from the input; W_dec says what is left of it
+        if name in _WEIGHTS:  # b_dec is subtracted from the input; W_dec says what is left of it
             digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -209,24 +209,40 @@ def _tokenise(pair: TextPair, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple
     return whole[:n_common], whole[n_common:]
 
 
-def batches(queries: Sequence[Query], members: Sequence[int], batch_tokens: int, vocab_size: int) -> Iterator[list[int]]:
+def segments(probes: ProbeSet, batch_tokens: int) -> Iterator[range]:
+    """Cut a set into runs of queries, each with about a batch for every group, so that memory does not grow with the set."""
+    start, n_tokens = 0, 0
+    for i, query in enumerate(probes.queries):
+        n_tokens += len(query.tokens)
+        if i > start and n_tokens > batch_tokens * len(probes.draws):
+            yield range(start, i)
+            start, n_tokens = i, len(query.tokens)
+    yield range(start, len(probes.queries))
+
+
+def batches(
+    queries: Sequence[Query], members: Sequence[int], batch_tokens: int, vocab_size: int, n_prefix: int
+) -> Iterator[list[int]]:
     """Indices of queries in batches of like length, the same at every visit.
 
-    A batch has at most `batch_tokens` padded tokens, and at most as many answer tokens as 256 MiB of float32 logits hold.
+    A batch has at most `batch_tokens` padded tokens, at most as many answer tokens as 256 MiB of float32 logits hold, and at most
+    16 times `batch_tokens` keys together with those of the prefix, which each of its rows attends to.
 
     Args:
         queries: of a set.
         members: indices of those that are wanted.
         batch_tokens: see `ProbeConfig`.
         vocab_size: of the model.
+        n_prefix: tokens that stand before each.
 
     """
-    most_answer_tokens = 2**28 // (4 * vocab_size)
+    most_answer_tokens, most_keys = 2**28 // (4 * vocab_size), 16 * batch_tokens
     order = sorted(members, key=lambda i: (len(queries[i].tokens), i))
     batch: list[int] = []
     n_answer = 0
     for i in order:
-        full = (len(batch) + 1) * len(queries[i].tokens) > batch_tokens
+        n_rows, length = len(batch) + 1, len(queries[i].tokens)
+        full = n_rows * length > batch_tokens or n_rows * (n_prefix + length) > most_keys
         if batch and (full or n_answer + len(queries[i].answer) > most_answer_tokens):
             yield batch
             batch, n_answer = [], 0

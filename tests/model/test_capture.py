@@ -222,7 +222,7 @@ def chosen() -> torch.Tensor:
 
 def score(logits: torch.Tensor) -> torch.Tensor:
     """A loss that bends: NLL of one token at every selected position."""
-    return -logits.log_softmax(dim=-1)[:, 5].sum()
+    return -logits.log_softmax(dim=-1)[:, 5]
 
 
 def gradient_of(
@@ -231,7 +231,8 @@ def gradient_of(
     with undisturbed(model):
         reader = capture(model, name)
         kept = made_prefix(reader, prefix, cached=cached, whole=True)
-        return reader.gradient(SUFFIXES, kept, select=chosen(), loss=loss)
+        found = reader.gradient(SUFFIXES, kept, select=chosen(), loss=loss)
+    return found.activations[name], found.gradients[name]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -245,7 +246,7 @@ def test_gradients_are_those_of_each_sequence_alone(architecture: str, cached: b
     for row, suffix, positions in zip(found, SUFFIXES, POSITIONS, strict=True):
         out = twin(architecture)(input_ids=torch.tensor([tokens + suffix]), use_cache=False, output_hidden_states=True)
         hidden = out.hidden_states[LAYER + 1]
-        loss = score(out.logits[0, [len(tokens) + position for position in positions]])
+        loss = score(out.logits[0, [len(tokens) + position for position in positions]]).sum()
         (wanted,) = torch.autograd.grad(loss, hidden)
         assert_close(row[: len(suffix)], wanted[0, len(tokens) :])
         assert (row[len(suffix) :] == 0).all()  # padding is seen by no logit that was asked for
@@ -296,7 +297,7 @@ def test_gradients_at_every_site_are_finite_differences(architecture: str, step:
         # Random, but not across the gradient, where there would be no difference to compare.
         direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64) + gradient / gradient.std()
         losses = {
-            n: float(score(pushed(model, name, LONG + suffix, n * step * direction, len(LONG))[at])) for n in (-2, -1, 1, 2)
+            n: float(score(pushed(model, name, LONG + suffix, n * step * direction, len(LONG))[at]).sum()) for n in (-2, -1, 1, 2)
         }
         difference = (8 * (losses[1] - losses[-1]) - (losses[2] - losses[-2])) / (12 * step)
         assert float((gradient * direction).sum()) == pytest.approx(difference, rel=2e-3)
@@ -315,8 +316,10 @@ def test_a_backward_pass_does_not_spoil_the_prefix() -> None:
         first = reader.gradient(SUFFIXES, prefix, select=chosen(), loss=score)
         plain = reader.run(SUFFIXES, prefix)
         second = reader.gradient(SUFFIXES, prefix, select=chosen(), loss=score)
-    assert all(map(torch.equal, first, second))
-    assert torch.equal(plain.activations[POST], first[0])
+    for name in ("activations", "gradients"):
+        assert torch.equal(getattr(first, name)[POST], getattr(second, name)[POST])
+    assert torch.equal(first.losses, second.losses)
+    assert torch.equal(plain.activations[POST], first.activations[POST])
     assert prefix.cache is not None
     assert prefix.cache.get_seq_length() == len(LONG)
     assert not any(keys.requires_grad for layer in prefix.cache.layers for keys in (layer.keys, layer.values))
@@ -353,9 +356,10 @@ def test_a_backward_pass_leaves_no_trace(make: Callable[[], nn.Module], site: st
     before = n_hooks(model)
     with undisturbed(model):
         reader = capture(model, f"blocks.{LAYER}.{site}")
-        acts, gradient = reader.gradient(SUFFIXES, reader.prefix(LONG, whole=True), select=chosen(), loss=score)
+        found = reader.gradient(SUFFIXES, reader.prefix(LONG, whole=True), select=chosen(), loss=score)
         assert not torch.is_grad_enabled()
-    assert not acts.requires_grad and not gradient.requires_grad
+    (acts,), (gradient,) = found.activations.values(), found.gradients.values()
+    assert not any(x.requires_grad for x in (acts, gradient, found.losses))
     assert gradient.abs().max() > 0
     assert torch.is_grad_enabled()
     assert (first.grad == 7).all()
@@ -400,6 +404,25 @@ def test_an_error_in_a_backward_pass_leaves_no_trace(where: str, site: str) -> N
 
 
 # No more work than needed
+
+
+def test_a_batch_keeps_keys_and_values_of_one_layer_at_a_time() -> None:
+    model = subject("gemma3")
+    with undisturbed(model):
+        prefix = capture(model).prefix(LONG, whole=True)
+        fork = prefix.fork(3)
+        held: list[int] = []
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda *args: held.append(sum(kept.keys.shape[2] for kept in fork.layers)))
+        with torch.no_grad():
+            rows = torch.tensor([SUFFIXES[0]] * 3)
+            model(input_ids=rows, past_key_values=fork, use_cache=True)
+    assert prefix.cache is not None
+    assert held == [sum(kept.keys.shape[2] for kept in prefix.cache.layers)] * 4
+    assert all(
+        kept.keys.untyped_storage().data_ptr() == whole.keys.untyped_storage().data_ptr()
+        for kept, whole in zip(fork.layers, prefix.cache.layers, strict=True)
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -14,7 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 from sts_callback.config import ProbeConfig
 from sts_callback.errors import DataError
-from sts_callback.model.probes import ProbeSet, Query, batches, bos_tokens, check_lengths, make_probe_set, neutral_tokens
+from sts_callback.model.probes import (
+    ProbeSet,
+    Query,
+    batches,
+    bos_tokens,
+    check_lengths,
+    make_probe_set,
+    neutral_tokens,
+    segments,
+)
 from tiny import rows, tiny_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
@@ -316,35 +325,56 @@ EVERYONE = range(len(MIXED))
 @pytest.mark.parametrize("members", [EVERYONE, [3, 39, 7, 0, 20, 21, 22], [5]])
 @pytest.mark.parametrize("batch_tokens", [1, 16, 40, 100, 10_000])
 def test_batches_hold_every_member_once_and_no_more_tokens_than_allowed(batch_tokens: int, members: Sequence[int]) -> None:
-    found = list(batches(MIXED, members, batch_tokens, vocab_size=300))
+    found = list(batches(MIXED, members, batch_tokens, vocab_size=300, n_prefix=1))
     assert sorted(i for batch in found for i in batch) == sorted(members)
     for batch in found:
         padded = len(batch) * max(len(MIXED[i].tokens) for i in batch)
         assert padded <= batch_tokens or len(batch) == 1
     if batch_tokens in (1, 10_000):
         assert len(found) == {1: len(members), 10_000: 1}[batch_tokens]
-    assert found == list(batches(MIXED, members, batch_tokens, vocab_size=300))
-    assert found == list(batches(MIXED, list(members)[::-1], batch_tokens, vocab_size=300))
+    assert found == list(batches(MIXED, members, batch_tokens, vocab_size=300, n_prefix=1))
+    assert found == list(batches(MIXED, list(members)[::-1], batch_tokens, vocab_size=300, n_prefix=1))
 
 
 @pytest.mark.parametrize("most", [1, 7, 30])
 def test_batches_bound_the_memory_of_logits(most: int) -> None:
     vocab_size = 2**28 // 4 // most  # as many answer tokens as 256 MiB of float32 hold
-    found = list(batches(MIXED, EVERYONE, 10_000, vocab_size))
+    found = list(batches(MIXED, EVERYONE, 10_000, vocab_size, n_prefix=1))
     assert sorted(i for batch in found for i in batch) == list(EVERYONE)
     for batch in found:
         assert sum(len(MIXED[i].answer) for i in batch) <= most or len(batch) == 1
     assert len(found) > 1
 
 
+@pytest.mark.parametrize("n_prefix", [100, 700, 5000])
+def test_batches_bound_the_memory_of_keys(n_prefix: int) -> None:
+    found = list(batches(MIXED, EVERYONE, 200, vocab_size=300, n_prefix=n_prefix))
+    assert sorted(i for batch in found for i in batch) == list(EVERYONE)
+    for batch in found:
+        assert len(batch) * (n_prefix + max(len(MIXED[i].tokens) for i in batch)) <= 16 * 200 or len(batch) == 1
+    assert max(map(len, found)) == {100: 18, 700: 4, 5000: 1}[n_prefix]
+
+
+@pytest.mark.parametrize(("n_draws", "batch_tokens"), [(1, 1), (1, 60), (3, 40), (8, 10_000)])
+def test_segments_hold_every_query_in_order_and_about_a_batch_a_group(n_draws: int, batch_tokens: int) -> None:
+    probes = ProbeSet("law", tuple(MIXED), ((7,),) * n_draws, 0)
+    found = list(segments(probes, batch_tokens))
+    assert [i for segment in found for i in segment] == list(EVERYONE)
+    for segment in found:
+        assert sum(len(MIXED[i].tokens) for i in segment) <= n_draws * batch_tokens or len(segment) == 1
+    for segment, following in itertools.pairwise(found):  # none is smaller than need be
+        assert sum(len(MIXED[i].tokens) for i in [*segment, following[0]]) > n_draws * batch_tokens
+    assert len(found) == (1 if batch_tokens == 10_000 else len(found)) and (batch_tokens == 10_000 or len(found) > 3)
+
+
 def test_batches_waste_little_on_padding() -> None:
-    found = list(batches(MIXED, EVERYONE, 60, vocab_size=300))
+    found = list(batches(MIXED, EVERYONE, 60, vocab_size=300, n_prefix=1))
     padded = sum(len(batch) * max(len(MIXED[i].tokens) for i in batch) for batch in found)
     assert padded < 1.2 * sum(len(q.tokens) for q in MIXED)
 
 
 def test_no_members_make_no_batches() -> None:
-    assert list(batches(MIXED, [], 1024, 300)) == []
+    assert list(batches(MIXED, [], 1024, 300, 1)) == []
 
 
 # The user's tokenizer

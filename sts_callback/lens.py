@@ -1,0 +1,238 @@
+"""One SAE at its hook point: which tokens count there, and sums per query of what it sees. No model runs here.
+
+Nothing of size `(n_tokens, d_sae)` outlives a chunk. Step 0 and a later check cut the same tokens into the same chunks, since
+equal shapes give equal last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from sts_callback.errors import SaeError
+from sts_callback.metrics.sketch import WIDTH, sketch
+from sts_callback.metrics.sparse import SparseActs
+from sts_callback.metrics.sums import QuerySums
+from sts_callback.metrics.tokens import is_ordinary
+from sts_callback.model.encoder import Reconstruction, SaeEncoder
+from sts_callback.model.hooks import HookPoint
+from sts_callback.readings import BARE, DriftReading, Fit, Reading, Reference, Shift, StepZero
+
+_CHUNK_ELEMENTS = 2**24  # activations encoded at once: 64 MiB in float32
+
+
+class Lens:
+    """An SAE, where it reads, and what is usual there, after `calibrate` or `adopt`."""
+
+    def __init__(self, encoder: SaeEncoder, point: HookPoint, max_norm_multiple: float) -> None:
+        self.encoder, self.point = encoder, point
+        self.reference: Reference
+        self._max_norm_multiple = max_norm_multiple
+
+    def calibrate(self, x: torch.Tensor) -> Fit:
+        """Set the reference and see how the SAE fits.
+
+        Args:
+            x: a sample of activations at the hook point, `(n_tokens, d_in)`.
+
+        Raises:
+            SaeError: if the SAE has another width than the model.
+
+        """
+        if x.shape[1] != self.encoder.d_in:
+            raise SaeError(
+                f"sae: {self.encoder.name} reads activations of width {self.encoder.d_in}, but {self.encoder.hook_name} of this "
+                f"model has width {x.shape[1]}; take an SAE that was trained on this model."
+            )
+        x, median_norm = self._without_sinks(x.float())
+        self.adopt(Reference(median_norm, x.norm(dim=1).mean().item()))
+        return self._fit(x)
+
+    def adopt(self, reference: Reference) -> None:
+        """Take the reference of an earlier visit."""
+        self.reference = reference
+        if self.encoder.needs_scale:
+            self.encoder = self.encoder.scaled(reference.mean_norm)
+
+    def unexplained(self, x: torch.Tensor) -> float:
+        """Fraction of variance that the SAE would leave of activations from anywhere, `(n_tokens, d_in)`, without their sinks."""
+        return self._fit(self._without_sinks(x.float())[0]).unexplained
+
+    def ordinary(self, x: torch.Tensor, median_norm: float) -> torch.Tensor:
+        """Which of `(n_tokens, d_in)` are no attention sinks, `(n_tokens,)` booleans."""
+        return is_ordinary(x.float().norm(dim=1), median_norm, self._max_norm_multiple)
+
+    def chunks(self, n_tokens: int) -> Iterator[slice]:
+        """Slices of tokens that are encoded at once."""
+        size = max(1, _CHUNK_ELEMENTS // self.encoder.d_sae)
+        return (slice(start, start + size) for start in range(0, n_tokens, size))
+
+    def _without_sinks(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The ordinary ones of a sample of tokens, by its own median norm, and that norm."""
+        median_norm = x.norm(dim=1).median().item()
+        return x[self.ordinary(x, median_norm)], median_norm
+
+    def _fit(self, x: torch.Tensor) -> Fit:
+        left, n_active = 0.0, 0
+        ever, seen = torch.zeros(self.encoder.d_sae, dtype=torch.bool, device=self.encoder.sae.device), []
+        for chunk in self.chunks(len(x)):
+            found = self.encoder.reconstruct(x[chunk])
+            active = found.acts > 0
+            left += float(found.left.double().square().sum())
+            n_active += int(active.sum())
+            ever |= active.any(dim=0)
+            seen.append(found.x)
+        whole = torch.cat(seen)
+        return Fit(
+            n_tokens=len(x),
+            unexplained=left / float((whole - whole.mean(dim=0)).double().square().sum()),
+            l0=n_active / len(x),
+            silent=float((~ever).double().mean()),
+        )
+
+
+class ReadingSums:
+    """Running sums of one set without context, and of what contexts change; `add` takes its tokens in order."""
+
+    def __init__(self, lens: Lens, n_queries: int, contexts: Sequence[str], *, with_gradients: bool) -> None:
+        self._lens, self._n_queries = lens, n_queries
+        d_sae, device = lens.encoder.d_sae, lens.encoder.sae.device
+        self._activity, self._raw = (QuerySums(n_queries, width, device) for width in (d_sae, lens.encoder.d_in))
+        self._energies = QuerySums(n_queries, 2, device)
+        self._shifts = {name: _ShiftSums(n_queries, d_sae, device) for name in contexts}
+        self._gradients = QuerySums(n_queries, d_sae, device) if with_gradients else None
+        self._counted: list[torch.Tensor] = []
+        self._owner: list[torch.Tensor] = []
+        self._acts: list[SparseActs] = []
+        self._sketches: list[torch.Tensor] = []
+
+    def add(self, found: Mapping[str, torch.Tensor], owner: torch.Tensor) -> None:
+        """Add tokens of some queries, which count if they are no sinks in any context.
+
+        Args:
+            found: activations by context, `BARE` among them, each `(n_tokens, d_in)`.
+            owner: the query of each, `(n_tokens,)`.
+
+        """
+        ordinary = torch.stack([self._lens.ordinary(x, self._lens.reference.median_norm) for x in found.values()]).all(dim=0)
+        self._counted.append(ordinary.cpu())
+        self._owner.append(owner[self._counted[-1]])
+        found = {name: x[ordinary] for name, x in found.items()}
+        for chunk in self._lens.chunks(len(self._owner[-1])):
+            to = self._owner[-1][chunk].to(self._lens.encoder.sae.device)
+            here = self._lens.encoder.reconstruct(found[BARE][chunk])
+            energies = torch.stack([torch.linalg.vector_norm(v, dim=1).square() for v in (here.acts, here.x)], dim=1)
+            for sums, values in ((self._activity, here.acts), (self._raw, here.x), (self._energies, energies)):
+                sums.add(values, to)
+            self._acts.append(SparseActs.of(here.acts))
+            self._sketches.append(torch.stack([sketch(here.x), sketch(here.left)], dim=1).cpu())
+            for name, shift in self._shifts.items():
+                shift.add(_differences(self._lens.encoder.reconstruct(found[name][chunk]), here), to)
+
+    def add_gradients(self, x: torch.Tensor, gradient: torch.Tensor, owner: torch.Tensor) -> None:
+        """Add gradients of the answers' NLL at tokens of queries and answers, in any order.
+
+        Args:
+            x: activations without context, `(n_tokens, d_in)`.
+            gradient: with respect to them, in nats per unit, `(n_tokens, d_in)`.
+            owner: the query of each, `(n_tokens,)`.
+
+        """
+        assert self._gradients is not None
+        ordinary = self._lens.ordinary(x, self._lens.reference.median_norm)
+        x, gradient, owner = x[ordinary], gradient[ordinary], owner.to(x.device)[ordinary]
+        for chunk in self._lens.chunks(len(x)):
+            by_feature = self._lens.encoder.feature_gradient(x[chunk], gradient[chunk])
+            self._gradients.add(by_feature, owner[chunk].to(by_feature.device))
+
+    def result(self, nll: Mapping[str, torch.Tensor], n_answer: torch.Tensor) -> Reading:
+        """All of it, with the answers' NLL by context and their lengths."""
+        counted, energies = torch.cat(self._counted), self._energies.result
+        return Reading(
+            n_tokens=torch.bincount(torch.cat(self._owner), minlength=self._n_queries),
+            n_masked=int((~counted).sum()),
+            activity=self._activity.result,
+            energy=energies[:, 0],
+            raw=self._raw.result,
+            raw_energy=energies[:, 1],
+            shifts={name: sums.result for name, sums in self._shifts.items()},
+            n_answer=n_answer,
+            nll=nll,
+            gradients=None if self._gradients is None else self._gradients.result,
+            counted=counted,
+            acts=SparseActs.cat(self._acts),
+            sketches=torch.cat(self._sketches) if self._sketches else torch.zeros(0, 2, WIDTH),
+        )
+
+
+class DriftSums:
+    """Running sums of one set against its step 0; `add` takes its tokens in order."""
+
+    def __init__(self, lens: Lens, n_queries: int, step_zero: StepZero) -> None:
+        self._lens, self._step_zero = lens, step_zero
+        self._shift = _ShiftSums(n_queries, lens.encoder.d_sae, lens.encoder.sae.device)
+        self._n_tokens = torch.zeros(n_queries, dtype=torch.int64)
+        self._n_masked, self._n_candidates, self._n_counted = 0, 0, 0
+
+    def add(self, x: torch.Tensor, owner: torch.Tensor) -> None:
+        """Add tokens of some queries, those that counted at step 0 and are no sinks now.
+
+        Args:
+            x: their activations, `(n_tokens, d_in)`.
+            owner: the query of each, `(n_tokens,)`.
+
+        """
+        counted = self._step_zero.counted[self._n_candidates : self._n_candidates + len(x)]
+        self._n_candidates += len(x)
+        if not counted.any():
+            return
+        x, owner = x[counted.to(x.device)], owner[counted]
+        # Training may rescale the whole stream: a sink now is one that stands out from what is usual now.
+        usual = max(self._lens.reference.median_norm, x.float().norm(dim=1).median().item())
+        ordinary = self._lens.ordinary(x, usual).cpu()
+        self._n_masked += int((~ordinary).sum())
+        self._n_tokens += torch.bincount(owner[ordinary], minlength=len(self._n_tokens))
+        device, d_sae, start = self._lens.encoder.sae.device, self._lens.encoder.d_sae, self._n_counted
+        self._n_counted += len(x)
+        for chunk in self._lens.chunks(len(x)):
+            now = self._lens.encoder.reconstruct(x[chunk])
+            rows = slice(start + chunk.start, start + chunk.start + len(now.x))
+            then, then_left = self._step_zero.sketches[rows].to(device).unbind(dim=1)
+            differences = (
+                now.acts.sub_(self._step_zero.acts.dense(rows.start, rows.stop, d_sae, device)).square_(),
+                (sketch(now.x) - then).square().sum(dim=1),
+                (sketch(now.left) - then_left).square().sum(dim=1),
+            )
+            for one in differences:
+                one[~ordinary[chunk].to(device)] = 0.0
+            self._shift.add(differences, owner[chunk].to(device))
+
+    def result(self, nll: torch.Tensor | None) -> DriftReading:
+        """All of it, with the answers' NLL."""
+        return DriftReading(self._n_tokens, self._n_masked, self._shift.result, nll)
+
+
+class _ShiftSums:
+    """Running sums of squared differences."""
+
+    def __init__(self, n_queries: int, d_sae: int, device: torch.device) -> None:
+        self._sums = [QuerySums(n_queries, width, device) for width in (d_sae, 1, 1)]
+
+    def add(self, differences: tuple[torch.Tensor, ...], owner: torch.Tensor) -> None:
+        for sums, values in zip(self._sums, differences, strict=True):
+            sums.add(values.reshape(len(owner), -1), owner)
+
+    @property
+    def result(self) -> Shift:
+        features, raw, unseen = (sums.result for sums in self._sums)
+        return Shift(features, raw[:, 0], unseen[:, 0])
+
+
+def _differences(one: Reconstruction, other: Reconstruction) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Squared ones; the activations of `one` are used up for them."""
+    return (
+        one.acts.sub_(other.acts).square_(),
+        (one.x - other.x).square().sum(dim=1),
+        (one.left - other.left).square().sum(dim=1),
+    )
