@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
@@ -19,6 +17,7 @@ from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.domains.reader import Source
 from sts_callback.domains.starter import choose_domains
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, StsError
+from sts_callback.guard import Guard
 from sts_callback.model.capture import undisturbed
 from sts_callback.monitor import Monitor
 from sts_callback.overhead import Overhead, first_guess
@@ -37,12 +36,9 @@ logger = logging.getLogger(__name__)
 
 CheckOn = Literal["save", "evaluate"] | int
 Action = Literal["warn", "checkpoint", "stop"] | Callable[[Verdict], object]
-T = TypeVar("T")
 
 _STATE_KEY = "sts_callback"
 _N_SHARED = "sts/n_shared_features"
-_DONE, _SHORT, _FAILED = range(3)  # outcomes of an attempt, the worse the higher: done, out of memory, failed
-_DIVISORS = (1, 2, 4, 8)  # of the tokens in a batch, tried in turn while memory does not suffice
 
 
 class STSCallback(TrainerCallback):
@@ -125,6 +121,7 @@ class STSCallback(TrainerCallback):
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._monitor: Monitor | None = None
         self._log: RunLog
+        self._guard: Guard
         self._overhead: Overhead
         self._recent: list[DriftSnapshot] = []
         self._last_check = 0
@@ -166,6 +163,7 @@ class STSCallback(TrainerCallback):
         self._monitor, self._recent, self._last_check, self._alarmed, self._is_postponed = None, [], 0, (), False
         self._train_batch_size = state.train_batch_size
         self._log = RunLog(Path(args.output_dir or ".") / "sts", anew=begins)
+        self._guard = Guard(self._log, raises=self._on_error == "raise")
         self._bars = state.is_world_process_zero and not args.disable_tqdm
 
         # Step 0 can only be compared with in the batches that it was read in.
@@ -173,6 +171,7 @@ class STSCallback(TrainerCallback):
 
         def prepared(batch_tokens: int) -> Monitor:
             probes = dataclasses.replace(self._probes, batch_tokens=batch_tokens)
+            self._batch_tokens = batch_tokens
             with undisturbed(model):  # loading, tokenising and drawing must not touch the run either
                 monitor = self._made_monitor(self._saes[0], probes, **kwargs)
                 if begins:
@@ -181,18 +180,24 @@ class STSCallback(TrainerCallback):
                     self._others = [self._made_monitor(sae, probes, **kwargs).forecast() for sae in self._saes[1:]]
             return monitor
 
-        monitor = self._measured(state, "forecast" if begins else "resume", prepared, passes=(StsError,))
+        monitor = None
+        if begins or found:
+            monitor = self._guard.measure(
+                state, "forecast" if begins else "resume", prepared, self._batch_tokens, passes=(StsError,)
+            )
+        else:
+            self._guard.run(state, "resume", _refuse_unwatched)
         if monitor is not None and begins:
-            self._guarded(state, "forecast", lambda: self._begin(monitor, state), passes=(StsError,))
+            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), passes=(StsError,))
         elif monitor is not None:
-            self._guarded(state, "resume", lambda: self._resume(monitor, found, state))
+            self._guard.run(state, "resume", lambda: self._resume(monitor, found, state))
         if ranks.worst(int(self._monitor is None)):  # all watch, or none: they wait for one another at each check
             self._monitor = None
         STSCallback._last_state = weakref.ref(state)
         expected_s = self._recent[-1].seconds if self._recent else self._first_guess()
         self._overhead = Overhead(self._max_overhead, expected_s)
         if self._check_on == "save" and not begins and self._monitor is not None:
-            self._guarded(state, "resume", lambda: self._catch_up(state, control, model))
+            self._guard.run(state, "resume", lambda: self._catch_up(state, control, model))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at a save, if that is when."""
@@ -214,9 +219,9 @@ class STSCallback(TrainerCallback):
         if not args.load_best_model_at_end:  # else the weights are no longer those of this step
             self._check(state, control, kwargs["model"], always=True)
         if state.is_world_process_zero:
-            self._guarded(state, "run log", self._log.write_waiting_faults)
+            self._guard.run(state, "run log", self._log.write_waiting_faults)
             if self._monitor is not None:
-                self._guarded(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"))
+                self._guard.run(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"))
         self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
 
     def _restarts(self, args: TrainingArguments, state: TrainerState) -> bool:
@@ -263,8 +268,8 @@ class STSCallback(TrainerCallback):
         # Into `trainer_state.json`: a checkpoint then tells whose baseline it goes with. Not a class name, see `ExportableState`.
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
         if state.is_world_process_zero:
-            self._guarded(state, "run log", self._write_step_zero)
-            self._guarded(state, "screen", self._show_forecast)
+            self._guard.run(state, "run log", self._write_step_zero)
+            self._guard.run(state, "screen", self._show_forecast)
         if self.verdict.decision == "no-go" and self._on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(self.verdict.threatened)}. "
@@ -294,11 +299,6 @@ class STSCallback(TrainerCallback):
             )
 
     def _resume(self, monitor: Monitor, step_zero: dict[str, Any], state: TrainerState) -> None:
-        if not step_zero:
-            raise CannotTell(
-                "baseline: the run was begun without this callback, and drift can be measured only from step 0; training goes "
-                "on unwatched; start the run anew to have it watched."
-            )
         forecast = self._log.read_forecast()
         monitor.restore(self._log.baseline_file, forecast)
         assert monitor.baseline is not None
@@ -308,7 +308,7 @@ class STSCallback(TrainerCallback):
                 "folder sts of this run, or start the run anew."
             )
         if state.is_world_process_zero and (n_damaged := self._log.take_up(state.global_step)):
-            self._record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
+            self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
         checks = self._log.judged_checks(state.global_step)
         self.forecast, self.verdict = forecast, judge_forecast(forecast, self._policy)
         if checks:
@@ -326,7 +326,7 @@ class STSCallback(TrainerCallback):
 
     def _catch_up(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Make the check that a kill may have prevented after the save that is resumed from."""
-        if not self._log.postponed_since(self._last_check, state.global_step):
+        if not ranks.from_first(self._log.postponed_since(self._last_check, state.global_step)):
             self._check(state, control, model, always=True)
 
     def _first_guess(self) -> float:
@@ -340,7 +340,7 @@ class STSCallback(TrainerCallback):
         with self._overhead.counted():
             if always or ranks.from_first(self._overhead.affords_check):
                 monitor = self._monitor
-                self._guarded(state, "drift check", lambda: self._checked(monitor, state, control, model))
+                self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model))
             elif not self._is_postponed:  # said once, until a check is made
                 self._is_postponed = True
                 self._postpone(state)
@@ -354,7 +354,7 @@ class STSCallback(TrainerCallback):
         )
         logger.warning("STS check at step %d is postponed: %s", state.global_step, reason)
         if state.is_world_process_zero:
-            self._guarded(state, "run log", lambda: self._log.append_postponed(state.global_step, reason))
+            self._guard.run(state, "run log", lambda: self._log.append_postponed(state.global_step, reason))
 
     def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         step, before_s = state.global_step, self._overhead.spent_s
@@ -362,9 +362,10 @@ class STSCallback(TrainerCallback):
         def measured(batch_tokens: int) -> DriftSnapshot:
             if not monitor.watches(model):
                 raise CannotTell("model: the trainer has another one now than at step 0; train() anew to have it watched.")
+            self._batch_tokens = batch_tokens  # where memory did not suffice once, later checks need not try again
             return monitor.check(step, batch_tokens=batch_tokens)
 
-        snapshot = self._measured(state, "drift check", measured)
+        snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
         if snapshot is None:
             return
         self._recent = [*self._recent, snapshot][-self._policy.patience :]
@@ -373,13 +374,13 @@ class STSCallback(TrainerCallback):
         alarmed = verdict.threatened if verdict.decision == "no-go" else ()
         is_new, self._alarmed = set(alarmed) - set(self._alarmed), alarmed
         if state.is_world_process_zero:
-            self._guarded(state, "run log", lambda: self._write_check(monitor, snapshot, verdict))
+            self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict))
             lines = terminal.check_lines(snapshot, verdict, self._probes.n_features)
-            self._guarded(state, "screen", lambda: tqdm.write(lines))
+            self._guard.run(state, "screen", lambda: tqdm.write(lines))
         self._overhead.learn(self._overhead.spent_s - before_s)
-        self._guarded(state, "trainer's log", lambda: self._log_scalars(state, control, snapshot))
+        self._guard.run(state, "trainer's log", lambda: self._log_scalars(state, control, snapshot))
         if ranks.from_first(bool(is_new)):  # it may set flags, which must be the same everywhere
-            self._guarded(state, "action", lambda: self._act(verdict, control))
+            self._guard.run(state, "action", lambda: self._act(verdict, control))
 
     def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
         """The line of the check comes last: where it stands, all of the check has been written."""
@@ -412,59 +413,6 @@ class STSCallback(TrainerCallback):
         finally:
             control.should_log = should_log  # logging clears it, and the step's loss row would vanish
 
-    def _measured(
-        self, state: TrainerState, what: str, work: Callable[[int], T], *, passes: tuple[type[Exception], ...] = ()
-    ) -> T | None:
-        """Do work with a number of tokens a batch, with ever fewer while memory does not suffice.
-
-        All processes try alike, so that none waits for another and all measure in the same batches.
-
-        Returns:
-            What the work gives; None if it failed on this or another process, which is recorded.
-
-        """
-        for divisor in _DIVISORS:
-            batch_tokens, outcome, result = max(1, self._batch_tokens // divisor), _DONE, None
-            try:
-                result = work(batch_tokens)
-            except passes:
-                raise
-            except Exception as error:
-                outcome = _SHORT if _out_of_memory(error) and divisor < _DIVISORS[-1] else _FAILED
-                if outcome == _FAILED and self._on_error == "raise":
-                    raise
-                attempt = f"{what}, {batch_tokens} tokens a batch" if _out_of_memory(error) else what
-                self._record(state, attempt, repr(error), traceback.format_exc())
-            # Out here the failed attempt's tensors, which its traceback held, are free.
-            outcome = ranks.worst(outcome)
-            if outcome == _DONE:
-                self._batch_tokens = batch_tokens
-                return result
-            if outcome == _FAILED:
-                return None
-        return None
-
-    def _guarded(
-        self, state: TrainerState, what: str, work: Callable[[], object], *, passes: tuple[type[Exception], ...] = ()
-    ) -> None:
-        """Run our own work; a failure of it is recorded and, unless the user wants it raised, survived."""
-        try:
-            work()
-        except passes:
-            raise
-        except Exception as error:
-            if self._on_error == "raise":
-                raise
-            self._record(state, what, repr(error), traceback.format_exc())
-
-    def _record(self, state: TrainerState, what: str, error: str, trace: str) -> None:
-        logger.warning("STS, %s at step %d failed; training goes on: %s", what, state.global_step, error)
-        if state.is_world_process_zero:
-            try:
-                self._log.append_fault(state.global_step, what, error, trace)
-            except OSError as write_error:  # the fault is kept and written when that can be done again
-                logger.warning("STS cannot write the fault to %s yet: %r", self._log.folder, write_error)
-
 
 def _check_scalars(snapshot: DriftSnapshot) -> dict[str, float]:
     """Of one check, the numbers for the trainer's log."""
@@ -474,14 +422,17 @@ def _check_scalars(snapshot: DriftSnapshot) -> dict[str, float]:
     return row
 
 
+def _refuse_unwatched() -> None:
+    raise CannotTell(
+        "baseline: the run was begun without this callback, and drift can be measured only from step 0. Training goes on "
+        "unwatched; to have it watched, start the run anew."
+    )
+
+
 def _kept_with_checkpoints(state: TrainerState) -> dict[str, Any]:
     kept: Any = state.stateful_callbacks  # annotated as what it is made from
     assert isinstance(kept, dict)
     return kept
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))
 
 
 def _one_of(field: str, value: object, names: tuple[str, ...], or_else: str = "", otherwise: bool = False) -> None:

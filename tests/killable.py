@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import LlamaForCausalLM, Trainer
@@ -19,7 +23,14 @@ from sts_callback.callback import STSCallback
 from test_callback import made_callback, made_trainer
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["killable"])  # imports take longer than a tiny run
+
+
+@functools.cache
+def _start_server() -> None:
+    """Start the process that sessions are forked from, with all imports done: they take longer than a tiny run."""
+    _processes.set_forkserver_preload(["killable"])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # preloading knows no other path
+        forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Run:
 
 def session(run: Run, out: Path, *, watched: bool = True, kill_at: int | None = None) -> None:
     """Train from the newest whole checkpoint, or from scratch, until the end or until the moment of the kill."""
+    _start_server()
     process = _processes.Process(target=_train, args=(run, out, watched, kill_at))
     process.start()
     process.join(120)
@@ -64,13 +76,13 @@ def whole_checkpoints(out: Path) -> list[Path]:
 def _train(run: Run, out: Path, watched: bool, kill_at: int | None) -> None:
     torch.set_num_threads(1)
     moments: list[str] = []
+    _count_moments(moments, kill_at)  # before the trainer takes the model's `forward`
     callback = made_callback(check_on=run.check_on)
     trainer = made_trainer(
         run.kind, out, [callback] * watched, lora=run.lora, restore_callback_states_from_checkpoint=run.restore
     )
     callback.attach(trainer)
     checkpoints = whole_checkpoints(out)
-    _count_moments(moments, kill_at)
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     torch.save({"moments": moments, "log": trainer.state.log_history, "weights": weights}, out / "outcome.pt")
@@ -82,6 +94,7 @@ def _count_moments(moments: list[str], kill_at: int | None) -> None:
     def watch(owner: Any, name: str, moment: Callable[..., str | None]) -> None:
         original = getattr(owner, name)
 
+        @functools.wraps(original)  # the trainer reads the signature of `forward`
         def watched(*args: Any, **kwargs: Any) -> Any:
             if (found := moment(*args)) is not None:
                 if len(moments) == kill_at:
