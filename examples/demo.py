@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
         sae=args.sae or SAE_FOLDER,
         protect=PROTECTED,
         check_on=max(1, args.steps // 2),
+        max_overhead=None,  # a few minutes of training: any check is more than 1 % of it
         # Small, for two CPU cores; ten queries are the fewest that can alarm for six domains.
         probes=ProbeConfig(n_queries=args.queries, max_tokens=48, n_domain_demonstrations=2),
     )

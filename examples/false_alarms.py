@@ -69,7 +69,7 @@ def alarmed(*checks: DriftSnapshot) -> tuple[str, ...]:
 
 
 def learning_rate_0(name: str) -> list[DriftSnapshot]:
-    callback = STSCallback(sae=SAE_FOLDER, protect=PROTECTED, check_on=1, probes=PROBES, on_error="raise")
+    callback = STSCallback(sae=SAE_FOLDER, protect=PROTECTED, check_on=1, max_overhead=None, probes=PROBES, on_error="raise")
     lora = LoraConfig(r=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     return tuned(name, word_problems(400), callback, lora, steps=N_STEPS, learning_rate=0.0)
 

@@ -67,7 +67,7 @@ def code_rows() -> list[dict[str, str]]:
 def realised_overlap(name: str, rows: list[dict[str, str]], protect: str) -> dict[str, object]:
     """Train on rows for a few steps and count the forecast features among those that moved most."""
     set_seed(0)
-    callback = STSCallback(sae=SAE_FOLDER, protect=[protect], train_data=rows, check_on=STEPS, probes=PROBES)
+    callback = STSCallback(sae=SAE_FOLDER, protect=[protect], train_data=rows, check_on=STEPS, probes=PROBES, max_overhead=None)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     newest = tuned(name, rows, callback, lora, steps=STEPS, learning_rate=LEARNING_RATE)[-1]
     return {"n_shared": newest.n_shared, "relative_drift": dataclasses.asdict(newest.train.relative_drift)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -56,20 +57,35 @@ class Baseline:
     reference: Reference
     sets: Mapping[str, SetBaseline]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it: two runs from the same weights share one, runs from other weights do not."""
+        digest = hashlib.sha256(json.dumps([self.fingerprint, vars(self.reference)]).encode())
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def save(self, path: Path) -> None:
         """Write it as one safetensors file, whole or not at all."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, one in self.sets.items():
-            tensors |= {f"{name}/{key}": getattr(one, key).contiguous() for key in _TENSORS}
-            tensors |= {f"{name}/acts.{key}": getattr(one.acts, key).contiguous() for key in _SPARSE}
         metadata = {
             "fingerprint": self.fingerprint,
             "reference": json.dumps(vars(self.reference)),
             "sets": json.dumps(list(self.sets)),
         }
         scratch = path.with_suffix(".part")
-        save_file(tensors, scratch, metadata)
-        os.replace(scratch, path)
+        try:
+            save_file(self._tensors(), scratch, metadata)
+            os.replace(scratch, path)
+        finally:  # a full disk must not be filled further by half a file
+            scratch.unlink(missing_ok=True)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, one in self.sets.items():
+            tensors |= {f"{name}/{key}": getattr(one, key).contiguous() for key in _TENSORS}
+            tensors |= {f"{name}/acts.{key}": getattr(one.acts, key).contiguous() for key in _SPARSE}
+        return tensors
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> Baseline:

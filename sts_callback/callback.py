@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from sts_callback import terminal
+from sts_callback import ranks, terminal
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.domains.reader import Source
 from sts_callback.domains.starter import choose_domains
-from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo
+from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, StsError
+from sts_callback.guard import Guard
 from sts_callback.model.capture import undisturbed
 from sts_callback.monitor import Monitor
+from sts_callback.overhead import Overhead, first_guess
 from sts_callback.policy import fewest_queries, judge_drift, judge_forecast, short_of_queries
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
 from sts_callback.runlog import RunLog
 from sts_callback.scoring import rank_agreement
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from sts_callback.model.encoder import SaeSource
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 CheckOn = Literal["save", "evaluate"] | int
 Action = Literal["warn", "checkpoint", "stop"] | Callable[[Verdict], object]
+
+_STATE_KEY = "sts_callback"
+_N_SHARED = "sts/n_shared_features"
 
 
 class STSCallback(TrainerCallback):
@@ -49,6 +54,9 @@ class STSCallback(TrainerCallback):
 
     """
 
+    _last_state: ClassVar[Callable[[], TrainerState | None]] = lambda: None
+    """The state of the trainer that last began, by which two callbacks in one trainer know each other."""
+
     def __init__(
         self,
         sae: SaeSource | Sequence[SaeSource],
@@ -60,6 +68,7 @@ class STSCallback(TrainerCallback):
         action: Action = "warn",
         on_forecast: Literal["warn", "refuse"] = "warn",
         on_error: Literal["warn", "raise"] = "warn",
+        max_overhead: float | None = 0.01,
         probes: ProbeConfig | None = None,
         policy: PolicyConfig | None = None,
     ) -> None:
@@ -77,6 +86,9 @@ class STSCallback(TrainerCallback):
             action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict.
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
+            max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
+                put off until the next one that is due and does not. The last one, when training ends, is always made. None
+                checks whenever asked.
             probes: how texts become probes.
             policy: thresholds of the verdict; its budgets are those of `protect`.
 
@@ -94,6 +106,8 @@ class STSCallback(TrainerCallback):
         _one_of("action", action, ("warn", "checkpoint", "stop"), "a function of the verdict", callable(action))
         _one_of("on_forecast", on_forecast, ("warn", "refuse"))
         _one_of("on_error", on_error, ("warn", "raise"))
+        if max_overhead is not None and max_overhead <= 0:
+            raise ConfigError(f"max_overhead: got {max_overhead!r}; allowed is a share above 0, or None for no limit.")
         self._saes = list(sae) if isinstance(sae, (list, tuple)) else [sae]
         if not self._saes:
             raise ConfigError("sae: got none; allowed is one SAE or a list of at least one.")
@@ -103,11 +117,21 @@ class STSCallback(TrainerCallback):
         self._probes = probes or ProbeConfig()
         self._check_on, self._action = check_on, action
         self._on_forecast, self._on_error = on_forecast, on_error
+        self._max_overhead = 1.0 if max_overhead is None else max_overhead
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._monitor: Monitor | None = None
         self._log: RunLog
-        self._history: list[DriftSnapshot] = []
+        self._guard: Guard
+        self._overhead: Overhead
+        self._recent: list[DriftSnapshot] = []
+        self._last_check = 0
+        self._is_postponed = False
         self._alarmed: tuple[str, ...] = ()
+        self._others: list[Forecast] = []
+        self._step_zero: dict[str, Any] = {}
+        self._train_batch_size: int | None = None
+        self._batch_tokens = self._probes.batch_tokens
+        self._bars = True
         self.forecast: Forecast | None = None
         """The forecast, from train begin on."""
         self.verdict: Verdict | None = None
@@ -128,38 +152,87 @@ class STSCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline; after a resume, take up the ones of the run's first session."""
-        self._monitor = None
-        self._log = RunLog(Path(args.output_dir or ".") / "sts")
-        with undisturbed(kwargs["model"]):  # loading, tokenising and drawing must not touch the run either
-            monitor = self._made_monitor(self._saes if state.global_step == 0 else self._saes[:1], state, **kwargs)
-            if state.global_step == 0:
-                self._begin(monitor, state)
-            else:
-                self._guarded(state, lambda: self._resume(monitor, state))
+        if STSCallback._last_state() is state:
+            raise ConfigError(
+                "callbacks: the trainer has two STSCallbacks, which would share one folder and one set of log keys; keep one. "
+                "sae=[...] takes several SAEs, domains={...} any number of domains."
+            )
+        model, restarts = kwargs["model"], self._restarts(args, state)
+        begins = state.global_step == 0 and not restarts
+        found = self._step_zero if restarts else dict(_kept_with_checkpoints(state).get(_STATE_KEY, {}))
+        self._monitor, self._recent, self._last_check, self._alarmed, self._is_postponed = None, [], 0, (), False
+        self._train_batch_size = state.train_batch_size
+        self._log = RunLog(Path(args.output_dir or ".") / "sts", anew=begins)
+        self._guard = Guard(self._log, raises=self._on_error == "raise")
+        self._bars = state.is_world_process_zero and not args.disable_tqdm
+
+        # Step 0 can only be compared with in the batches that it was read in.
+        self._batch_tokens = self._probes.batch_tokens if begins else found.get("batch_tokens", self._probes.batch_tokens)
+
+        def prepared(batch_tokens: int) -> Monitor:
+            probes = dataclasses.replace(self._probes, batch_tokens=batch_tokens)
+            self._batch_tokens = batch_tokens
+            with undisturbed(model):  # loading, tokenising and drawing must not touch the run either
+                monitor = self._made_monitor(self._saes if begins else self._saes[:1], probes, **kwargs)
+                if begins:
+                    self._require_power(monitor)
+                    self.forecast, *self._others = monitor.forecasts()
+            return monitor
+
+        monitor = None
+        if begins or found:
+            monitor = self._guard.measure(
+                state, "forecast" if begins else "resume", prepared, self._batch_tokens, passes=(StsError,)
+            )
+        else:
+            self._guard.run(state, "resume", _refuse_unwatched)
+        if monitor is not None and begins:
+            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), passes=(StsError,))
+        elif monitor is not None:
+            self._guard.run(state, "resume", lambda: self._resume(monitor, found, state))
+        if ranks.worst(int(self._monitor is None)):  # all watch, or none: they wait for one another at each check
+            self._monitor = None
+        STSCallback._last_state = weakref.ref(state)
+        expected_s = self._recent[-1].seconds if self._recent else self._first_guess()
+        self._overhead = Overhead(self._max_overhead, expected_s)
+        if self._check_on == "save" and not begins and self._monitor is not None:
+            self._guard.run(state, "resume", lambda: self._catch_up(state, control, model))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at a save, if that is when."""
         if self._check_on == "save":
-            self._check(state, control)
+            self._check(state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at an evaluation, if that is when."""
         if self._check_on == "evaluate":
-            self._check(state, control)
+            self._check(state, control, kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift every so many steps, if that is when."""
         if isinstance(self._check_on, int) and state.global_step % self._check_on == 0:
-            self._check(state, control)
+            self._check(state, control, kwargs["model"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the final weights, if the last check was not of them."""
         if not args.load_best_model_at_end:  # else the weights are no longer those of this step
-            self._check(state, control)
-        if self._monitor is not None and state.is_world_process_zero:
-            tqdm.write(f"STS files of this run: {self._log.folder}")
+            self._check(state, control, kwargs["model"], always=True)
+        if state.is_world_process_zero:
+            self._guard.run(state, "run log", self._log.write_waiting_faults)
+            if self._monitor is not None:
+                self._guard.run(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"))
+        self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
 
-    def _made_monitor(self, saes: Sequence[SaeSource], state: TrainerState, **kwargs: Any) -> Monitor:
+    def _restarts(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether `auto_find_batch_size` begins again in the same call, with weights that have been trained already."""
+        return (
+            args.auto_find_batch_size
+            and self._monitor is not None  # it is let go when training ends
+            and state.global_step == 0
+            and (state.train_batch_size or 0) < (self._train_batch_size or 0)
+        )
+
+    def _made_monitor(self, saes: Sequence[SaeSource], probes: ProbeConfig, **kwargs: Any) -> Monitor:
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if tokenizer is None:
@@ -170,8 +243,8 @@ class STSCallback(TrainerCallback):
             sae=saes,
             train_data=self._found_train_data(kwargs.get("train_dataloader")),
             domains=self._domains,
-            config=self._probes,
-            progress=state.is_world_process_zero,
+            config=probes,
+            progress=self._bars,
         )
 
     def _found_train_data(self, dataloader: Any) -> Source:
@@ -187,25 +260,33 @@ class STSCallback(TrainerCallback):
         raise DataError("train_data: the trainer has no training data set; give examples as STSCallback(train_data=...).")
 
     def _begin(self, monitor: Monitor, state: TrainerState) -> None:
-        self._require_power(monitor)
-        forecasts = monitor.forecasts()
-        self.forecast = forecasts[0]
+        assert self.forecast is not None and monitor.baseline is not None
         self.verdict = judge_forecast(self.forecast, self._policy)
-        self._history, self._alarmed, self._monitor = [], (), monitor
+        self._monitor = monitor
+        self._step_zero = {"baseline": monitor.baseline.digest, "batch_tokens": self._batch_tokens}
+        # Into `trainer_state.json`: a checkpoint then tells whose baseline it goes with. Not a class name, see `ExportableState`.
+        _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
         if state.is_world_process_zero:
-            self._log.start_anew()
-            self._log.write_forecast(self.forecast, self.verdict, forecasts[1:])
-            assert monitor.baseline is not None
-            monitor.baseline.save(self._log.baseline_file)
-            self._log.append_words(monitor.words())
-            tqdm.write(terminal.forecast_table(self.forecast, self.verdict))
-            if len(forecasts) > 1:
-                tqdm.write(terminal.layers_table(forecasts, [rank_agreement(self.forecast, f) for f in forecasts]))
+            self._guard.run(state, "run log", self._write_step_zero)
+            self._guard.run(state, "screen", self._show_forecast)
         if self.verdict.decision == "no-go" and self._on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(self.verdict.threatened)}. "
                 f"{self.verdict.explanation} Change the data, raise the budget, or take on_forecast='warn'."
             )
+
+    def _write_step_zero(self) -> None:
+        assert self._monitor is not None and self._monitor.baseline is not None and self.forecast is not None
+        self._log.write_forecast(self.forecast, judge_forecast(self.forecast, self._policy), self._others)
+        self._log.append_words(self._monitor.words())
+        self._monitor.baseline.save(self._log.baseline_file)
+
+    def _show_forecast(self) -> None:
+        assert self.forecast is not None and self.verdict is not None
+        tqdm.write(terminal.forecast_table(self.forecast, self.verdict))
+        if self._others:
+            forecasts = [self.forecast, *self._others]
+            tqdm.write(terminal.layers_table(forecasts, [rank_agreement(self.forecast, f) for f in forecasts]))
 
     def _require_power(self, monitor: Monitor) -> None:
         """Refuse probes that could never raise an alarm, however bad the harm."""
@@ -216,31 +297,96 @@ class STSCallback(TrainerCallback):
                 f"{fewest_queries(self._policy)}. Give more rows, raise ProbeConfig(n_queries=...), or protect fewer domains."
             )
 
-    def _resume(self, monitor: Monitor, state: TrainerState) -> None:
-        self.forecast = self._log.read_forecast()
-        monitor.restore(self._log.baseline_file, self.forecast)
-        self._history = self._log.checks_before(state.global_step)
-        self._monitor = monitor
+    def _resume(self, monitor: Monitor, step_zero: dict[str, Any], state: TrainerState) -> None:
+        forecast = self._log.read_forecast()
+        monitor.restore(self._log.baseline_file, forecast)
+        assert monitor.baseline is not None
+        if monitor.baseline.digest != step_zero["baseline"]:
+            raise CannotTell(
+                f"baseline: {self._log.baseline_file} was made at step 0 of another run than this checkpoint's; put back the "
+                "folder sts of this run, or start the run anew."
+            )
+        if state.is_world_process_zero and (n_damaged := self._log.take_up(state.global_step)):
+            self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
+        checks = self._log.judged_checks(state.global_step)
+        self.forecast, self.verdict = forecast, judge_forecast(forecast, self._policy)
+        if checks:
+            self._recent = [snapshot for snapshot, _ in checks][-self._policy.patience :]
+            self._last_check, self.verdict = self._recent[-1].step, checks[-1][1]
+            self._alarmed = self.verdict.threatened if self.verdict.decision == "no-go" else ()
+            if self._last_check == state.global_step and not any(
+                row.get("step") == state.global_step and _N_SHARED in row for row in state.log_history
+            ):  # the check came after the save, so its row is not in the checkpoint
+                state.log_history.append(
+                    {"step": state.global_step, "epoch": state.epoch or 0.0, **_check_scalars(self._recent[-1])}
+                )
+        self._step_zero, self._monitor = step_zero, monitor
+        _kept_with_checkpoints(state)[_STATE_KEY] = dict(step_zero)
 
-    def _check(self, state: TrainerState, control: TrainerControl) -> None:
-        if self._monitor is None or (self._history and self._history[-1].step == state.global_step):
+    def _catch_up(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        """Make the check that a kill may have prevented after the save that is resumed from."""
+        if not ranks.from_first(self._log.postponed_since(self._last_check, state.global_step)):
+            self._check(state, control, model, always=True)
+
+    def _first_guess(self) -> float:
+        if self.forecast is None:
+            return 0.0
+        return first_guess(self.forecast.seconds_by_part.get("readings", self.forecast.seconds))
+
+    def _check(self, state: TrainerState, control: TrainerControl, model: nn.Module, *, always: bool = False) -> None:
+        if self._monitor is None or state.global_step in (0, self._last_check):
             return
-        self._guarded(state, lambda: self._checked(state, control))
+        with self._overhead.counted():
+            if always or ranks.from_first(self._overhead.affords_check):
+                monitor = self._monitor
+                self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model))
+            elif not self._is_postponed:  # said once, until a check is made
+                self._is_postponed = True
+                self._postpone(state)
 
-    def _checked(self, state: TrainerState, control: TrainerControl) -> None:
-        assert self._monitor is not None
-        snapshot = self._monitor.check(state.global_step)
-        self._history.append(snapshot)
-        self.verdict = verdict = judge_drift(self._history, self._policy)
+    def _postpone(self, state: TrainerState) -> None:
+        overhead = self._overhead
+        reason = (
+            f"a check takes about {overhead.check_s:.1f} s and {overhead.spent_s:.1f} s went into checks so far, more than "
+            f"max_overhead={self._max_overhead:g} allows after {overhead.training_s:.1f} s of training; it is made when one is "
+            "due and affordable, at the latest when training ends. max_overhead=None checks whenever asked."
+        )
+        logger.warning("STS check at step %d is postponed: %s", state.global_step, reason)
         if state.is_world_process_zero:
-            self._log.append_check(snapshot, verdict)
-            self._log.append_words(self._monitor.words(snapshot.train.top_features))
-            tqdm.write(terminal.check_lines(snapshot, verdict, self._probes.n_features))
-        self._log_scalars(state, control, snapshot)
+            self._guard.run(state, "run log", lambda: self._log.append_postponed(state.global_step, reason))
+
+    def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        step, before_s = state.global_step, self._overhead.spent_s
+
+        def measured(batch_tokens: int) -> DriftSnapshot:
+            if not monitor.watches(model):
+                raise CannotTell("model: the trainer has another one now than at step 0; train() anew to have it watched.")
+            self._batch_tokens = batch_tokens  # where memory did not suffice once, later checks need not try again
+            return monitor.check(step, batch_tokens=batch_tokens)
+
+        snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
+        if snapshot is None:
+            return
+        self._recent = [*self._recent, snapshot][-self._policy.patience :]
+        self._last_check, self._is_postponed = step, False
+        self.verdict = verdict = judge_drift(self._recent, self._policy)
         alarmed = verdict.threatened if verdict.decision == "no-go" else ()
-        if set(alarmed) - set(self._alarmed):
-            self._act(verdict, control)
-        self._alarmed = alarmed
+        is_new, self._alarmed = set(alarmed) - set(self._alarmed), alarmed
+        if state.is_world_process_zero:
+            self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict))
+            lines = terminal.check_lines(snapshot, verdict, self._probes.n_features)
+            self._guard.run(state, "screen", lambda: tqdm.write(lines))
+        self._overhead.learn(self._overhead.spent_s - before_s)
+        self._guard.run(state, "trainer's log", lambda: self._log_scalars(state, control, snapshot))
+        if ranks.from_first(bool(is_new)):  # it may set flags, which must be the same everywhere
+            self._guard.run(state, "action", lambda: self._act(verdict, control))
+
+    def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
+        """The line of the check comes last: where it stands, all of the check has been written."""
+        if not self._log.baseline_file.exists():  # deleted, or the disk was full
+            self._write_step_zero()
+        self._log.append_words(monitor.words(snapshot.train.top_features))
+        self._log.append_check(snapshot, verdict)
 
     def _act(self, verdict: Verdict, control: TrainerControl) -> None:
         if callable(self._action):
@@ -252,30 +398,40 @@ class STSCallback(TrainerCallback):
 
     def _log_scalars(self, state: TrainerState, control: TrainerControl, snapshot: DriftSnapshot) -> None:
         """A row of its own in the trainer's log: drift and NLL change a domain, in Python floats."""
-        row: dict[str, float] = {"sts/n_shared_features": float(snapshot.n_shared), "sts/check_s": snapshot.seconds}
-        for d in (snapshot.train, *snapshot.domains.values()):
-            row |= {f"sts/{d.name}/drift": d.relative_drift.value, f"sts/{d.name}/nll_change": d.nll_change.value}
+        row = _check_scalars(snapshot) | {
+            "sts/overhead_s": self._overhead.spent_s,
+            "sts/overhead_share": self._overhead.share,
+        }
         trainer = self._trainer()
         if trainer is None:
-            state.log_history.append({"step": state.global_step, "epoch": state.epoch, **row})
+            state.log_history.append({"step": state.global_step, "epoch": state.epoch or 0.0, **row})
             return
         should_log = control.should_log
-        Trainer.log(trainer, row)  # the base method: TRL's own would flush its running means early
-        control.should_log = should_log  # logging clears it, and the step's loss row would vanish
-
-    def _guarded(self, state: TrainerState, work: Callable[[], None]) -> None:
-        """Run our own work; a failure of it is recorded and, unless the user wants it raised, survived."""
         try:
-            work()
-        except Exception as error:
-            if self._on_error == "raise":
-                raise
-            logger.warning("STS could not measure at step %d and trains on: %r", state.global_step, error)
-            if state.is_world_process_zero:
-                try:
-                    self._log.append_fault(state.global_step, traceback.format_exc())
-                except OSError as write_error:
-                    logger.warning("STS could not record that either: %r", write_error)
+            Trainer.log(trainer, row)  # the base method: TRL's own would flush its running means early
+        finally:
+            control.should_log = should_log  # logging clears it, and the step's loss row would vanish
+
+
+def _check_scalars(snapshot: DriftSnapshot) -> dict[str, float]:
+    """Of one check, the numbers for the trainer's log."""
+    row: dict[str, float] = {_N_SHARED: float(snapshot.n_shared), "sts/check_s": snapshot.seconds}
+    for d in (snapshot.train, *snapshot.domains.values()):
+        row |= {f"sts/{d.name}/drift": d.relative_drift.value, f"sts/{d.name}/nll_change": d.nll_change.value}
+    return row
+
+
+def _refuse_unwatched() -> None:
+    raise CannotTell(
+        "baseline: the run was begun without this callback, and drift can be measured only from step 0. Training goes on "
+        "unwatched; to have it watched, start the run anew."
+    )
+
+
+def _kept_with_checkpoints(state: TrainerState) -> dict[str, Any]:
+    kept: Any = state.stateful_callbacks  # annotated as what it is made from
+    assert isinstance(kept, dict)
+    return kept
 
 
 def _one_of(field: str, value: object, names: tuple[str, ...], or_else: str = "", otherwise: bool = False) -> None:

@@ -100,6 +100,10 @@ class Monitor:
         """How each SAE fits, after `examine` or `forecast`."""
         self._forecast: Forecast | None = None
 
+    def watches(self, model: nn.Module) -> bool:
+        """Whether this is the model that it measures."""
+        return model is self._model
+
     def examine(self, policy: PolicyConfig) -> tuple[Check, ...]:
         """Whether SAE, model and probes allow an answer: what `sts-callback doctor` shows. No forecast is made.
 

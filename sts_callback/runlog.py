@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,23 @@ from sts_callback.records import DriftSnapshot, FeatureInWords, Forecast, Verdic
 class RunLog:
     """Files of one run, under `<output_dir>/sts/`."""
 
-    def __init__(self, folder: Path) -> None:
-        """Name the folder; nothing is written yet."""
+    def __init__(self, folder: Path, *, anew: bool = False) -> None:
+        """Name the folder; nothing is written yet.
+
+        Args:
+            folder: where the files are.
+            anew: whether what is there is another run's, to be moved aside before anything is written.
+
+        """
         self.folder = folder
         self.baseline_file = folder / "baseline.safetensors"
         self._forecast_file = folder / "forecast.json"
         self._drift_file = folder / "drift.jsonl"
         self._features_file = folder / "features.jsonl"
+        self._skipped_file = folder / "skipped.jsonl"
         self._faults_file = folder / "faults.jsonl"
+        self._holds_another_run = anew
+        self._unwritten_faults: deque[dict[str, Any]] = deque(maxlen=100)
 
     def start_anew(self) -> None:
         """Make the folder; what an earlier run left in it is moved aside to `sts.1`, `sts.2` and so on."""
@@ -33,6 +42,26 @@ class RunLog:
                 number += 1
             self.folder.rename(self.folder.with_name(f"{self.folder.name}.{number}"))
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._holds_another_run = False
+
+    def take_up(self, step: int) -> int:
+        """Go on after a resume: lines of checks beyond its step will be written again, and lines cut off by a kill hold nothing.
+
+        Args:
+            step: optimizer steps done at the checkpoint.
+
+        Returns:
+            How many lines were damaged and are gone.
+
+        """
+        n_damaged = 0
+        for file, step_of in ((self._drift_file, _checked_step), (self._skipped_file, _skipped_step)):
+            if file.exists():
+                rows = [(step_of(row), row) for row in _rows(file)]
+                n_damaged += sum(at is None for at, _ in rows)
+                kept = {at: row for at, row in rows if at is not None and at <= step}
+                _write_whole(file, "".join(json.dumps(kept[at]) + "\n" for at in sorted(kept)))
+        return n_damaged
 
     def write_forecast(self, forecast: Forecast, verdict: Verdict, others: Sequence[Forecast] = ()) -> None:
         """Write forecast and verdict, and the forecasts of further SAEs, whole or not at all."""
@@ -41,9 +70,8 @@ class RunLog:
             "verdict": verdict.to_dict(),
             "other_saes": [other.to_dict() for other in others],
         }
-        scratch = self._forecast_file.with_suffix(".part")
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, self._forecast_file)
+        self._make_ready()
+        _write_whole(self._forecast_file, json.dumps(content, indent=1) + "\n")
 
     def read_forecast(self) -> Forecast:
         """Read the forecast of this run.
@@ -66,38 +94,98 @@ class RunLog:
 
     def append_words(self, words: Sequence[FeatureInWords]) -> None:
         """Append features in words, those that were not told before."""
-        told = {row["feature"] for row in _whole_rows(self._features_file)}
+        told = {row.get("feature") for row in _rows(self._features_file)}
         for feature in words:
             if feature.feature not in told:
                 self._append(self._features_file, feature.to_dict())
 
-    def append_fault(self, step: int, trace: str) -> None:
-        """Append a failure of ours that training survived."""
-        self._append(self._faults_file, {"step": step, "trace": trace})
+    def append_postponed(self, step: int, reason: str) -> None:
+        """Append that a check which was due was put off."""
+        self._append(self._skipped_file, {"step": step, "reason": reason})
 
-    def checks_before(self, step: int) -> list[DriftSnapshot]:
-        """Checks up to a step, in order. Of a stretch that was run twice after a resume, the later one counts."""
-        by_step: dict[int, DriftSnapshot] = {}
-        for row in _whole_rows(self._drift_file):
-            snapshot = DriftSnapshot.from_dict(row["snapshot"])
-            by_step[snapshot.step] = snapshot
+    def append_fault(self, step: int, what: str, error: str, trace: str) -> None:
+        """Append a failure of ours that training survived; what cannot be written waits for the next call."""
+        self._unwritten_faults.append({"step": step, "what": what, "error": error, "trace": trace})
+        self.write_waiting_faults()
+
+    def write_waiting_faults(self) -> None:
+        """Write faults that could not be written when they happened."""
+        while self._unwritten_faults:
+            self._append(self._faults_file, self._unwritten_faults[0])
+            self._unwritten_faults.popleft()
+
+    def judged_checks(self, step: int) -> list[tuple[DriftSnapshot, Verdict]]:
+        """Checks up to a step with their verdicts, in order. Of a stretch that was run twice after a resume, the later counts."""
+        by_step = {found[0].step: found for found in map(_check_in, _rows(self._drift_file)) if found is not None}
         return [by_step[s] for s in sorted(by_step) if s <= step]
 
-    @staticmethod
-    def _append(file: Path, content: object) -> None:
-        torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+    def checks_before(self, step: int) -> list[DriftSnapshot]:
+        """The same checks without verdicts."""
+        return [snapshot for snapshot, _ in self.judged_checks(step)]
+
+    def postponed_since(self, last_check: int, step: int) -> bool:
+        """Whether a check that was due after the last one, up to a step, was put off."""
+        steps = map(_skipped_step, _rows(self._skipped_file))
+        return any(at is not None and last_check < at <= step for at in steps)
+
+    def _make_ready(self) -> None:
+        """Make the folder, also again after it was deleted; never write into that of another run."""
+        if self._holds_another_run:
+            self.start_anew()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _append(self, file: Path, content: object) -> None:
+        self._make_ready()
+        torn = file.exists() and _last_byte(file) not in (b"", b"\n")
         with file.open("a", encoding="utf-8") as lines:
             lines.write(("\n" if torn else "") + json.dumps(content) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
 
 
-def _whole_rows(file: Path) -> list[Any]:
-    """What stands in the lines that a kill has not cut off."""
+def _last_byte(file: Path) -> bytes:
+    with file.open("rb") as content:
+        content.seek(max(0, content.seek(0, os.SEEK_END) - 1))
+        return content.read(1)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    scratch = file.with_suffix(".part")
+    try:
+        with scratch.open("w", encoding="utf-8") as content:
+            content.write(text)
+            content.flush()
+            os.fsync(content.fileno())
+        os.replace(scratch, file)
+    finally:  # a full disk must not be filled further by half a file
+        scratch.unlink(missing_ok=True)
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """What stands in each line; nothing for one that a kill or damage has left unreadable."""
     if not file.exists():
-        return []
-    whole = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            whole.append(json.loads(line))
-    return whole
+        return
+    for line in file.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            row = {}
+        yield row if isinstance(row, dict) else {}
+
+
+def _check_in(row: dict[str, Any]) -> tuple[DriftSnapshot, Verdict] | None:
+    """The check in a line of `drift.jsonl`; None if this version finds none there."""
+    try:
+        return DriftSnapshot.from_dict(row["snapshot"]), Verdict.from_dict(row["verdict"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _checked_step(row: dict[str, Any]) -> int | None:
+    found = _check_in(row)
+    return None if found is None else found[0].step
+
+
+def _skipped_step(row: dict[str, Any]) -> int | None:
+    step = row.get("step")
+    return step if isinstance(step, int) else None

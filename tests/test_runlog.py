@@ -145,9 +145,10 @@ def test_a_first_line_torn_to_nothing_is_no_obstacle(log: RunLog) -> None:
 def test_faults_are_lines_whatever_their_trace_holds(log: RunLog) -> None:
     traces = ['Traceback:\n  File "x"\nValueError: ±\u2028"', "again"]
     for step, trace in enumerate(traces):
-        log.append_fault(step, trace)
+        log.append_fault(step, "drift check", "ValueError('±')", trace)
     lines = [json.loads(line) for line in (log.folder / "faults.jsonl").read_text().splitlines()]
-    assert lines == [{"step": step, "trace": trace} for step, trace in enumerate(traces)]
+    known = {"what": "drift check", "error": "ValueError('±')"}
+    assert lines == [{"step": step, "trace": trace, **known} for step, trace in enumerate(traces)]
 
 
 def test_a_feature_is_told_once_also_after_a_resume(log: RunLog) -> None:

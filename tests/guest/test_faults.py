@@ -1,0 +1,863 @@
+"""What goes wrong around a run, and what becomes of it: a table of faults, each of them injected.
+
+The result of training is always that of the same run without the callback. `FAULTS.md` beside this file is the table as the
+tests saw it; `STS_WRITE_FAULTS=1 pytest tests/guest/test_faults.py` writes it anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from sts_callback import STSCallback
+from sts_callback.errors import ConfigError, DataError, SaeError, StsError
+from sts_callback.records import Verdict
+from test_callback import TINY_DOMAINS, made_callback
+from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
+
+TABLE = Path(__file__).parent / "FAULTS.md"
+N_STEPS = 3
+
+
+class Scene:
+    """One run, and what is wrong with it."""
+
+    def __init__(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.out, self.monkeypatch = out, monkeypatch
+        self.watched = False
+        self.step = 0
+        self.model: nn.Module = tiny_model("llama")
+        self.tokenizer = tiny_tokenizer()
+        self.args: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
+        self.train_dataset: Any = None
+        self.callbacks: list[TrainerCallback] = []
+        self.steps_of_interest: dict[int, Callable[[], object]] = {}
+        self.is_attached = False
+        self.train: Callable[[Trainer], object] = lambda trainer: trainer.train()
+
+    def on_probe(self, spoil: Callable[[torch.Tensor], torch.Tensor], *, steps: set[int]) -> None:
+        """Do something to the activations of our own forwards at some steps; those of training are not touched."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            return spoil(output) if not module.training and self.step in steps else None
+
+        self.model.model.layers[0].register_forward_hook(hook)
+
+    def at(self, step: int, do: Callable[[], object]) -> None:
+        """Do something at the end of a step, before the callback's turn."""
+        self.steps_of_interest[step] = do
+
+    def tokenised(self, n: int = 40) -> Dataset:
+        plain = tiny_tokenizer()
+        made = []
+        for row in rows(n):
+            prompt, answer = plain(row["prompt"])["input_ids"], plain(row["completion"])["input_ids"]
+            made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        return Dataset.from_list(made, features=None if made else None)
+
+    def trainer(self) -> Trainer:
+        scene = self
+
+        class Steps(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                scene.step = state.global_step
+                if state.global_step in scene.steps_of_interest:
+                    scene.steps_of_interest[state.global_step]()
+
+        args: dict[str, Any] = {
+            "output_dir": str(self.out),
+            "max_steps": N_STEPS,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 5e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "seed": 3,
+            **self.args,
+        }
+        ours = [made_callback(**{"check_on": 1, **self.options})] if self.watched else []
+        trainer = Trainer(
+            model=self.model,
+            args=TrainingArguments(**args),
+            train_dataset=self.tokenised() if self.train_dataset is None else self.train_dataset,
+            processing_class=self.tokenizer,
+            data_collator=padded,
+            callbacks=[Steps(), *ours, *(self.callbacks if self.watched else [])],
+        )
+        for callback in ours if self.is_attached else []:
+            callback.attach(trainer)
+        return trainer
+
+
+def padded(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch, padded with zeros: also for a tokenizer that knows no padding."""
+    width = max(len(f["input_ids"]) for f in features)
+
+    def filled(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([[*f[name], *[value] * (width - len(f[name]))] for f in features])
+
+    ids = filled("input_ids", 0)
+    return {"input_ids": ids, "labels": filled("labels", -100), "attention_mask": (ids != 0).long()}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table."""
+
+    name: str
+    inject: Callable[[Scene], object]
+    becomes: str
+    """What happens, in words, for the table."""
+    checks: tuple[int, ...] = (1, 2, 3)
+    """Steps whose checks are in the run log at the end."""
+    recorded: tuple[tuple[int, str, str], ...] = ()
+    """Faults in the run log: step, what failed, part of the error."""
+    raises: type[BaseException] | None = None
+    """What `on_error="raise"` raises, where something failed."""
+    refused: tuple[type[BaseException], str] | None = None
+    """With what the run is refused before its first step."""
+
+
+# What is wrong with the model's forward in our passes.
+
+
+def nan(x: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(x, float("nan"))
+
+
+def infinite(x: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(x, float("inf"))
+
+
+def raising(error: BaseException, n_times: int = 10**9) -> Callable[[torch.Tensor], torch.Tensor]:
+    left = [n_times]
+
+    def spoil(x: torch.Tensor) -> torch.Tensor:
+        if left[0] == 0:
+            return x
+        left[0] -= 1
+        raise error
+
+    return spoil
+
+
+def out_of_memory() -> RuntimeError:
+    return RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+# What is wrong with the disk.
+
+
+def disk_full(scene: Scene, from_step: int, to_step: int, part: str = "") -> None:
+    """Nothing whose name has that part can be written into the run's folder."""
+    original = Path.open
+
+    def full(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if from_step <= scene.step <= to_step and path.parent.name == "sts" and part in path.name and mode in ("a", "w"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(path, mode, *args, **kwargs)
+
+    scene.monkeypatch.setattr(Path, "open", full)
+
+
+def read_only(scene: Scene) -> None:
+    original = Path.mkdir
+
+    def refused(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name == "sts":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        original(path, *args, **kwargs)
+
+    scene.monkeypatch.setattr(Path, "mkdir", refused)
+
+
+def file_in_place_of_folder(scene: Scene) -> None:
+    (scene.out / "sts").write_text("mine")
+
+
+def resumed(damage: Callable[[Path], object] = lambda folder: None, **changed: Any) -> Callable[[Scene], None]:
+    """Stop after step 2, do damage to the run's folder, resume from the save at step 2."""
+
+    def inject(scene: Scene) -> None:
+        scene.args |= {"save_strategy": "steps", "save_steps": 2}
+
+        def train(trainer: Trainer) -> None:
+            if scene.watched:
+                trainer.train()
+                damage(scene.out / "sts")
+                scene.options |= changed
+                scene.step = 0
+                trainer = scene.last = scene.trainer()  # type: ignore[attr-defined]
+                trainer.train(resume_from_checkpoint=str(scene.out / "checkpoint-2"))
+            else:
+                trainer.train()
+
+        scene.train = train
+
+    return inject
+
+
+def cut(file: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-100])
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = folder / "baseline.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def tear(garbage: bytes) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        lines = (folder / "drift.jsonl").read_bytes().splitlines(keepends=True)
+        (folder / "drift.jsonl").write_bytes(lines[0] + garbage + b"".join(lines[1:]))
+
+    return damage
+
+
+# What is wrong with tokenizer, texts and names.
+
+
+def without(*tokens: str) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        for token in tokens:
+            setattr(scene.tokenizer, token, None)
+
+    return inject
+
+
+def domains(**changed: Any) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        scene.options["domains"] = {**TINY_DOMAINS, **changed}
+
+    return inject
+
+
+def named(name: str) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        scene.options |= {"domains": {name: TINY_DOMAINS["near"]}, "protect": [name]}
+
+    return inject
+
+
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
+    for i in range(30)
+]
+SCRIPTS = [{"prompt": f"{i} を足すと何になりますか。", "completion": f" إنها {i + 1}"} for i in range(30)]
+EMPTY = [{"prompt": "", "completion": ""}]
+
+
+class Unreadable:
+    """A data set that fails when it is read."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Any:
+        raise RuntimeError("the bucket is gone")
+
+
+def undecodable(scene: Scene) -> None:
+    file = scene.out / "near.jsonl"
+    file.write_bytes(b'{"prompt": "\xff\xfe", "completion": "x"}\n' * 30)
+    scene.options["domains"] = {"near": str(file)}
+
+
+# What is wrong with how the callback is used.
+
+
+def alarming(scene: Scene, action: Callable[[Verdict], object]) -> None:
+    """Every check alarms."""
+    scene.options["action"] = action
+    alarm = Verdict("no-go", ("near",), {"near": "suffers."}, 1)
+    scene.monkeypatch.setattr("sts_callback.callback.judge_drift", lambda history, policy: alarm)
+
+
+def broken_action(scene: Scene) -> None:
+    def action(verdict: Verdict) -> None:
+        raise LookupError("pager is down")
+
+    alarming(scene, action)
+
+
+def two_callbacks(scene: Scene) -> None:
+    scene.callbacks.append(made_callback())
+
+
+def same_callback_twice(scene: Scene) -> None:
+    scene.train = lambda trainer: (
+        trainer.add_callback(next(c for c in trainer.callback_handler.callbacks if isinstance(c, STSCallback))),
+        trainer.train(),
+    )
+
+
+def twice(between: Callable[[Trainer], object] = lambda trainer: None) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        def train(trainer: Trainer) -> None:
+            trainer.train()
+            between(trainer)
+            trainer.optimizer = trainer.lr_scheduler = None
+            scene.step = 0
+            trainer.train()
+
+        scene.train = train
+
+    return inject
+
+
+def use_model(trainer: Trainer, model: nn.Module) -> None:
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
+
+
+def lora(scene: Scene) -> None:
+    torch.manual_seed(1)
+    scene.model = get_peft_model(scene.model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def merged_in_between(scene: Scene) -> None:
+    lora(scene)
+    twice(lambda trainer: use_model(trainer, trainer.model.merge_and_unload().requires_grad_()))(scene)
+
+
+def swapped_in_mid_run(scene: Scene) -> None:
+    scene.at(2, lambda: scene.monkeypatch.setattr(scene.last.callback_handler, "model", tiny_model("llama", seed=4)))
+
+
+# What is wrong with model and SAE.
+
+
+def meta_sae(scene: Scene) -> None:
+    scene.options["sae"] = rotated_sae().to("meta")
+
+
+def nan_sae(scene: Scene) -> None:
+    sae = rotated_sae()
+    sae.W_enc.data[0, 0] = float("nan")
+    scene.options["sae"] = sae
+
+
+def hub_out_of_reach(scene: Scene) -> None:
+    scene.monkeypatch.setenv("HF_HOME", str(scene.out / "cache"))
+    scene.options["sae"] = "gemma-scope-2-270m-pt-res/layer_12_width_16k_l0_small"
+
+
+def split_over_devices(scene: Scene) -> None:
+    places: dict[str, Any] = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "cpu" for i in range(4)}
+    scene.model = dispatch_model(scene.model, places, main_device="cpu", force_hooks=True)
+
+
+def typed(dtype: torch.dtype) -> Callable[[Scene], None]:
+    return lambda scene: setattr(scene, "model", scene.model.to(dtype))
+
+
+def frozen_but_the_head(scene: Scene) -> None:
+    scene.model.requires_grad_(False)
+    scene.model.lm_head.requires_grad_(True)
+
+
+def tied(scene: Scene) -> None:
+    scene.model.lm_head.weight = scene.model.model.embed_tokens.weight
+
+
+def default_dtype(scene: Scene) -> None:
+    def train(trainer: Trainer) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            trainer.train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    scene.train = train
+
+
+def deterministic(scene: Scene) -> None:
+    def train(trainer: Trainer) -> None:
+        torch.use_deterministic_algorithms(True)
+        try:
+            trainer.train()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    scene.train = train
+
+
+# What is wrong with the world around.
+
+
+def clock_backwards(scene: Scene) -> None:
+    now = iter(range(10**9, 0, -1))
+    scene.monkeypatch.setattr(time, "time", lambda: float(next(now)))
+
+
+def closed(stream: str) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        dead = io.StringIO()
+        dead.close()
+        scene.monkeypatch.setattr(sys, stream, dead)
+
+    return inject
+
+
+def closed_log(scene: Scene) -> None:
+    dead = io.StringIO()
+    dead.close()
+    handler = logging.StreamHandler(dead)
+    ours = logging.getLogger("sts_callback")
+    scene.monkeypatch.setattr(ours, "handlers", [handler])
+    scene.monkeypatch.setattr(ours, "propagate", False)
+    scene.monkeypatch.setattr(logging, "raiseExceptions", False)
+    scene.on_probe(raising(ValueError("broken")), steps={2})
+
+
+def broken_tracker(scene: Scene) -> None:
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "sts/near/drift" in logs and state.global_step == 2:
+                raise ConnectionError("no answer from the tracker")
+
+    scene.callbacks.append(Tracker())
+    scene.is_attached = True
+
+
+def elsewhere(scene: Scene, name: str) -> None:
+    folder = scene.out / name
+    folder.mkdir()
+    scene.out = folder
+
+
+def symlinked(scene: Scene) -> None:
+    (scene.out / "real").mkdir()
+    (scene.out / "link").symlink_to(scene.out / "real")
+    scene.out = scene.out / "link"
+
+
+def checkpoint_deleted(scene: Scene) -> None:
+    scene.args |= {"save_strategy": "steps", "save_steps": 1}
+    scene.at(2, lambda: shutil.rmtree(scene.out / "checkpoint-1"))
+
+
+NO_STEP_ZERO = ((2, "resume", "baseline"),)
+FAULTS = [
+    # The model's forward in our passes
+    Fault("NaN activations in one check", lambda s: s.on_probe(nan, steps={2}), "the check cannot tell; the others can"),
+    Fault(
+        "infinite activations in one check", lambda s: s.on_probe(infinite, steps={2}), "the check cannot tell; the others can"
+    ),
+    Fault(
+        "NaN activations in the forecast",
+        lambda s: s.on_probe(nan, steps={0}),
+        "the run is not watched",
+        checks=(),
+        recorded=((0, "forecast", ""),),
+        raises=Exception,
+    ),
+    Fault(
+        "an error in one check",
+        lambda s: s.on_probe(raising(ZeroDivisionError("in layer 0")), steps={2}),
+        "the check is left out",
+        checks=(1, 3),
+        recorded=((2, "drift check", "in layer 0"),),
+        raises=ZeroDivisionError,
+    ),
+    Fault(
+        "an error in the forecast",
+        lambda s: s.on_probe(raising(ZeroDivisionError("in layer 0")), steps={0}),
+        "the run is not watched",
+        checks=(),
+        recorded=((0, "forecast", "in layer 0"),),
+        raises=ZeroDivisionError,
+    ),
+    Fault(
+        "out of memory once in a check",
+        lambda s: s.on_probe(raising(out_of_memory(), 1), steps={2}),
+        "the check is made again in batches half as large, as are all later ones",
+        recorded=((2, "drift check, 1024 tokens a batch", "out of memory"),),
+    ),
+    Fault(
+        "out of memory in a check, however small its batches",
+        lambda s: s.on_probe(raising(out_of_memory()), steps={2}),
+        "batches halve three times, then the check is left out",
+        checks=(1, 3),
+        recorded=tuple((2, f"drift check, {n} tokens a batch", "out of memory") for n in (1024, 512, 256, 128)),
+        raises=RuntimeError,
+    ),
+    Fault(
+        "out of memory in a check, under auto_find_batch_size",
+        lambda s: (s.args.update(auto_find_batch_size=True), s.on_probe(raising(out_of_memory()), steps={2})),
+        "as before; training is not begun again",
+        checks=(1, 3),
+        recorded=tuple((2, f"drift check, {n} tokens a batch", "out of memory") for n in (1024, 512, 256, 128)),
+    ),
+    Fault(
+        "MemoryError once in a check",
+        lambda s: s.on_probe(raising(MemoryError(), 1), steps={2}),
+        "as out of memory",
+        recorded=((2, "drift check, 1024 tokens a batch", "MemoryError"),),
+    ),
+    Fault(
+        "out of memory once in the forecast",
+        lambda s: s.on_probe(raising(out_of_memory(), 1), steps={0}),
+        "the forecast is made again in batches half as large, as are all checks",
+        recorded=((0, "forecast, 1024 tokens a batch", "out of memory"),),
+    ),
+    Fault(
+        "out of memory in the forecast, however small its batches",
+        lambda s: s.on_probe(raising(out_of_memory()), steps={0}),
+        "the run is not watched",
+        checks=(),
+        recorded=tuple((0, f"forecast, {n} tokens a batch", "out of memory") for n in (1024, 512, 256, 128)),
+        raises=RuntimeError,
+    ),
+    # The disk
+    Fault(
+        "disk full when a check is written",
+        lambda s: disk_full(s, 2, 2, "drift"),
+        "the check is in the trainer's log only",
+        checks=(1, 3),
+        recorded=((2, "run log", "No space left"),),
+        raises=OSError,
+    ),
+    Fault(
+        "disk full when the forecast is written, free again later",
+        lambda s: disk_full(s, 0, 1),
+        "forecast and baseline are written with the first check that can be",
+        checks=(2, 3),
+        recorded=((0, "run log", "No space left"), (1, "run log", "No space left")),
+        raises=OSError,
+    ),
+    Fault(
+        "disk full to the end",
+        lambda s: disk_full(s, 0, 9),
+        "what is measured is in the trainer's log only; the log says why",
+        checks=(),
+        raises=OSError,
+    ),
+    Fault(
+        "output folder read-only",
+        read_only,
+        "what is measured is in the trainer's log only; the log says why",
+        checks=(),
+        raises=OSError,
+    ),
+    Fault(
+        "a file where the folder sts should be",
+        file_in_place_of_folder,
+        "what is measured is in the trainer's log only; the log says why",
+        checks=(),
+        raises=OSError,
+    ),
+    Fault(
+        "folder sts deleted in mid-run",
+        lambda s: s.at(2, lambda: shutil.rmtree(s.out / "sts", ignore_errors=True)),
+        "it is made again, with forecast and baseline; checks before are lost",
+        checks=(2, 3),
+    ),
+    Fault("checkpoint deleted in mid-run", checkpoint_deleted, "nothing: none of ours is in it"),
+    Fault(
+        "output folder with spaces and other scripts",
+        lambda s: elsewhere(s, "mes résultats/年 №1".replace("/", " ")),
+        "nothing",
+    ),
+    Fault("output folder is a symbolic link", symlinked, "nothing"),
+    # Resume
+    Fault("resume, all in order", resumed(), "nothing: the same checks again"),
+    Fault(
+        "resume, baseline truncated",
+        resumed(cut("baseline.safetensors")),
+        "the rest of the run is not watched",
+        recorded=NO_STEP_ZERO,
+        raises=StsError,
+    ),
+    Fault(
+        "resume, baseline no such file format",
+        resumed(lambda folder: (folder / "baseline.safetensors").write_bytes(b"GIF89a")),
+        "the rest of the run is not watched",
+        recorded=NO_STEP_ZERO,
+        raises=StsError,
+    ),
+    Fault(
+        "resume, a bit of the baseline flipped",
+        resumed(flip_a_bit),
+        "the rest of the run is not watched",
+        recorded=NO_STEP_ZERO,
+        raises=StsError,
+    ),
+    Fault(
+        "resume, baseline deleted",
+        resumed(lambda folder: (folder / "baseline.safetensors").unlink()),
+        "the rest of the run is not watched",
+        recorded=NO_STEP_ZERO,
+        raises=StsError,
+    ),
+    Fault(
+        "resume with another SAE",
+        resumed(sae=rotated_sae(seed=8)),
+        "the rest of the run is not watched",
+        recorded=NO_STEP_ZERO,
+        raises=StsError,
+    ),
+    Fault(
+        "resume, forecast truncated",
+        resumed(cut("forecast.json")),
+        "the rest of the run is not watched",
+        recorded=((2, "resume", "forecast"),),
+        raises=StsError,
+    ),
+    Fault(
+        "resume, folder sts deleted",
+        resumed(shutil.rmtree),
+        "the rest of the run is not watched",
+        checks=(),
+        recorded=((2, "resume", "forecast"),),
+        raises=StsError,
+    ),
+    Fault(
+        "resume, a line of drift.jsonl torn",
+        resumed(tear(b'{"snapshot": {"st\n')),
+        "the line is left out, and counted",
+        recorded=((2, "run log", "1 damaged line"),),
+    ),
+    Fault(
+        "resume, drift.jsonl is not UTF-8",
+        resumed(tear(b'\xff\xfe\x00\n{"snapshot": "\xe9"}\n')),
+        "the lines are left out, and counted",
+        recorded=((2, "run log", "2 damaged line"),),
+    ),
+    # Tokenizer, texts, names
+    Fault("tokenizer without BOS", without("bos_token"), "nothing stands before texts"),
+    Fault("tokenizer without padding token", without("pad_token"), "nothing: we pad ourselves"),
+    Fault("tokenizer without any special token", without("bos_token", "pad_token", "eos_token"), "nothing"),
+    Fault(
+        "conversations and a tokenizer without chat template",
+        domains(near=CONVERSATIONS),
+        "refused",
+        refused=(DataError, "no chat template; set tokenizer.chat_template"),
+    ),
+    Fault("domain in other scripts", domains(near=SCRIPTS), "nothing"),
+    Fault("empty strings in a domain", domains(near=[*rows(25), *EMPTY * 5]), "their rows are left out"),
+    Fault("nothing but empty strings", domains(near=EMPTY * 30), "refused", refused=(DataError, "0 usable rows")),
+    Fault(
+        "a text of 100,000 characters",
+        lambda s: (
+            domains(near=[*rows(25), {"prompt": "a b " * 25_000, "completion": " c"}])(s),
+            s.options.update(probes=made_probes(max_tokens=64)),
+        ),
+        "cut, and the cut counted",
+    ),
+    Fault("a domain file that is not UTF-8", undecodable, "refused", refused=(DataError, "UTF-8")),
+    Fault(
+        "rows of numbers in place of texts",
+        domains(near=[{"prompt": i, "completion": i} for i in range(30)]),
+        "refused",
+        refused=(DataError, "text"),
+    ),
+    Fault(
+        "a training set that cannot be read by us",
+        lambda s: s.options.update(train_data=Unreadable()),
+        "the run is not watched",
+        checks=(),
+        recorded=((0, "forecast", "the bucket is gone"),),
+        raises=RuntimeError,
+    ),
+    Fault("a domain's name with slashes and dots", named("../../etc/law"), "nothing"),
+    Fault("a domain's name of 500 characters", named("law" * 166 + "xy"), "nothing"),
+    Fault("a domain's name with a line break", named("law\nmedicine"), "nothing"),
+    Fault(
+        "training data of one row",
+        lambda s: setattr(s, "train_dataset", s.tokenised(1)),
+        "refused",
+        refused=(DataError, "1 usable rows"),
+    ),
+    Fault(
+        "training data that is a stream",
+        lambda s: setattr(s, "train_dataset", IterableDataset.from_generator(lambda: iter(s.tokenised()))),
+        "refused, with what to give in its place",
+        refused=(DataError, r"stream; give a sample of it as STSCallback\(train_data=...\)"),
+    ),
+    Fault(
+        "training data that is a stream, with a sample given",
+        lambda s: (
+            setattr(s, "train_dataset", IterableDataset.from_generator(lambda: iter(s.tokenised()))),
+            s.options.update(train_data=rows(40)),
+        ),
+        "nothing",
+    ),
+    # How the callback is used
+    Fault(
+        "the user's action fails",
+        broken_action,
+        "the check is made and written all the same",
+        recorded=((1, "action", "pager is down"),),
+        raises=LookupError,
+    ),
+    Fault("two callbacks in one trainer", two_callbacks, "refused", refused=(ConfigError, "two STSCallbacks")),
+    Fault("one callback twice in one trainer", same_callback_twice, "refused", refused=(ConfigError, "two STSCallbacks")),
+    Fault("train() twice", twice(), "each has a forecast; the first one's folder is moved to sts.1"),
+    Fault(
+        "train() twice, model swapped between",
+        twice(lambda trainer: use_model(trainer, tiny_model("llama", seed=2))),
+        "each has a forecast",
+    ),
+    Fault(
+        "train() twice, vocabulary resized between",
+        twice(lambda trainer: trainer.model.resize_token_embeddings(310, mean_resizing=False)),
+        "each has a forecast",
+    ),
+    Fault("train() twice, LoRA merged between", merged_in_between, "each has a forecast"),
+    Fault(
+        "model swapped in mid-run",
+        swapped_in_mid_run,
+        "checks of another model are left out",
+        checks=(1,),
+        recorded=((2, "drift check", "another one"), (3, "drift check", "another one")),
+        raises=StsError,
+    ),
+    Fault("no epoch to train", lambda s: s.args.update(max_steps=-1, num_train_epochs=0), "a forecast, no check", checks=()),
+    # Model and SAE
+    Fault("SAE on the meta device", meta_sae, "refused", refused=(SaeError, "meta")),
+    Fault("NaN in the SAE", nan_sae, "refused", refused=(StsError, "")),
+    Fault(
+        "SAE of the hub, out of reach, no cache",
+        hub_out_of_reach,
+        "refused",
+        refused=(SaeError, "could not be loaded from the hub"),
+    ),
+    Fault("model split over devices", split_over_devices, "nothing"),
+    Fault("model in bfloat16", typed(torch.bfloat16), "nothing"),
+    Fault("model in float16", typed(torch.float16), "nothing"),
+    Fault("all frozen but the head", frozen_but_the_head, "nothing: no drift below it"),
+    Fault("tied weights", tied, "nothing"),
+    Fault("LoRA", lora, "nothing"),
+    Fault("bfloat16 as the default type", default_dtype, "nothing"),
+    Fault("deterministic algorithms asked for", deterministic, "nothing"),
+    # The world around
+    Fault("clock going backwards", clock_backwards, "nothing: no date is used"),
+    Fault(
+        "standard output closed",
+        closed("stdout"),
+        "tables are not shown, all else goes on",
+        recorded=((0, "screen", "closed file"), *((i, "screen", "closed file") for i in (1, 2, 3, 3))),
+        raises=ValueError,
+    ),
+    Fault("standard error closed", lambda s: (closed("stderr")(s), s.args.update(disable_tqdm=False)), "no progress is shown"),
+    Fault(
+        "logging to a closed stream",
+        closed_log,
+        "the fault is in the run log all the same",
+        checks=(1, 3),
+        recorded=((2, "drift check", "broken"),),
+        raises=ValueError,
+    ),
+    Fault(
+        "a tracker that fails on our row",
+        broken_tracker,
+        "the check is in the run log, its row in no tracker",
+        recorded=((2, "trainer's log", "no answer from the tracker"),),
+        raises=ConnectionError,
+    ),
+]
+
+
+def made_probes(**options: Any) -> Any:
+    from test_callback import PROBES
+
+    return __import__("dataclasses").replace(PROBES, **options)
+
+
+@dataclass
+class Seen:
+    """What a run left behind."""
+
+    error: BaseException | None
+    log: list[dict[str, Any]] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    is_training: tuple[bool, ...] = ()
+
+
+def run(fault: Fault, out: Path, *, watched: bool, on_error: str = "warn") -> Seen:
+    out.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        scene = Scene(out, monkeypatch)
+        scene.watched = watched
+        scene.options["on_error"] = on_error
+        fault.inject(scene)
+        trainer = scene.last = scene.trainer()  # type: ignore[attr-defined]
+        error: BaseException | None = None
+        try:
+            scene.train(trainer)
+        except BaseException as raised:
+            error = raised
+    trainer = scene.last  # type: ignore[attr-defined]
+    timing = ("_runtime", "_per_second", "train_loss", "total_flos")
+    log = [
+        {k: v for k, v in row.items() if not k.endswith(timing)}
+        for row in trainer.state.log_history
+        if not any(key.startswith("sts/") for key in row)
+    ]
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    seen = Seen(error, log, weights)
+    seen.folder = scene.out / "sts"  # type: ignore[attr-defined]
+    return seen
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault(fault: Fault, tmp_path: Path) -> None:
+    bare, seen = run(fault, tmp_path / "without", watched=False), run(fault, tmp_path / "with", watched=True)
+    assert bare.error is None
+    if fault.refused:
+        kind, message = fault.refused
+        with pytest.raises(kind, match=message):
+            raise seen.error or AssertionError("it was not refused")
+        assert seen.log == []  # no step was made
+        return
+    if seen.error is not None:
+        raise seen.error
+    assert seen.log == bare.log
+    assert all(same(seen.weights[name], bare.weights[name]) for name in bare.weights)
+    folder: Path = seen.folder  # type: ignore[attr-defined]
+    assert tuple(row["snapshot"]["step"] for row in lines(folder / "drift.jsonl")) == fault.checks
+    recorded = lines(folder / "faults.jsonl")
+    assert [(row["step"], row["what"]) for row in recorded] == [(step, what) for step, what, _ in fault.recorded], recorded
+    for row, (_, _, message) in zip(recorded, fault.recorded, strict=True):
+        assert message in row["error"]
+        assert row["trace"] or row["what"] == "run log"
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.raises], ids=lambda fault: fault.name)
+def test_the_original_error_is_raised_if_asked(fault: Fault, tmp_path: Path) -> None:
+    assert fault.raises is not None
+    seen = run(fault, tmp_path / "with", watched=True, on_error="raise")
+    assert isinstance(seen.error, fault.raises), seen.error
