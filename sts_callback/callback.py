@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from sts_callback import terminal
+from sts_callback import scalars, terminal
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.domains.reader import Source
 from sts_callback.domains.starter import choose_domains
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo
 from sts_callback.model.capture import undisturbed
-from sts_callback.monitor import Monitor
+from sts_callback.monitor import TRAIN, Monitor
 from sts_callback.policy import fewest_queries, judge_drift, judge_forecast, short_of_queries
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
 from sts_callback.runlog import RunLog
@@ -128,6 +128,14 @@ class STSCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline; after a resume, take up the ones of the run's first session."""
+        names = (TRAIN, *self._domains)
+        scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, self._check_on)
+        if args.auto_find_batch_size and self._monitor is not None and self._monitor.is_of(kwargs["model"]):
+            self._history, self._alarmed = (
+                [],
+                (),
+            )  # begun anew with smaller batches, but the weights may have moved: step 0 stands
+            return
         self._monitor = None
         self._log = RunLog(Path(args.output_dir or ".") / "sts")
         with undisturbed(kwargs["model"]):  # loading, tokenising and drawing must not touch the run either
@@ -144,9 +152,12 @@ class STSCallback(TrainerCallback):
             self._check(state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check drift at an evaluation, if that is when."""
+        """Check drift at an evaluation, if that is when; its numbers join the evaluation's own."""
         if self._check_on == "evaluate":
             self._check(state, control)
+            is_now = self._monitor is not None and self._history and self._history[-1].step == state.global_step
+            snapshot = self._history[-1] if is_now else None
+            kwargs["metrics"].update(scalars.evaluation_metrics(snapshot, args.metric_for_best_model))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift every so many steps, if that is when."""
@@ -159,6 +170,7 @@ class STSCallback(TrainerCallback):
             self._check(state, control)
         if self._monitor is not None and state.is_world_process_zero:
             tqdm.write(f"STS files of this run: {self._log.folder}")
+        self._monitor = None  # an evaluation after training is of the user's, perhaps of other weights
 
     def _made_monitor(self, sae: SaeSource, state: TrainerState, **kwargs: Any) -> Monitor:
         tokenizer = kwargs.get("processing_class")
@@ -253,10 +265,8 @@ class STSCallback(TrainerCallback):
         control.should_training_stop = control.should_training_stop or self._action == "stop"
 
     def _log_scalars(self, state: TrainerState, control: TrainerControl, snapshot: DriftSnapshot) -> None:
-        """A row of its own in the trainer's log: drift and NLL change a domain, in Python floats."""
-        row: dict[str, float] = {"sts/n_shared_features": float(snapshot.n_shared), "sts/check_s": snapshot.seconds}
-        for d in (snapshot.train, *snapshot.domains.values()):
-            row |= {f"sts/{d.name}/drift": d.relative_drift.value, f"sts/{d.name}/nll_change": d.nll_change.value}
+        """A row of its own in the trainer's log."""
+        row = scalars.log_row(snapshot)
         trainer = self._trainer()
         if trainer is None:
             state.log_history.append({"step": state.global_step, "epoch": state.epoch, **row})

@@ -99,6 +99,10 @@ class Monitor:
         self.fit: Fit
         self._forecast: Forecast | None = None
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether it measures this very model."""
+        return self._model is model
+
     def examine(self, policy: PolicyConfig) -> tuple[Check, ...]:
         """Whether SAE, model and probes allow an answer: what `sts-callback doctor` shows. No forecast is made.
 
