@@ -81,7 +81,7 @@ SETTINGS = {
     ),
     "evaluation before the first step": Setting(
         {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2},
-        lambda t: [row["step"] for row in _evaluations(t)] == [0, 2],
+        lambda t: _evaluations(t)[0]["step"] == 0,
         check_on="evaluate",
         checks=(0, 2, 3),
     ),
