@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ def _tokenised(row: Row) -> TokenPair | None:
         return TokenPair(ids[:n_prompt], ids[n_prompt:]) if n_prompt else TokenPair(ids, None)
     if "prompt_ids" not in row:  # a reward trainer's: both answers still stand behind their prompt
         chosen, rejected = _ids(row["chosen_ids"]), _ids(row["rejected_ids"])
-        n_prompt = len(os.path.commonprefix([chosen, rejected]))
+        n_prompt = len(list(takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))))
         return TokenPair(chosen[:n_prompt], chosen[n_prompt:]) if n_prompt else TokenPair(chosen, None)
     answer = row["chosen_ids"] if "chosen_ids" in row else row.get("completion_ids", ())
     return TokenPair(_ids(row["prompt_ids"]), _ids(answer)) if len(answer) and row.get("label", True) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ class Setting:
     check_on: str | int = 1
     checks: tuple[int, ...] = tuple(range(1, N_STEPS + 1))
     seconds: int = 120
-    helpers: tuple[type[TrainerCallback], ...] = field(default=())
+    helpers: tuple[type[TrainerCallback], ...] = ()
     """The user's own callbacks, in both runs."""
+    ignored: tuple[str, ...] = ()
+    """Warnings of libraries that come of it, with or without us."""
 
 
 class OutOfMemoryOnce(TrainerCallback):
@@ -60,6 +62,13 @@ def _evaluations(trainer: Trainer) -> list[dict[str, Any]]:
     return [row for row in trainer.state.log_history if "eval_runtime" in row]
 
 
+COMPILING = (
+    # torch 2.13, compiling what trl 1.16 computes losses with
+    "ignore:.*should not be instantiated. Methods on autograd functions are all static:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",
+    # inductor of torch 2.13
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+)
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 SETTINGS = {
@@ -98,15 +107,16 @@ SETTINGS = {
         helpers=(OutOfMemoryOnce,),
     ),
     "torch_compile=True (backend eager)": Setting(
-        {"torch_compile": True, "torch_compile_backend": "eager"}, _compiled, seconds=240
+        {"torch_compile": True, "torch_compile_backend": "eager"}, _compiled, seconds=240, ignored=COMPILING
     ),
-    "model.compile() (backend eager)": Setting({"own_compile": "eager"}, _compiled, seconds=240),
+    "model.compile() (backend eager)": Setting({"own_compile": "eager"}, _compiled, seconds=240, ignored=COMPILING),
     "torch_compile=True (backend inductor)": Setting(
         {"torch_compile": True, "torch_compile_backend": "inductor"},
         _compiled,
         trainers=("Trainer",),
         kinds=(False,),
         seconds=600,
+        ignored=COMPILING,
     ),
     "accumulation, activation checkpointing, bf16, evaluations and saves at once": Setting(
         {
@@ -129,7 +139,8 @@ CELLS = [(name, kind, lora) for name, setting in SETTINGS.items() for kind in se
 def _marked(cell: tuple[str, str, bool]) -> Any:
     name, kind, lora = cell
     quick = name == "defaults" and (not lora or kind in ("Trainer", "SFT", "GRPO"))
-    marks = [] if quick else [pytest.mark.slow, pytest.mark.timeout(SETTINGS[name].seconds)]
+    marks = [pytest.mark.filterwarnings(warning) for warning in SETTINGS[name].ignored]
+    marks += [] if quick else [pytest.mark.slow, pytest.mark.timeout(SETTINGS[name].seconds)]
     return pytest.param(*cell, id=f"{name}-{kind}-{'lora' if lora else 'full'}", marks=marks)
 
 
