@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from sts_callback import ranks, terminal
+from sts_callback import ranks, scalars, terminal
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.domains.reader import Source
 from sts_callback.domains.starter import choose_domains
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, StsError
 from sts_callback.guard import Guard
 from sts_callback.model.capture import undisturbed
-from sts_callback.monitor import Monitor
+from sts_callback.monitor import TRAIN, Monitor
 from sts_callback.overhead import Overhead, first_guess
 from sts_callback.policy import fewest_queries, judge_drift, judge_forecast, short_of_queries
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
@@ -38,7 +38,6 @@ CheckOn = Literal["save", "evaluate"] | int
 Action = Literal["warn", "checkpoint", "stop"] | Callable[[Verdict], object]
 
 _STATE_KEY = "sts_callback"
-_N_SHARED = "sts/n_shared_features"
 
 
 class STSCallback(TrainerCallback):
@@ -157,6 +156,8 @@ class STSCallback(TrainerCallback):
                 "callbacks: the trainer has two STSCallbacks, which would share one folder and one set of log keys; keep one. "
                 "sae=[...] takes several SAEs, domains={...} any number of domains."
             )
+        names = (TRAIN, *self._domains)
+        scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, self._check_on)
         model, restarts = kwargs["model"], self._restarts(args, state)
         begins = state.global_step == 0 and not restarts
         found = self._step_zero if restarts else dict(_kept_with_checkpoints(state).get(_STATE_KEY, {}))
@@ -204,9 +205,12 @@ class STSCallback(TrainerCallback):
             self._check(state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check drift at an evaluation, if that is when."""
+        """Check drift at an evaluation, if that is when; its numbers join the evaluation's own."""
         if self._check_on == "evaluate":
-            self._check(state, control, kwargs["model"])
+            wanted = args.metric_for_best_model
+            self._check(state, control, kwargs["model"], always=scalars.is_ours(wanted))
+            is_now = self._recent and self._last_check == state.global_step
+            kwargs["metrics"].update(scalars.evaluation_metrics(self._recent[-1] if is_now else None, wanted))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift every so many steps, if that is when."""
@@ -315,10 +319,10 @@ class STSCallback(TrainerCallback):
             self._last_check, self.verdict = self._recent[-1].step, checks[-1][1]
             self._alarmed = self.verdict.threatened if self.verdict.decision == "no-go" else ()
             if self._last_check == state.global_step and not any(
-                row.get("step") == state.global_step and _N_SHARED in row for row in state.log_history
+                row.get("step") == state.global_step and scalars.N_SHARED in row for row in state.log_history
             ):  # the check came after the save, so its row is not in the checkpoint
                 state.log_history.append(
-                    {"step": state.global_step, "epoch": state.epoch or 0.0, **_check_scalars(self._recent[-1])}
+                    {"step": state.global_step, "epoch": state.epoch or 0.0, **scalars.log_row(self._recent[-1])}
                 )
         self._step_zero, self._monitor = step_zero, monitor
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(step_zero)
@@ -398,7 +402,7 @@ class STSCallback(TrainerCallback):
 
     def _log_scalars(self, state: TrainerState, control: TrainerControl, snapshot: DriftSnapshot) -> None:
         """A row of its own in the trainer's log: drift and NLL change a domain, in Python floats."""
-        row = _check_scalars(snapshot) | {
+        row = scalars.log_row(snapshot) | {
             "sts/overhead_s": self._overhead.spent_s,
             "sts/overhead_share": self._overhead.share,
         }
@@ -411,14 +415,6 @@ class STSCallback(TrainerCallback):
             Trainer.log(trainer, row)  # the base method: TRL's own would flush its running means early
         finally:
             control.should_log = should_log  # logging clears it, and the step's loss row would vanish
-
-
-def _check_scalars(snapshot: DriftSnapshot) -> dict[str, float]:
-    """Of one check, the numbers for the trainer's log."""
-    row: dict[str, float] = {_N_SHARED: float(snapshot.n_shared), "sts/check_s": snapshot.seconds}
-    for d in (snapshot.train, *snapshot.domains.values()):
-        row |= {f"sts/{d.name}/drift": d.relative_drift.value, f"sts/{d.name}/nll_change": d.nll_change.value}
-    return row
 
 
 def _refuse_unwatched() -> None:

@@ -1,4 +1,4 @@
-"""When the callback measures, what it does on an alarm, what it leaves behind, and that training cannot tell it is there."""
+"""When the callback measures, what it does on an alarm, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps, tokenised
 from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, SaeError
 from sts_callback.records import Verdict
 from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
-
-PROBES = ProbeConfig(n_queries=8, n_features=8)  # an alarm takes 7
-TINY_DOMAINS = {"near": rows(20, "sums", seed=50), "far": rows(20, "poems", seed=90)}
 
 
 def made_callback(**options: Any) -> STSCallback:
@@ -36,17 +32,7 @@ def made_callback(**options: Any) -> STSCallback:
     return STSCallback(**{**defaults, **options})
 
 
-class GradNorms(TrainerCallback):
-    """Gradient norms of every step, exactly."""
-
-    def __init__(self) -> None:
-        self.norms: list[float] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.norms.append(sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None))
-
-
-def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = False, **options: Any) -> Trainer:
+def made_trainer(kind: str, out: Path, callbacks: list[Any], **options: Any) -> Trainer:
     """A tiny trainer with dropout, accumulation, evaluation and saves."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.save_pretrained(out / "base")
@@ -67,7 +53,6 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = Fal
         "seed": 3,
         **options,
     }
-    peft_config = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     if kind == "sft":
         return SFTTrainer(
             model=model,
@@ -75,25 +60,14 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = Fal
             train_dataset=Dataset.from_list(rows(40)),
             eval_dataset=Dataset.from_list(rows(4, seed=70)),
             processing_class=tokenizer,
-            peft_config=peft_config,
             callbacks=callbacks,
         )
 
-    def tokenised(some: list[dict[str, str]]) -> Dataset:
-        made = []
-        for row in some:
-            prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
-            made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-        return Dataset.from_list(made)
-
-    if peft_config is not None:
-        torch.manual_seed(1)
-        model = get_peft_model(model, peft_config)
     return Trainer(
         model=model,
         args=TrainingArguments(**shared, dataloader_pin_memory=False),
-        train_dataset=tokenised(rows(40)),
-        eval_dataset=tokenised(rows(4, seed=70)),
+        train_dataset=tokenised(rows(40), tokenizer),
+        eval_dataset=tokenised(rows(4, seed=70), tokenizer),
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=callbacks,
@@ -103,51 +77,6 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = Fal
 def last_snapshot(out: Path) -> dict[str, Any]:
     snapshot: dict[str, Any] = json.loads((out / "sts" / "drift.jsonl").read_text().splitlines()[-1])["snapshot"]
     return snapshot
-
-
-def checked_steps(out: Path) -> list[int]:
-    return [json.loads(line)["snapshot"]["step"] for line in (out / "sts" / "drift.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("kind", ["plain", "sft"])
-@pytest.mark.parametrize("lora", [False, True])
-def test_training_is_bit_identical_with_and_without(kind: str, lora: bool, tmp_path: Path) -> None:
-    outcomes = []
-    for name in ("without", "with"):
-        norms = GradNorms()
-        callback = made_callback(check_on=1)
-        trainer = made_trainer(kind, tmp_path / name, [norms, callback] if name == "with" else [norms], lora=lora)
-        if name == "with":
-            callback.attach(trainer)
-        trainer.train()
-        timing = ("_runtime", "_per_second")
-        log = [
-            {k: v for k, v in row.items() if not k.endswith(timing)}
-            for row in trainer.state.log_history
-            if not any(key.startswith("sts/") for key in row)
-        ]
-        outcomes.append((norms.norms, log, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
-    (norms_a, log_a, weights_a), (norms_b, log_b, weights_b) = outcomes
-    assert norms_a == norms_b
-    assert len(norms_a) == 6
-    assert log_a == log_b
-    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
-    assert checked_steps(tmp_path / "with") == [1, 2, 3, 4, 5, 6]
-
-
-def test_the_identity_test_can_fail(tmp_path: Path) -> None:
-    """A careless callback, which only draws a random number, is noticed by the same comparison."""
-
-    class Careless(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            torch.rand(1)
-
-    losses = []
-    for callbacks in ([], [Careless()]):
-        trainer = made_trainer("plain", tmp_path / str(len(callbacks)), callbacks, lora=True)
-        trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(

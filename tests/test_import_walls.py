@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"metrics", "model", "report"}
 FACES = {"callback", "cli"}
-TORCH_FREE = {"errors", "config", "records", "policy", "runlog", "terminal"}
+TORCH_FREE = {"errors", "config", "records", "policy", "runlog", "scalars", "terminal"}
 HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 
 

@@ -12,6 +12,7 @@ import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ def read_pairs(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, field: s
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, field: str) -> Pair | None:
-    if "input_ids" in row or "prompt_ids" in row:
+    if not {"input_ids", "prompt_ids", "chosen_ids"}.isdisjoint(row):
         return _tokenised(row)
     known = _normalised(row, field)
     if known is None:
@@ -172,6 +173,10 @@ def _tokenised(row: Row) -> TokenPair | None:
             answers = [bool(m) for m in row.get("completion_mask") or row.get("assistant_masks") or [True]]
         n_prompt = answers.index(True) if True in answers else len(ids)
         return TokenPair(ids[:n_prompt], ids[n_prompt:]) if n_prompt else TokenPair(ids, None)
+    if "prompt_ids" not in row:  # a reward trainer's: both answers still stand behind their prompt
+        chosen, rejected = _ids(row["chosen_ids"]), _ids(row["rejected_ids"])
+        n_prompt = len(list(takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))))
+        return TokenPair(chosen[:n_prompt], chosen[n_prompt:]) if n_prompt else TokenPair(chosen, None)
     answer = row["chosen_ids"] if "chosen_ids" in row else row.get("completion_ids", ())
     return TokenPair(_ids(row["prompt_ids"]), _ids(answer)) if len(answer) and row.get("label", True) else None
 
