@@ -15,16 +15,19 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench
+.PHONY: help demo test test-all check format bench
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "The first run makes .venv; PYTHON=python3.12 chooses its Python (3.10 or newer)."
 
 demo: $(INSTALLED)  ## run examples/demo.py; ARGS="..." are passed on
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(INSTALLED)  ## run all tests, also the one on Gemma 3 270M; ARGS="..." go to pytest
+test: $(INSTALLED)  ## run the tests, also the one on Gemma 3 270M; ARGS="..." go to pytest
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)  ## run all tests, also those that take minutes
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 3" for the first three settings
