@@ -105,7 +105,7 @@ class STSCallback(TrainerCallback):
         _one_of("action", action, ("warn", "checkpoint", "stop"), "a function of the verdict", callable(action))
         _one_of("on_forecast", on_forecast, ("warn", "refuse"))
         _one_of("on_error", on_error, ("warn", "raise"))
-        if max_overhead is not None and max_overhead <= 0:
+        if max_overhead is not None and not max_overhead > 0:
             raise ConfigError(f"max_overhead: got {max_overhead!r}; allowed is a share above 0, or None for no limit.")
         self._saes = list(sae) if isinstance(sae, (list, tuple)) else [sae]
         if not self._saes:
@@ -123,7 +123,7 @@ class STSCallback(TrainerCallback):
         self._guard: Guard
         self._overhead: Overhead
         self._recent: list[DriftSnapshot] = []
-        self._last_check = 0
+        self._last_check = self._last_try = 0
         self._is_postponed = False
         self._alarmed: tuple[str, ...] = ()
         self._others: list[Forecast] = []
@@ -161,7 +161,8 @@ class STSCallback(TrainerCallback):
         model, restarts = kwargs["model"], self._restarts(args, state)
         begins = state.global_step == 0 and not restarts
         found = self._step_zero if restarts else dict(_kept_with_checkpoints(state).get(_STATE_KEY, {}))
-        self._monitor, self._recent, self._last_check, self._alarmed, self._is_postponed = None, [], 0, (), False
+        self._monitor, self._recent, self._alarmed, self._is_postponed = None, [], (), False
+        self._last_check = self._last_try = 0
         self._train_batch_size = state.train_batch_size
         self._log = RunLog(Path(args.output_dir or ".") / "sts", anew=begins)
         self._guard = Guard(self._log, raises=self._on_error == "raise")
@@ -256,7 +257,7 @@ class STSCallback(TrainerCallback):
         trainer = self._trainer()
         for found in (self._train_data, getattr(trainer, "train_dataset", None), getattr(dataloader, "dataset", None)):
             if found is not None:
-                if hasattr(found, "__getitem__") or isinstance(found, (str, Path)):
+                if (hasattr(found, "__getitem__") and hasattr(found, "__len__")) or isinstance(found, (str, Path)):
                     return found
                 raise DataError(
                     "train_data: the trainer's data set is a stream; give a sample of it as STSCallback(train_data=...)."
@@ -316,7 +317,8 @@ class STSCallback(TrainerCallback):
         self.forecast, self.verdict = forecast, judge_forecast(forecast, self._policy)
         if checks:
             self._recent = [snapshot for snapshot, _ in checks][-self._policy.patience :]
-            self._last_check, self.verdict = self._recent[-1].step, checks[-1][1]
+            self._last_check = self._last_try = self._recent[-1].step
+            self.verdict = checks[-1][1]
             self._alarmed = self.verdict.threatened if self.verdict.decision == "no-go" else ()
             if self._last_check == state.global_step and not any(
                 row.get("step") == state.global_step and scalars.N_SHARED in row for row in state.log_history
@@ -338,7 +340,7 @@ class STSCallback(TrainerCallback):
         return first_guess(self.forecast.seconds_by_part.get("readings", self.forecast.seconds))
 
     def _check(self, state: TrainerState, control: TrainerControl, model: nn.Module, *, always: bool = False) -> None:
-        if self._monitor is None or state.global_step in (0, self._last_check):
+        if self._monitor is None or state.global_step in (0, self._last_try):
             return
         with self._overhead.counted():
             if always or ranks.from_first(self._overhead.affords_check):
@@ -360,7 +362,8 @@ class STSCallback(TrainerCallback):
             self._guard.run(state, "run log", lambda: self._log.append_postponed(state.global_step, reason))
 
     def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        step, before_s = state.global_step, self._overhead.spent_s
+        self._last_try = step = state.global_step
+        before_s = self._overhead.spent_s
 
         def measured(batch_tokens: int) -> DriftSnapshot:
             if not monitor.watches(model):
@@ -378,8 +381,7 @@ class STSCallback(TrainerCallback):
         is_new, self._alarmed = set(alarmed) - set(self._alarmed), alarmed
         if state.is_world_process_zero:
             self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict))
-            lines = terminal.check_lines(snapshot, verdict, self._probes.n_features)
-            self._guard.run(state, "screen", lambda: tqdm.write(lines))
+            self._guard.run(state, "screen", lambda: self._show_check(snapshot, verdict))
         self._overhead.learn(self._overhead.spent_s - before_s)
         self._guard.run(state, "trainer's log", lambda: self._log_scalars(state, control, snapshot))
         if ranks.from_first(bool(is_new)):  # it may set flags, which must be the same everywhere
@@ -391,6 +393,9 @@ class STSCallback(TrainerCallback):
             self._write_step_zero()
         self._log.append_words(monitor.words(snapshot.train.top_features))
         self._log.append_check(snapshot, verdict)
+
+    def _show_check(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
+        tqdm.write(terminal.check_lines(snapshot, verdict, self._probes.n_features))
 
     def _act(self, verdict: Verdict, control: TrainerControl) -> None:
         if callable(self._action):

@@ -82,9 +82,11 @@ class Guard:
                     raise
                 self._record_error(state, f"{what}, {size} tokens a batch" if is_short else what, error)
             # Out here what the failed attempt held in memory is free: its traceback is gone.
-            outcome = ranks.worst(outcome)
-            if outcome != _SHORT:
-                return result if outcome == _DONE else None
+            worst = ranks.worst(outcome)
+            if outcome == _DONE and worst != _DONE:
+                self.record(state, what, "it failed on another process, whose output says why", "")
+            if worst != _SHORT:
+                return result if worst == _DONE else None
         raise AssertionError("the last attempt is done or failed")
 
     def record(self, state: TrainerState, what: str, error: str, trace: str) -> None:

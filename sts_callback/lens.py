@@ -221,7 +221,7 @@ class _ShiftSums:
 
     def add(self, differences: tuple[torch.Tensor, ...], owner: torch.Tensor) -> None:
         for sums, values in zip(self._sums, differences, strict=True):
-            sums.add(values.reshape(len(owner), -1), owner)
+            sums.add(values.unsqueeze(1) if values.dim() == 1 else values, owner)
 
     @property
     def result(self) -> Shift:

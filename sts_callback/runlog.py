@@ -51,16 +51,19 @@ class RunLog:
             step: optimizer steps done at the checkpoint.
 
         Returns:
-            How many lines were damaged and are gone.
+            How many lines were damaged otherwise and are gone.
 
         """
         n_damaged = 0
+        for file in (self._features_file, self._faults_file):
+            lines = _whole_lines(file)
+            n_damaged += lines.count({})
+            _write_lines(file, [row for row in lines if row])
         for file, step_of in ((self._drift_file, _checked_step), (self._skipped_file, _skipped_step)):
-            if file.exists():
-                rows = [(step_of(row), row) for row in _rows(file)]
-                n_damaged += sum(at is None for at, _ in rows)
-                kept = {at: row for at, row in rows if at is not None and at <= step}
-                _write_whole(file, "".join(json.dumps(kept[at]) + "\n" for at in sorted(kept)))
+            by_step = [(step_of(row), row) for row in _whole_lines(file)]
+            n_damaged += sum(at is None for at, _ in by_step)
+            kept = {at: row for at, row in by_step if at is not None and at <= step}
+            _write_lines(file, [kept[at] for at in sorted(kept)])
         return n_damaged
 
     def write_forecast(self, forecast: Forecast, verdict: Verdict, others: Sequence[Forecast] = ()) -> None:
@@ -147,6 +150,17 @@ def _last_byte(file: Path) -> bytes:
     with file.open("rb") as content:
         content.seek(max(0, content.seek(0, os.SEEK_END) - 1))
         return content.read(1)
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """As `_rows`, without a last line that a kill has cut off."""
+    lines = list(_rows(file))
+    return lines[:-1] if lines and not lines[-1] and _last_byte(file) != b"\n" else lines
+
+
+def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if rows or file.exists():
+        _write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Training sessions in a process of their own that kills itself, `kill -9`, at a chosen moment."""
+"""Training in processes of their own: one that kills itself, `kill -9`, at a chosen moment, or two that work together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -42,6 +44,32 @@ class Run:
     check_on: Any = "save"
     restore: bool = False
     """`restore_callback_states_from_checkpoint`"""
+
+
+def together(work: Callable[[int, Path], object], out: Path, *, limit_s: float = 120) -> None:
+    """Do work in two processes with the environment that torchrun makes; they must end well, and in time."""
+    _start_server()
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    processes = [_processes.Process(target=_ranked, args=(work, rank, port, out)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + limit_s
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "processes wait for one another"
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def _ranked(work: Callable[[int, Path], object], rank: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
+    os.environ |= {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
+    work(rank, out)
 
 
 def session(run: Run, out: Path, *, watched: bool = True, kill_at: int | None = None) -> None:
@@ -98,7 +126,7 @@ def _count_moments(moments: list[str], kill_at: int | None) -> None:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if (found := moment(*args)) is not None:
                 if len(moments) == kill_at:
-                    if found == "half a line":
+                    if found.startswith("half of "):
                         os.ftruncate(args[0], os.fstat(args[0]).st_size - 20)
                     os.kill(os.getpid(), signal.SIGKILL)
                 moments.append(found)
@@ -108,8 +136,8 @@ def _count_moments(moments: list[str], kill_at: int | None) -> None:
 
     watch(Trainer, "training_step", lambda *args: "training step")
     watch(LlamaForCausalLM, "forward", lambda model, *args: None if model.training else "probe")
-    watch(os, "fsync", lambda descriptor: "half a line")
-    watch(os, "fsync", lambda descriptor: "whole line, not synced")
+    watch(os, "fsync", lambda descriptor: f"half of {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+    watch(os, "fsync", lambda descriptor: "written, not synced")
     watch(os, "replace", lambda *args: "replacing a file")
     watch(Trainer, "_save_optimizer_and_scheduler", lambda *args: "saving")
     watch(TrainerState, "save_to_json", lambda *args: "saving the state")

@@ -80,6 +80,13 @@ def _shown(source: Source) -> str:
 def _read_file(path: Path, field: str) -> list[Row]:
     if not path.is_file():
         raise DataError(f"{field}: there is no file {path}; give JSON lines (.jsonl, .jsonl.gz) or a JSON list (.json).")
+    try:
+        return _parsed_file(path, field)
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise DataError(f"{field}: {path} cannot be read as UTF-8 text, nor by .gz as such compressed ({error!r}).") from error
+
+
+def _parsed_file(path: Path, field: str) -> list[Row]:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         if path.suffix == ".json":
             try:
@@ -115,6 +122,9 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, field: str) -> Pair | No
     known = _normalised(row, field)
     if known is None:
         return None
+    known_texts = [known[name] for name in ("prompt", "completion", "text") if name in known]
+    if not all(isinstance(value, str) for value in known_texts) and not all(isinstance(value, list) for value in known_texts):
+        raise DataError(f"{field}: a row holds {known_texts!r:.200}; allowed are texts and lists of messages, not both in a row.")
     if "completion" not in known:
         return TextPair(known["text"], None)
     if isinstance(known["prompt"], str):

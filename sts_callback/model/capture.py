@@ -37,15 +37,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     flags = [(module, module.training) for module in model.modules()]
     python_state, numpy_state, cpu_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    default_dtype = torch.get_default_dtype()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         for module, _ in flags:
             module.training = False
+        torch.set_default_dtype(torch.float32)  # sums take no less, whatever the user's new tensors are
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, flag in flags:
             module.training = flag
+        torch.set_default_dtype(default_dtype)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(cpu_state)

@@ -188,6 +188,8 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
             name = str(sae.cfg.metadata.get("sae_id") or "SAE object")
             loaded = copy.deepcopy(sae).to(dtype=torch.float32)
             loaded._setup_activation_normalization()  # its functions write to the SAE they were made for: the user's
+    if any(p.is_meta or not bool(torch.isfinite(p).all()) for p in loaded.parameters()):
+        raise SaeError(f"sae: weights of {name} are on the meta device, or not all finite numbers; load the SAE anew.")
     architecture, metadata = loaded.cfg.architecture(), loaded.cfg.metadata
     if architecture in _NOT_PER_TOKEN or not hasattr(loaded, "encode"):
         raise SaeError(f"sae: {name} is a {architecture} SAE, which cannot encode tokens one by one; take another kind.")

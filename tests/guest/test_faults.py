@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from accelerate import dispatch_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from sts_callback import STSCallback
 from sts_callback.errors import ConfigError, DataError, SaeError, StsError
 from sts_callback.records import Verdict
-from test_callback import TINY_DOMAINS, made_callback
+from test_callback import PROBES, TINY_DOMAINS, made_callback
 from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
 
 TABLE = Path(__file__).parent / "FAULTS.md"
@@ -53,6 +53,7 @@ class Scene:
         self.steps_of_interest: dict[int, Callable[[], object]] = {}
         self.is_attached = False
         self.train: Callable[[Trainer], object] = lambda trainer: trainer.train()
+        self.last: Trainer  # the newest one made
 
     def on_probe(self, spoil: Callable[[torch.Tensor], torch.Tensor], *, steps: set[int]) -> None:
         """Do something to the activations of our own forwards at some steps; those of training are not touched."""
@@ -72,7 +73,7 @@ class Scene:
         for row in rows(n):
             prompt, answer = plain(row["prompt"])["input_ids"], plain(row["completion"])["input_ids"]
             made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-        return Dataset.from_list(made, features=None if made else None)
+        return Dataset.from_list(made)
 
     def trainer(self) -> Trainer:
         scene = self
@@ -108,6 +109,7 @@ class Scene:
         )
         for callback in ours if self.is_attached else []:
             callback.attach(trainer)
+        self.last = trainer
         return trainer
 
 
@@ -209,7 +211,7 @@ def resumed(damage: Callable[[Path], object] = lambda folder: None, **changed: A
                 damage(scene.out / "sts")
                 scene.options |= changed
                 scene.step = 0
-                trainer = scene.last = scene.trainer()  # type: ignore[attr-defined]
+                trainer = scene.trainer()
                 trainer.train(resume_from_checkpoint=str(scene.out / "checkpoint-2"))
             else:
                 trainer.train()
@@ -309,10 +311,11 @@ def two_callbacks(scene: Scene) -> None:
 
 
 def same_callback_twice(scene: Scene) -> None:
-    scene.train = lambda trainer: (
-        trainer.add_callback(next(c for c in trainer.callback_handler.callbacks if isinstance(c, STSCallback))),
-        trainer.train(),
-    )
+    def train(trainer: Trainer) -> None:
+        trainer.callback_handler.callbacks += [c for c in trainer.callback_handler.callbacks if isinstance(c, STSCallback)]
+        trainer.train()
+
+    scene.train = train
 
 
 def twice(between: Callable[[Trainer], object] = lambda trainer: None) -> Callable[[Scene], None]:
@@ -421,6 +424,11 @@ def closed(stream: str) -> Callable[[Scene], None]:
         scene.monkeypatch.setattr(sys, stream, dead)
 
     return inject
+
+
+def quietly(trainer: Trainer) -> None:
+    trainer.remove_callback(PrinterCallback)  # it would fail by itself
+    trainer.train()
 
 
 def closed_log(scene: Scene) -> None:
@@ -665,7 +673,7 @@ FAULTS = [
         "a text of 100,000 characters",
         lambda s: (
             domains(near=[*rows(25), {"prompt": "a b " * 25_000, "completion": " c"}])(s),
-            s.options.update(probes=made_probes(max_tokens=64)),
+            s.options.update(probes=replace(PROBES, max_tokens=64)),
         ),
         "cut, and the cut counted",
     ),
@@ -674,7 +682,7 @@ FAULTS = [
         "rows of numbers in place of texts",
         domains(near=[{"prompt": i, "completion": i} for i in range(30)]),
         "refused",
-        refused=(DataError, "text"),
+        refused=(DataError, "allowed are texts"),
     ),
     Fault(
         "a training set that cannot be read by us",
@@ -740,7 +748,7 @@ FAULTS = [
     Fault("no epoch to train", lambda s: s.args.update(max_steps=-1, num_train_epochs=0), "a forecast, no check", checks=()),
     # Model and SAE
     Fault("SAE on the meta device", meta_sae, "refused", refused=(SaeError, "meta")),
-    Fault("NaN in the SAE", nan_sae, "refused", refused=(StsError, "")),
+    Fault("NaN in the SAE", nan_sae, "refused", refused=(SaeError, "not all finite numbers")),
     Fault(
         "SAE of the hub, out of reach, no cache",
         hub_out_of_reach,
@@ -759,7 +767,7 @@ FAULTS = [
     Fault("clock going backwards", clock_backwards, "nothing: no date is used"),
     Fault(
         "standard output closed",
-        closed("stdout"),
+        lambda s: (closed("stdout")(s), setattr(s, "train", quietly)),
         "tables are not shown, all else goes on",
         recorded=((0, "screen", "closed file"), *((i, "screen", "closed file") for i in (1, 2, 3, 3))),
         raises=ValueError,
@@ -773,6 +781,7 @@ FAULTS = [
         recorded=((2, "drift check", "broken"),),
         raises=ValueError,
     ),
+    Fault("data loader with a worker process", lambda s: s.args.update(dataloader_num_workers=1), "nothing"),
     Fault(
         "a tracker that fails on our row",
         broken_tracker,
@@ -783,12 +792,6 @@ FAULTS = [
 ]
 
 
-def made_probes(**options: Any) -> Any:
-    from test_callback import PROBES
-
-    return __import__("dataclasses").replace(PROBES, **options)
-
-
 @dataclass
 class Seen:
     """What a run left behind."""
@@ -796,7 +799,9 @@ class Seen:
     error: BaseException | None
     log: list[dict[str, Any]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    is_training: tuple[bool, ...] = ()
+    folder: Path = Path()
+    mode: set[bool] = field(default_factory=set)
+    """Whether its modules are in training mode."""
 
 
 def run(fault: Fault, out: Path, *, watched: bool, on_error: str = "warn") -> Seen:
@@ -806,13 +811,13 @@ def run(fault: Fault, out: Path, *, watched: bool, on_error: str = "warn") -> Se
         scene.watched = watched
         scene.options["on_error"] = on_error
         fault.inject(scene)
-        trainer = scene.last = scene.trainer()  # type: ignore[attr-defined]
+        trainer = scene.trainer()
         error: BaseException | None = None
         try:
             scene.train(trainer)
         except BaseException as raised:
             error = raised
-    trainer = scene.last  # type: ignore[attr-defined]
+    trainer = scene.last
     timing = ("_runtime", "_per_second", "train_loss", "total_flos")
     log = [
         {k: v for k, v in row.items() if not k.endswith(timing)}
@@ -820,9 +825,7 @@ def run(fault: Fault, out: Path, *, watched: bool, on_error: str = "warn") -> Se
         if not any(key.startswith("sts/") for key in row)
     ]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    seen = Seen(error, log, weights)
-    seen.folder = scene.out / "sts"  # type: ignore[attr-defined]
-    return seen
+    return Seen(error, log, weights, scene.out / "sts", {module.training for module in trainer.model.modules()})
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -847,17 +850,75 @@ def test_fault(fault: Fault, tmp_path: Path) -> None:
         raise seen.error
     assert seen.log == bare.log
     assert all(same(seen.weights[name], bare.weights[name]) for name in bare.weights)
-    folder: Path = seen.folder  # type: ignore[attr-defined]
-    assert tuple(row["snapshot"]["step"] for row in lines(folder / "drift.jsonl")) == fault.checks
-    recorded = lines(folder / "faults.jsonl")
+    assert tuple(row["snapshot"]["step"] for row in lines(seen.folder / "drift.jsonl")) == fault.checks
+    recorded = lines(seen.folder / "faults.jsonl")
     assert [(row["step"], row["what"]) for row in recorded] == [(step, what) for step, what, _ in fault.recorded], recorded
     for row, (_, _, message) in zip(recorded, fault.recorded, strict=True):
         assert message in row["error"]
         assert row["trace"] or row["what"] == "run log"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.raises], ids=lambda fault: fault.name)
 def test_the_original_error_is_raised_if_asked(fault: Fault, tmp_path: Path) -> None:
     assert fault.raises is not None
     seen = run(fault, tmp_path / "with", watched=True, on_error="raise")
     assert isinstance(seen.error, fault.raises), seen.error
+
+
+def test_a_careless_guest_is_noticed(tmp_path: Path) -> None:
+    """The comparison fails for a callback that only draws a random number."""
+
+    class Careless(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            torch.rand(1)
+
+    def with_dropout(scene: Scene) -> None:
+        scene.callbacks.append(Careless())
+
+    fault = Fault("a careless guest", with_dropout, "noticed")
+    bare, seen = run(fault, tmp_path / "without", watched=False), run(fault, tmp_path / "with", watched=True)
+    assert seen.error is None
+    assert seen.log != bare.log
+
+
+def test_an_interrupt_in_a_check_passes_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    seen = run(Fault("", lambda s: s.on_probe(raising(KeyboardInterrupt()), steps={2}), ""), tmp_path / "with", watched=True)
+    assert isinstance(seen.error, KeyboardInterrupt)
+    assert seen.mode == {True}
+    assert torch.is_grad_enabled()
+    assert not (seen.folder / "faults.jsonl").exists()
+
+
+def test_an_empty_training_set_fails_as_it_does_without_us(tmp_path: Path) -> None:
+    def empty(scene: Scene) -> None:
+        scene.train_dataset = scene.tokenised(2).select([])
+
+    bare, seen = (run(Fault("", empty, ""), tmp_path / str(watched), watched=watched) for watched in (False, True))
+    assert bare.error is not None
+    assert repr(seen.error) == repr(bare.error)
+
+
+def table() -> str:
+    """The faults and what becomes of them."""
+    head = (
+        "# Faults, and what becomes of them\n\n"
+        "Each row is a test of `test_faults.py`, which also writes this table (`STS_WRITE_FAULTS=1`). In every row that is not\n"
+        "refused before its first step, training is the same as without the callback, bit for bit.\n\n"
+        '| fault | what happens | checks at steps | in `faults.jsonl` | `on_error="raise"` |\n|---|---|---|---|---|\n'
+    )
+    body = ""
+    for fault in FAULTS:
+        recorded = "; ".join(dict.fromkeys(f"step {step}: {what}" for step, what, _ in fault.recorded))
+        becomes = f"{fault.becomes}: {fault.refused[0].__name__}" if fault.refused else fault.becomes
+        checks = "" if fault.refused else ", ".join(map(str, fault.checks))
+        raised = f"raises {fault.raises.__name__}" if fault.raises else ""
+        body += f"| {fault.name} | {becomes} | {checks} | {recorded} | {raised} |\n"
+    return head + body
+
+
+def test_the_written_table_is_that_of_the_tests() -> None:
+    if os.environ.get("STS_WRITE_FAULTS"):
+        TABLE.write_text(table(), encoding="utf-8")
+    assert TABLE.read_text(encoding="utf-8") == table()
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 40

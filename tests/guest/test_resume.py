@@ -28,8 +28,10 @@ RUNS = {
 }
 MOMENTS = [
     "probe",
-    "half a line",
-    "whole line, not synced",
+    "half of drift.jsonl",
+    "half of features.jsonl",
+    "half of forecast.part",
+    "written, not synced",
     "replacing a file",
     "training step",
     "saving",
@@ -88,7 +90,7 @@ def assert_same_run(out: Path, whole: Path) -> None:
         assert ours[name] == theirs[name], name
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed_is_the_same_run(moment: str, seed: int, tmp_path: Path, whole_run: Callable[[str], Path]) -> None:
     draw = random.Random(f"{moment}/{seed}")
