@@ -26,6 +26,7 @@ from sts_callback.runlog import RunLog
 from sts_callback.scoring import rank_agreement
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from sts_callback.model.encoder import SaeSource
@@ -73,7 +74,8 @@ class STSCallback(TrainerCallback):
             domains: own domains, name to file, data set or rows, in any format that TRL accepts. A protected name that is not
                 among them is one that ships with the package.
             train_data: the training examples with their answers, if the trainer's own data set cannot be read.
-            check_on: measure drift at each `"save"`, each `"evaluate"`, or every so many optimizer steps.
+            check_on: measure drift at each `"save"`, each `"evaluate"` (whose metrics it then joins), or every so many
+                optimizer steps.
             action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict.
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
@@ -130,11 +132,8 @@ class STSCallback(TrainerCallback):
         """Forecast and take the baseline; after a resume, take up the ones of the run's first session."""
         names = (TRAIN, *self._domains)
         scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, self._check_on)
-        if args.auto_find_batch_size and self._monitor is not None and self._monitor.is_of(kwargs["model"]):
-            self._history, self._alarmed = (
-                [],
-                (),
-            )  # begun anew with smaller batches, but the weights may have moved: step 0 stands
+        if self._begins_again(args, state, kwargs["model"]):
+            self._history, self._alarmed = [], ()
             return
         self._monitor = None
         self._log = RunLog(Path(args.output_dir or ".") / "sts")
@@ -171,6 +170,11 @@ class STSCallback(TrainerCallback):
         if self._monitor is not None and state.is_world_process_zero:
             tqdm.write(f"STS files of this run: {self._log.folder}")
         self._monitor = None  # an evaluation after training is of the user's, perhaps of other weights
+
+    def _begins_again(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> bool:
+        """Whether the trainer starts anew with smaller batches: its weights may have moved by now, so the first step 0 stands."""
+        unfinished = self._monitor is not None and self._monitor.is_of(model)
+        return args.auto_find_batch_size and state.global_step == 0 and unfinished
 
     def _made_monitor(self, sae: SaeSource, state: TrainerState, **kwargs: Any) -> Monitor:
         tokenizer = kwargs.get("processing_class")
