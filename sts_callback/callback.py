@@ -81,7 +81,8 @@ class STSCallback(TrainerCallback):
             domains: own domains, name to file, data set or rows, in any format that TRL accepts. A protected name that is not
                 among them is one that ships with the package.
             train_data: the training examples with their answers, if the trainer's own data set cannot be read.
-            check_on: measure drift at each `"save"`, each `"evaluate"`, or every so many optimizer steps.
+            check_on: measure drift at each `"save"`, each `"evaluate"` (whose metrics it then joins), or every so many
+                optimizer steps.
             action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict.
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.

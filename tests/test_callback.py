@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
@@ -32,7 +34,7 @@ def made_callback(**options: Any) -> STSCallback:
     return STSCallback(**{**defaults, **options})
 
 
-def made_trainer(kind: str, out: Path, callbacks: list[Any], **options: Any) -> Trainer:
+def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = False, **options: Any) -> Trainer:
     """A tiny trainer with dropout, accumulation, evaluation and saves."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.save_pretrained(out / "base")
@@ -53,6 +55,7 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], **options: Any) -> 
         "seed": 3,
         **options,
     }
+    adapters = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
     if kind == "sft":
         return SFTTrainer(
             model=model,
@@ -60,9 +63,13 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], **options: Any) -> 
             train_dataset=Dataset.from_list(rows(40)),
             eval_dataset=Dataset.from_list(rows(4, seed=70)),
             processing_class=tokenizer,
+            peft_config=adapters if lora else None,
             callbacks=callbacks,
         )
 
+    if lora:
+        torch.manual_seed(1)
+        model = get_peft_model(model, adapters)
     return Trainer(
         model=model,
         args=TrainingArguments(**shared, dataloader_pin_memory=False),

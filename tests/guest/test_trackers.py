@@ -61,6 +61,7 @@ def in_wandb(out: Path) -> Rows:
     from wandb.proto import wandb_internal_pb2
 
     wandb.finish()
+    wandb.teardown()  # waits until its service, a process, has written all
     rows = []
     for record in _wandb_records(next(out.rglob("*.wandb")).read_bytes()):
         read = wandb_internal_pb2.Record()

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 
 from guest.runs import SAMPLING, TRAINERS, Outcome, Shelf, checked_steps, finished, made_trainer
+from sts_callback import STSCallback
 from tiny import rows
 
 TABLE = Path(__file__).with_name("MATRIX.md")
@@ -31,6 +32,7 @@ class Setting:
     """Of which with LoRA."""
     check_on: str | int = 1
     checks: tuple[int, ...] = tuple(range(1, N_STEPS + 1))
+    attached: bool = True
     seconds: int = 120
     helpers: tuple[type[TrainerCallback], ...] = ()
     """The user's own callbacks, in both runs."""
@@ -73,6 +75,7 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 SETTINGS = {
     "defaults": Setting({}, lambda t: True, trainers=TRAINERS),
+    "defaults, callback not attached": Setting({}, lambda t: True, trainers=("Trainer", "SFT", "Reward"), attached=False),
     "gradient accumulation": Setting({"gradient_accumulation_steps": 3}, lambda t: t.state.epoch == 3 * N_STEPS / 20),
     "activation checkpointing": Setting({"gradient_checkpointing": True}, lambda t: t.model.is_gradient_checkpointing),
     "bf16 autocast": Setting({"bf16": True}, lambda t: t.accelerator.mixed_precision == "bf16"),
@@ -165,7 +168,8 @@ def as_markdown(found: dict[tuple[str, str, bool], str]) -> str:
         "",
         "Each cell is one run with the callback and one without: gradient norms, the trainer's own log rows (losses among them),",
         "final weights, the random state of Python, NumPy and torch, the model's settings and the tokenizer are compared bit for",
-        f"bit. Written by `tests/guest/test_trainers.py` when all of it has run. Tiny models, CPU, {libraries}.",
+        "bit. Written by `tests/guest/test_trainers.py` when all of it has run. Tiny models on a CPU,",
+        f"{libraries}.",
         "",
         "| trainer | setting | full parameters | LoRA |",
         "|---|---|---|---|",
@@ -184,8 +188,8 @@ def run(
     counters.clear()
     callbacks = [*(helper() for helper in setting.helpers), *([ours] if ours is not None else [])]
     trainer = made_trainer(kind, shelf, out, callbacks, lora=lora, **setting.options)
-    attach: Callable[[Trainer], object] = getattr(ours, "attach", lambda trainer: None)
-    attach(trainer)
+    if isinstance(ours, STSCallback) and setting.attached:
+        ours.attach(trainer)
     outcome = finished(trainer)
     assert setting.in_force(trainer)
     return trainer, outcome
