@@ -25,6 +25,7 @@ from sts_callback.policy import fewest_queries, judge_drift, judge_forecast, sho
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
 from sts_callback.runlog import RunLog
 from sts_callback.scoring import rank_agreement
+from sts_callback.settings import STSArguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +59,7 @@ class STSCallback(TrainerCallback):
 
     def __init__(
         self,
-        sae: SaeSource | Sequence[SaeSource],
+        sae: SaeSource | Sequence[SaeSource] | None = None,
         protect: Sequence[str] | Mapping[str, float] = (),
         *,
         domains: Mapping[str, Source] | None = None,
@@ -75,7 +76,8 @@ class STSCallback(TrainerCallback):
 
         Args:
             sae: SAELens `release/sae_id`, a folder in SAELens format, a `sae_lens.SAE`, or `"auto"`; or several, of which each
-                makes a forecast and the first is the one that decides and watches drift.
+                makes a forecast and the first is the one that decides and watches drift. Without any argument at all, settings
+                are read from a file, see `settings.STSArguments.of_environment`.
             protect: names of domains that training must not harm, or names with budgets: the rise of answer NLL that each may
                 suffer, in nats per token (default 0.1).
             domains: own domains, name to file, data set or rows, in any format that TRL accepts. A protected name that is not
@@ -96,6 +98,9 @@ class STSCallback(TrainerCallback):
             ConfigError: if a setting has a value that is not allowed.
 
         """
+        if sae is None and not (protect or domains or train_data):
+            STSCallback.__init__(self, **STSArguments.of_environment().options())
+            return
         _one_of(
             "check_on",
             check_on,
@@ -109,7 +114,7 @@ class STSCallback(TrainerCallback):
         if max_overhead is not None and not max_overhead > 0:
             raise ConfigError(f"max_overhead: got {max_overhead!r}; allowed is a share above 0, or None for no limit.")
         self._saes = list(sae) if isinstance(sae, (list, tuple)) else [sae]
-        if not self._saes:
+        if not self._saes or None in self._saes:
             raise ConfigError("sae: got none; allowed is one SAE or a list of at least one.")
         self._train_data = train_data
         self._domains, budgets = choose_domains(protect, domains)
