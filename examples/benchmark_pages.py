@@ -181,10 +181,10 @@ def scaling(results: dict[str, Any]) -> list[str]:
         "",
         *wrapped(
             "Beside model and SAE a probe needs one segment's activations, the keys of one layer for a batch and a chunk of "
-            "feature activations (64 MiB): none grows with the number of tokens, domains or queries. Under FSDP every process "
-            f"keeps its own copy of the SAE. A training step on 8 sequences of 2,000 tokens is worth {a_step:,} token forwards; "
-            f"a check is {n_tokens:,}, as much as {n_tokens / a_step:.1f} such steps: {n_tokens / a_step / 500:.1%} of the 500 "
-            "between two default checks."
+            "feature activations (16 MiB, or 256 tokens of a very wide SAE): none grows with the number of tokens, domains or "
+            "queries. Under FSDP every process keeps its own copy of the SAE. A training step on 8 sequences of 2,000 tokens is "
+            f"worth {a_step:,} token forwards; a check is {n_tokens:,}, as much as {n_tokens / a_step:.1f} such steps: "
+            f"{n_tokens / a_step / 500:.1%} of the 500 between two default checks."
         ),
     ]
     return lines

@@ -19,7 +19,8 @@ from sts_callback.model.encoder import Reconstruction, SaeEncoder
 from sts_callback.model.hooks import HookPoint
 from sts_callback.readings import BARE, DriftReading, Fit, Reading, Reference, Shift, StepZero
 
-_CHUNK_ELEMENTS = 2**24  # activations encoded at once: 64 MiB in float32
+# Activations encoded at once: few enough for memory that is used again and again, enough tokens for a fast matrix product.
+_CHUNK_ELEMENTS, _FEWEST_TOKENS = 2**22, 256
 
 
 class Lens:
@@ -65,7 +66,7 @@ class Lens:
 
     def chunks(self, n_tokens: int) -> Iterator[slice]:
         """Slices of tokens that are encoded at once."""
-        size = max(1, _CHUNK_ELEMENTS // self.encoder.d_sae)
+        size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // self.encoder.d_sae)
         return (slice(start, start + size) for start in range(0, n_tokens, size))
 
     def _without_sinks(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -114,7 +114,7 @@ def test_a_callback_without_arguments_reads_the_file_and_watches_the_run(
     ("content", "message"),
     [
         ("sts_protct: [law]", r"sts_protct is no setting; did you mean sts_protect\?"),
-        ("sts_colour: red", "sts_colour is no setting; allowed are sts_sae, "),
+        ("sts_xyzzyqqq: 1", "sts_xyzzyqqq is no setting; allowed are sts_sae, "),
         ("- law", "holds no settings; give lines such as"),
         ("a: [", "cannot be read .*; give a YAML file"),
         ("sts_protect: [law]", "sae: got none"),
