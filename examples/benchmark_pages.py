@@ -235,6 +235,6 @@ def plot(results: dict[str, Any], file: Path) -> None:
         axis.set(xscale="log", xlabel=title, yticks=range(len(rows)), yticklabels=names)
         axis.margins(x=0.1)
     axes[0].invert_yaxis()
-    axes[0].legend(loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"Features that a context shifts: {results['machine']}", fontsize=10)
     figure.savefig(file, metadata={"Date": None})
