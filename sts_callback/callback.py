@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from sts_callback import ranks, scalars, terminal
+from sts_callback import scalars, terminal
 from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Source
 from sts_callback.domains.starter import choose_domains
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, StsError
@@ -85,7 +87,8 @@ class STSCallback(TrainerCallback):
             train_data: the training examples with their answers, if the trainer's own data set cannot be read.
             check_on: measure drift at each `"save"`, each `"evaluate"` (whose metrics it then joins), or every so many
                 optimizer steps.
-            action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict.
+            action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict, in a
+                distributed run in its first process.
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
@@ -126,6 +129,7 @@ class STSCallback(TrainerCallback):
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._monitor: Monitor | None = None
         self._log: RunLog
+        self._ranks: Ranks
         self._guard: Guard
         self._overhead: Overhead
         self._recent: list[DriftSnapshot] = []
@@ -162,6 +166,9 @@ class STSCallback(TrainerCallback):
                 "callbacks: the trainer has two STSCallbacks, which would share one folder and one set of log keys; keep one. "
                 "sae=[...] takes several SAEs, domains={...} any number of domains."
             )
+        self._ranks = Ranks.of_run()
+        if self._ranks.n > 1:
+            _require_whole_sequences(AcceleratorState().parallelism_config)
         names = (TRAIN, *self._domains)
         scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, self._check_on)
         model, restarts = kwargs["model"], self._restarts(args, state)
@@ -171,7 +178,7 @@ class STSCallback(TrainerCallback):
         self._last_check = self._last_try = 0
         self._train_batch_size = state.train_batch_size
         self._log = RunLog(Path(args.output_dir or ".") / "sts", anew=begins)
-        self._guard = Guard(self._log, raises=self._on_error == "raise")
+        self._guard = Guard(self._log, self._ranks, raises=self._on_error == "raise")
         self._bars = state.is_world_process_zero and not args.disable_tqdm
 
         # Step 0 can only be compared with in the batches that it was read in.
@@ -184,7 +191,8 @@ class STSCallback(TrainerCallback):
                 monitor = self._made_monitor(self._saes if begins else self._saes[:1], probes, **kwargs)
                 if begins:
                     self._require_power(monitor)
-                    self.forecast, *self._others = monitor.forecasts()
+                    # The first process's own for all: on other hardware the last bits may differ, and a decision with them.
+                    self.forecast, *self._others = self._ranks.gathered(monitor.forecasts)[0]
             return monitor
 
         monitor = None
@@ -194,12 +202,12 @@ class STSCallback(TrainerCallback):
             )
         else:
             self._guard.run(state, "resume", _refuse_unwatched)
-        if monitor is not None and begins:
+        if monitor is not None and not (
             self._guard.run(state, "forecast", lambda: self._begin(monitor, state), passes=(StsError,))
-        elif monitor is not None:
-            self._guard.run(state, "resume", lambda: self._resume(monitor, found, state))
-        if ranks.worst(int(self._monitor is None)):  # all watch, or none: they wait for one another at each check
-            self._monitor = None
+            if begins
+            else self._guard.run(state, "resume", lambda: self._resume(monitor, found, state))
+        ):
+            self._monitor = None  # all processes watch, or none
         STSCallback._last_state = weakref.ref(state)
         expected_s = self._recent[-1].seconds if self._recent else self._first_guess()
         self._overhead = Overhead(self._max_overhead, expected_s)
@@ -228,10 +236,9 @@ class STSCallback(TrainerCallback):
         """Check the final weights, if the last check was not of them."""
         if not args.load_best_model_at_end:  # else the weights are no longer those of this step
             self._check(state, control, kwargs["model"], always=True)
-        if state.is_world_process_zero:
-            self._guard.run(state, "run log", self._log.write_waiting_faults)
-            if self._monitor is not None:
-                self._guard.run(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"))
+        self._guard.run(state, "run log", self._log.write_waiting_faults, first_only=True)
+        if self._monitor is not None:
+            self._guard.run(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"), first_only=True)
         self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
 
     def _restarts(self, args: TrainingArguments, state: TrainerState) -> bool:
@@ -256,6 +263,7 @@ class STSCallback(TrainerCallback):
             domains=self._domains,
             config=probes,
             progress=self._bars,
+            ranks=self._ranks,
         )
 
     def _found_train_data(self, dataloader: Any) -> Source:
@@ -272,14 +280,14 @@ class STSCallback(TrainerCallback):
 
     def _begin(self, monitor: Monitor, state: TrainerState) -> None:
         assert self.forecast is not None and monitor.baseline is not None
-        self.verdict = judge_forecast(self.forecast, self._policy)
+        forecast = self.forecast
+        self.verdict = self._ranks.from_first(lambda: judge_forecast(forecast, self._policy))
         self._monitor = monitor
         self._step_zero = {"baseline": monitor.baseline.digest, "batch_tokens": self._batch_tokens}
         # Into `trainer_state.json`: a checkpoint then tells whose baseline it goes with. Not a class name, see `ExportableState`.
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
-        if state.is_world_process_zero:
-            self._guard.run(state, "run log", self._write_step_zero)
-            self._guard.run(state, "screen", self._show_forecast)
+        self._guard.run(state, "run log", self._write_step_zero, first_only=True)
+        self._guard.run(state, "screen", self._show_forecast, first_only=True)
         if self.verdict.decision == "no-go" and self._on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(self.verdict.threatened)}. "
@@ -309,7 +317,7 @@ class STSCallback(TrainerCallback):
             )
 
     def _resume(self, monitor: Monitor, step_zero: dict[str, Any], state: TrainerState) -> None:
-        forecast = self._log.read_forecast()
+        forecast = self._ranks.from_first(self._log.read_forecast)
         monitor.restore(self._log.baseline_file, forecast)
         assert monitor.baseline is not None
         if monitor.baseline.digest != step_zero["baseline"]:
@@ -317,9 +325,9 @@ class STSCallback(TrainerCallback):
                 f"baseline: {self._log.baseline_file} was made at step 0 of another run than this checkpoint's; put back the "
                 "folder sts of this run, or start the run anew."
             )
-        if state.is_world_process_zero and (n_damaged := self._log.take_up(state.global_step)):
+        if n_damaged := self._ranks.from_first(lambda: self._log.take_up(state.global_step)):
             self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
-        checks = self._log.judged_checks(state.global_step)
+        checks = self._ranks.from_first(lambda: self._log.judged_checks(state.global_step))
         self.forecast, self.verdict = forecast, judge_forecast(forecast, self._policy)
         if checks:
             self._recent = [snapshot for snapshot, _ in checks][-self._policy.patience :]
@@ -337,7 +345,7 @@ class STSCallback(TrainerCallback):
 
     def _catch_up(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Make the check that a kill may have prevented after the save that is resumed from."""
-        if not ranks.from_first(self._log.postponed_since(self._last_check, state.global_step)):
+        if not self._ranks.from_first(lambda: self._log.postponed_since(self._last_check, state.global_step)):
             self._check(state, control, model, always=True)
 
     def _first_guess(self) -> float:
@@ -349,7 +357,7 @@ class STSCallback(TrainerCallback):
         if self._monitor is None or state.global_step in (0, self._last_try):
             return
         with self._overhead.counted():
-            if always or ranks.from_first(self._overhead.affords_check):
+            if always or self._ranks.from_first(lambda: self._overhead.affords_check):  # by one clock
                 monitor = self._monitor
                 self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model))
             elif not self._is_postponed:  # said once, until a check is made
@@ -364,8 +372,7 @@ class STSCallback(TrainerCallback):
             "due and affordable, at the latest when training ends. max_overhead=None checks whenever asked."
         )
         logger.warning("STS check at step %d is postponed: %s", state.global_step, reason)
-        if state.is_world_process_zero:
-            self._guard.run(state, "run log", lambda: self._log.append_postponed(state.global_step, reason))
+        self._guard.run(state, "run log", lambda: self._log.append_postponed(state.global_step, reason), first_only=True)
 
     def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         self._last_try = step = state.global_step
@@ -375,23 +382,22 @@ class STSCallback(TrainerCallback):
             if not monitor.watches(model):
                 raise CannotTell("model: the trainer has another one now than at step 0; train() anew to have it watched.")
             self._batch_tokens = batch_tokens  # where memory did not suffice once, later checks need not try again
-            return monitor.check(step, batch_tokens=batch_tokens)
+            return self._ranks.gathered(lambda: monitor.check(step, batch_tokens=batch_tokens))[0]  # as for the forecast
 
         snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
         if snapshot is None:
             return
         self._recent = [*self._recent, snapshot][-self._policy.patience :]
         self._last_check, self._is_postponed = step, False
-        self.verdict = verdict = judge_drift(self._recent, self._policy)
+        self.verdict = verdict = self._ranks.from_first(lambda: judge_drift(self._recent, self._policy))
         alarmed = verdict.threatened if verdict.decision == "no-go" else ()
         is_new, self._alarmed = set(alarmed) - set(self._alarmed), alarmed
-        if state.is_world_process_zero:
-            self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict))
-            self._guard.run(state, "screen", lambda: self._show_check(snapshot, verdict))
+        self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict), first_only=True)
+        self._guard.run(state, "screen", lambda: self._show_check(snapshot, verdict), first_only=True)
         self._overhead.learn(self._overhead.spent_s - before_s)
         self._guard.run(state, "trainer's log", lambda: self._log_scalars(state, control, snapshot))
-        if ranks.from_first(bool(is_new)):  # it may set flags, which must be the same everywhere
-            self._guard.run(state, "action", lambda: self._act(verdict, control))
+        if is_new:
+            self._guard.run(state, "action", lambda: self._act(verdict, control), first_only=callable(self._action))
 
     def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
         """The line of the check comes last: where it stands, all of the check has been written."""
@@ -426,6 +432,17 @@ class STSCallback(TrainerCallback):
             Trainer.log(trainer, row)  # the base method: TRL's own would flush its running means early
         finally:
             control.should_log = should_log  # logging clears it, and the step's loss row would vanish
+
+
+def _require_whole_sequences(parallelism: Any) -> None:
+    """Refuse to measure where each process sees only a part of every text."""
+    if parallelism is not None and parallelism.cp_size * parallelism.sp_size > 1:
+        raise ConfigError(
+            f"parallelism_config: got cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size}; allowed is 1 for both, since "
+            "attention is then over parts of texts and what it gives on probes is not what the model does. Forecast on one "
+            "process with `sts-callback forecast` and train without the callback, or train without context and sequence "
+            "parallelism."
+        )
 
 
 def _refuse_unwatched() -> None:
