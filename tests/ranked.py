@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from sts_callback.overhead import Overhead
-from test_callback import made_callback, made_trainer
+from test_callback import PROBES, made_callback, made_trainer
 
 OPTIONS: dict[str, Any] = {"ddp_backend": "gloo", "save_strategy": "no", "eval_strategy": "no", "max_steps": 4}
 
@@ -38,7 +39,8 @@ def fail_on_one(rank: int, out: Path) -> None:
 
 
 def _train(rank: int, out: Path, max_overhead: float | None) -> None:
-    callback = made_callback(check_on=1, max_overhead=max_overhead)
+    probes = dataclasses.replace(PROBES, batch_tokens=100)  # several batches a set, so that each process has some
+    callback = made_callback(check_on=1, max_overhead=max_overhead, probes=probes)
     trainer = made_trainer("plain", out, [callback], **OPTIONS)
     trainer.train()
     (out / f"{rank}.json").write_text(json.dumps([r["step"] for r in trainer.state.log_history if "sts/near/drift" in r]))

@@ -116,7 +116,7 @@ def test_a_callback_without_arguments_reads_the_file_and_watches_the_run(
         ("sts_protct: [law]", r"sts_protct is no setting; did you mean sts_protect\?"),
         ("sts_xyzzyqqq: 1", "sts_xyzzyqqq is no setting; allowed are sts_sae, "),
         ("- law", "holds no settings; give lines such as"),
-        ("a: [", "cannot be read .*; give a YAML file"),
+        ("a: [", "(?s)cannot be read .*; give a YAML file"),
         ("sts_protect: [law]", "sae: got none"),
         ("sts_sae: x\nsts_protect: [law=much]", "sts_protect law: got 'much'; allowed is a number"),
         ("sts_sae: x\nsts_protect: [law=]", "sts_protect: got 'law='; allowed is NAME or NAME=NATS"),
