@@ -114,6 +114,7 @@ class Gauge:
         on_batch: OnBatch = lambda n_queries: None,
         *,
         with_gradients: bool = False,
+        batch_tokens: int | None = None,
     ) -> list[Reading]:
         """A pass without context and one under each of others, which are compared with it token by token.
 
@@ -123,6 +124,7 @@ class Gauge:
             contexts: by name, one for each group of queries, or one for all.
             on_batch: see `OnBatch`; each query is done once for each context, and once without.
             with_gradients: whether to differentiate the answers' NLL too, where that can be done.
+            batch_tokens: another batch layout than the settings'.
 
         Returns:
             One for each SAE.
@@ -140,7 +142,7 @@ class Gauge:
             found: dict[str, dict[str, torch.Tensor]] = {}
             for name, draws in passes.items():
                 to_gradients = sums if differentiable and name == BARE else ()
-                found[name], losses = self._segment(probes, segment, draws, on_batch, to_gradients=to_gradients)
+                found[name], losses = self._segment(probes, segment, draws, on_batch, batch_tokens, to_gradients)
                 if losses is not None:
                     nll[name][segment.start : segment.stop] = losses
             owner = _owner(probes, segment)

@@ -282,6 +282,14 @@ def test_a_forecast_is_of_step_0_and_a_check_of_its_own() -> None:
     assert judge_drift([snapshot(step, domain_drift("law")) for step in (10, 20)], POLICY).step == 20
 
 
+@pytest.mark.parametrize(("drift", "superseded"), [(0.0625 - BARELY, False), (0.0625, True), (0.5, True), (NAN, False)])
+def test_the_training_datas_own_drift_supersedes_the_forecast(drift: float, superseded: bool) -> None:
+    still, moved = (snapshot(10, domain_drift("law"), train=domain_drift("train", relative_drift=d)) for d in (0.0, drift))
+    assert judge_drift([still, moved], POLICY).supersedes_forecast == superseded
+    assert not judge_drift([moved, still], POLICY).supersedes_forecast
+    assert not judged_forecast().supersedes_forecast
+
+
 DRIFTS: dict[Decision, dict[str, Any]] = {
     "no-go": {"n_queries": 32, "relative_drift": 0.5, **HARM, **SURE},
     "cannot tell": {"n_queries": 32, "relative_drift": 0.5, **UNSURE},

@@ -142,6 +142,30 @@ def test_a_first_line_torn_to_nothing_is_no_obstacle(log: RunLog) -> None:
     assert (log.folder / "drift.jsonl").read_text().startswith("{")
 
 
+ROLLOUTS = [
+    {"prompt": "« a\n»", "completion": None, "reward": None, "sample": ""},
+    {"prompt": [], "completion": "b", "sample": "c"},
+]
+
+
+def test_rollouts_come_back_as_they_were(log: RunLog) -> None:
+    assert log.read_rollouts() == []
+    log.write_rollouts([])
+    assert list(log.folder.iterdir()) == []
+    log.write_rollouts(ROLLOUTS)
+    assert log.read_rollouts() == ROLLOUTS
+    log.write_rollouts(ROLLOUTS[:1])
+    assert log.read_rollouts() == ROLLOUTS[:1]
+
+
+@pytest.mark.parametrize("damaged", [b"{", b"[]", b'{"prompt": "p", "completion": "c"}', b"\xff"])
+def test_damaged_rollouts_are_left_out(damaged: bytes, log: RunLog) -> None:
+    log.write_rollouts(ROLLOUTS)
+    with (log.folder / "rollouts.jsonl").open("ab") as file:
+        file.write(damaged)
+    assert log.read_rollouts() == ROLLOUTS
+
+
 def test_faults_are_lines_whatever_their_trace_holds(log: RunLog) -> None:
     traces = ['Traceback:\n  File "x"\nValueError: ±\u2028"', "again"]
     for step, trace in enumerate(traces):
