@@ -135,7 +135,7 @@ class STSCallback(TrainerCallback):
         self._batch_tokens = self._probes.batch_tokens
         self._bars = True
         self.forecast: Forecast | None = None
-        """The forecast, from train begin on."""
+        """The forecast, from train begin on; if made from rollouts, from the first step on."""
         self.verdict: Verdict | None = None
         """The newest verdict: the forecast's, then each check's."""
 

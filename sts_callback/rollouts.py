@@ -43,7 +43,7 @@ class Rollouts:
     def __init__(self) -> None:
         self.is_tapped = False
         """Whether reward functions were wrapped."""
-        self.first: list[Row] = []
+        self.first: Sequence[Row] = []
         """The rows of step 0, see `rows`."""
         self._generations: list[_Generation] = []
         self._listens = self._steps_on = False
@@ -105,7 +105,7 @@ class Rollouts:
                     row |= {"completion": completion, "reward": reward}
         return list(found.values())
 
-    def _tapped(self, func: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def _tapped(self, func: Callable[..., Any], place: int) -> Any:
         inner = func
         while isinstance(inner, functools.partial):
             inner = inner.func
@@ -123,7 +123,7 @@ class Rollouts:
         is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
         tapped: Any = functools.update_wrapper(awaited if is_async else now, func)
         tapped.__name__ = getattr(inner, "__name__", type(inner).__name__)  # by which the trainer logs it
-        return tapped  # type: ignore[no-any-return]
+        return tapped
 
     def _hear(self, place: int, rewards: Any, prompts: Any = (), completions: Any = (), **others: Any) -> None:
         if not self._listens:

@@ -120,7 +120,7 @@ def read_pairs(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, field: s
 
 def are_prompts_only(source: Source) -> bool:
     """Whether rows are prompts for a policy to answer, without reference answers; the first one tells."""
-    row = {} if isinstance(source, (str, Path)) else next(iter(source), {})
+    row: Row = {} if isinstance(source, (str, Path)) else next(iter(source), {})
     answered = {"completion", "chosen", "messages", "conversations", "text", "input_ids", "prompt_ids"}
     return "prompt" in row and answered.isdisjoint(row) and _reference(row) is None
 

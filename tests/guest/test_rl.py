@@ -91,11 +91,9 @@ def test_the_forecast_is_made_from_the_best_rollouts_of_the_first_step(
     [
         ("GRPO", False, {}),
         ("RLOO", False, {}),
-        pytest.param("GRPO", True, {}, marks=pytest.mark.slow),
-        pytest.param("RLOO", True, {}, marks=pytest.mark.slow),
         pytest.param(
             "GRPO",
-            False,
+            True,
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 5, "gradient_checkpointing": True, "bf16": True},
             marks=pytest.mark.slow,
         ),
