@@ -46,7 +46,7 @@ class Rollouts:
         self.first: Sequence[Row] = []
         """The rows of step 0, see `rows`."""
         self._generations: list[_Generation] = []
-        self._listens = self._steps_on = False
+        self._listens = self._is_new_step = False
 
     def tap(self, reward_funcs: Any) -> Any:
         """Wrap reward functions so that what they judge is overheard; they keep their names, and reward as they would.
@@ -77,7 +77,7 @@ class Rollouts:
 
     def listen(self) -> None:
         """A training step begins; what it writes takes the place of what earlier ones wrote."""
-        self._listens = self._steps_on = True
+        self._listens = self._is_new_step = True
 
     def pause(self) -> None:
         """What is written from here on, until the next step, is not training's."""
@@ -128,8 +128,8 @@ class Rollouts:
     def _hear(self, place: int, rewards: Any, prompts: Any = (), completions: Any = (), **others: Any) -> None:
         if not self._listens:
             return
-        if self._steps_on:
-            self._generations, self._steps_on = [], False
+        if self._is_new_step:
+            self._generations, self._is_new_step = [], False
         newest = self._generations[-1] if self._generations else None
         if newest is None or place in newest.rewards or (newest.prompts, newest.completions) != (prompts, completions):
             newest = _Generation(prompts, completions)

@@ -64,7 +64,13 @@ class Shelf:
 
     def callback(self, **options: Any) -> STSCallback:
         """A callback that looks after each step."""
-        defaults: dict[str, Any] = {"protect": ["near"], "domains": TINY_DOMAINS, "probes": PROBES, "check_on": 1}
+        defaults: dict[str, Any] = {
+            "protect": ["near"],
+            "domains": TINY_DOMAINS,
+            "probes": PROBES,
+            "check_on": 1,
+            "max_overhead": None,
+        }
         return STSCallback(**{"sae": self.folder / "sae", **defaults, **options})
 
 
