@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from sts_callback.monitor import forecast as forecast
     from sts_callback.policy import judge_drift as judge_drift
     from sts_callback.policy import judge_forecast as judge_forecast
+    from sts_callback.settings import STSArguments as STSArguments
 
 __version__ = "0.1.0"
 
 _HOME = {
     "STSCallback": "callback",
+    "STSArguments": "settings",
     "Monitor": "monitor",
     "forecast": "monitor",
     "ProbeConfig": "config",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from sts_callback import ranks, rollouts, scalars, terminal
+from sts_callback import rollouts, scalars, terminal
 from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Source, are_prompts_only
 from sts_callback.domains.starter import choose_domains
 from sts_callback.errors import CannotTell, ConfigError, DataError, ModelError, NoGo, SaeError, StsError
@@ -25,6 +28,7 @@ from sts_callback.policy import fewest_queries, judge_drift, judge_forecast, sho
 from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
 from sts_callback.runlog import RunLog
 from sts_callback.scoring import rank_agreement
+from sts_callback.settings import STSArguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +62,7 @@ class STSCallback(TrainerCallback):
 
     def __init__(
         self,
-        sae: SaeSource | Sequence[SaeSource],
+        sae: SaeSource | Sequence[SaeSource] | None = None,
         protect: Sequence[str] | Mapping[str, float] = (),
         *,
         domains: Mapping[str, Source] | None = None,
@@ -75,7 +79,8 @@ class STSCallback(TrainerCallback):
 
         Args:
             sae: SAELens `release/sae_id`, a folder in SAELens format, a `sae_lens.SAE`, or `"auto"`; or several, of which each
-                makes a forecast and the first is the one that decides and watches drift.
+                makes a forecast and the first is the one that decides and watches drift. Without any argument at all, settings
+                are read from a file, see `settings.STSArguments.of_environment`.
             protect: names of domains that training must not harm, or names with budgets: the rise of answer NLL that each may
                 suffer, in nats per token (default 0.1).
             domains: own domains, name to file, data set or rows, in any format that TRL accepts. A protected name that is not
@@ -83,7 +88,8 @@ class STSCallback(TrainerCallback):
             train_data: the training examples with their answers, if the trainer's own data set cannot be read or has none.
             check_on: measure drift at each `"save"`, each `"evaluate"` (whose metrics it then joins), or every so many
                 optimizer steps.
-            action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict.
+            action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict, in a
+                distributed run in its first process.
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
@@ -96,6 +102,9 @@ class STSCallback(TrainerCallback):
             ConfigError: if a setting has a value that is not allowed.
 
         """
+        if sae is None and not (protect or domains or train_data):
+            STSCallback.__init__(self, **STSArguments.of_environment().options())
+            return
         _one_of(
             "check_on",
             check_on,
@@ -109,7 +118,7 @@ class STSCallback(TrainerCallback):
         if max_overhead is not None and not max_overhead > 0:
             raise ConfigError(f"max_overhead: got {max_overhead!r}; allowed is a share above 0, or None for no limit.")
         self._saes = list(sae) if isinstance(sae, (list, tuple)) else [sae]
-        if not self._saes:
+        if not self._saes or None in self._saes:
             raise ConfigError("sae: got none; allowed is one SAE or a list of at least one.")
         self._train_data = train_data
         self._domains, budgets = choose_domains(protect, domains)
@@ -123,6 +132,7 @@ class STSCallback(TrainerCallback):
         self._awaits_rollouts = self._forecasts_from_rollouts = False
         self._monitor: Monitor | None = None
         self._log: RunLog
+        self._ranks: Ranks
         self._guard: Guard
         self._overhead: Overhead
         self._recent: list[DriftSnapshot] = []
@@ -177,6 +187,9 @@ class STSCallback(TrainerCallback):
                 "callbacks: the trainer has two STSCallbacks, which would share one folder and one set of log keys; keep one. "
                 "sae=[...] takes several SAEs, domains={...} any number of domains."
             )
+        self._ranks = Ranks.of_run()
+        if self._ranks.n > 1:
+            _require_whole_sequences(AcceleratorState().parallelism_config)
         names = (TRAIN, *self._domains)
         scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, self._check_on)
         restarts = self._restarts(args, state)
@@ -186,7 +199,7 @@ class STSCallback(TrainerCallback):
         self._last_check = self._last_try = 0
         self._train_batch_size = state.train_batch_size
         self._log = RunLog(Path(args.output_dir or ".") / "sts", anew=begins)
-        self._guard = Guard(self._log, raises=self._on_error == "raise")
+        self._guard = Guard(self._log, self._ranks, raises=self._on_error == "raise")
         self._bars = state.is_world_process_zero and not args.disable_tqdm
 
         # Step 0 can only be compared with in the batches that it was read in.
@@ -198,7 +211,6 @@ class STSCallback(TrainerCallback):
             self._guard.run(state, "resume", self._read_rollouts)
         if self._awaits_rollouts:
             self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), passes=(StsError,))
-            self._forecasts_from_rollouts = bool(ranks.worst(int(self._forecasts_from_rollouts)))
         if not self._forecasts_from_rollouts:
             self._set_up(begins, found, state, control, **kwargs)
         STSCallback._last_state = weakref.ref(state)
@@ -220,8 +232,9 @@ class STSCallback(TrainerCallback):
                 if begins:
                     self._require_power(monitor)
                     source: TrainSource = "own rollouts" if self._forecasts_from_rollouts else "reference answers"
-                    made = (dataclasses.replace(forecast, train_source=source) for forecast in monitor.forecasts())
-                    self.forecast, *self._others = made
+                    # The first process's own for all: on other hardware the last bits may differ, and a decision with them.
+                    made = self._ranks.gathered(monitor.forecasts)[0]
+                    self.forecast, *self._others = (dataclasses.replace(one, train_source=source) for one in made)
             return monitor
 
         monitor = None
@@ -231,12 +244,12 @@ class STSCallback(TrainerCallback):
             )
         else:
             self._guard.run(state, "resume", _refuse_unwatched)
-        if monitor is not None and begins:
+        if monitor is not None and not (
             self._guard.run(state, "forecast", lambda: self._begin(monitor, state), passes=refusals)
-        elif monitor is not None:
-            self._guard.run(state, "resume", lambda: self._resume(monitor, found, state))
-        if ranks.worst(int(self._monitor is None)):  # all watch, or none: they wait for one another at each check
-            self._monitor = None
+            if begins
+            else self._guard.run(state, "resume", lambda: self._resume(monitor, found, state))
+        ):
+            self._monitor = None  # all processes watch, or none
         expected_s = self._recent[-1].seconds if self._recent else self._first_guess()
         self._overhead = Overhead(self._max_overhead, expected_s)
         if self._check_on == "save" and not begins and self._monitor is not None:
@@ -252,11 +265,12 @@ class STSCallback(TrainerCallback):
         if not self._awaits_rollouts:
             return
         self._awaits_rollouts = False
-        self._rollouts.first = self._rollouts.rows(getattr(args, "reward_weights", None))
+        if not self._guard.run(state, "rollouts", lambda: self._take_rollouts(args)):
+            return
         if self._forecasts_from_rollouts:
             self._set_up(True, {}, state, control, **kwargs)
-        elif self._monitor is not None and state.is_world_process_zero:
-            self._guard.run(state, "run log", lambda: self._log.write_rollouts(self._rollouts.first))
+        elif self._monitor is not None:
+            self._guard.run(state, "run log", lambda: self._log.write_rollouts(self._rollouts.first), first_only=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at a save, if that is when."""
@@ -280,10 +294,9 @@ class STSCallback(TrainerCallback):
         """Check the final weights, if the last check was not of them."""
         if not args.load_best_model_at_end:  # else the weights are no longer those of this step
             self._check(state, control, kwargs["model"], always=True)
-        if state.is_world_process_zero:
-            self._guard.run(state, "run log", self._log.write_waiting_faults)
-            if self._monitor is not None:
-                self._guard.run(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"))
+        self._guard.run(state, "run log", self._log.write_waiting_faults, first_only=True)
+        if self._monitor is not None:
+            self._guard.run(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"), first_only=True)
         self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
 
     def _restarts(self, args: TrainingArguments, state: TrainerState) -> bool:
@@ -310,6 +323,7 @@ class STSCallback(TrainerCallback):
             domains=self._domains,
             config=probes,
             progress=self._bars,
+            ranks=self._ranks,
         )
 
     def _found_train_data(self, dataloader: Any) -> Source:
@@ -332,25 +346,28 @@ class STSCallback(TrainerCallback):
         if self._train_data is not None:
             return
         found, model = self._found_train_data(kwargs.get("train_dataloader")), kwargs["model"]
-        self._forecasts_from_rollouts = are_prompts_only(found)
+        self._forecasts_from_rollouts = self._ranks.from_first(lambda: are_prompts_only(found))
         if self._forecasts_from_rollouts:
             rollouts.require_possible(args, model, self._probes.n_train_demonstrations)
             with undisturbed(model):  # a domain stands in for what is not written yet, to see whether all else is in order
                 self._require_power(self._made_monitor(self._saes, self._probes, next(iter(self._domains.values())), **kwargs))
 
+    def _take_rollouts(self, args: TrainingArguments) -> None:
+        self._rollouts.first = self._rollouts.rows(self._ranks, getattr(args, "reward_weights", None))
+
     def _read_rollouts(self) -> None:
-        self._rollouts.first = self._log.read_rollouts()
+        self._rollouts.first = self._ranks.from_first(self._log.read_rollouts)
 
     def _begin(self, monitor: Monitor, state: TrainerState) -> None:
         assert self.forecast is not None and monitor.baseline is not None
-        self.verdict = judge_forecast(self.forecast, self._policy)
+        forecast = self.forecast
+        self.verdict = self._ranks.from_first(lambda: judge_forecast(forecast, self._policy))
         self._monitor = monitor
         self._step_zero = {"baseline": monitor.baseline.digest, "batch_tokens": self._batch_tokens}
         # Into `trainer_state.json`: a checkpoint then tells whose baseline it goes with. Not a class name, see `ExportableState`.
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
-        if state.is_world_process_zero:
-            self._guard.run(state, "run log", self._write_step_zero)
-            self._guard.run(state, "screen", self._show_forecast)
+        self._guard.run(state, "run log", self._write_step_zero, first_only=True)
+        self._guard.run(state, "screen", self._show_forecast, first_only=True)
         if self.verdict.decision == "no-go" and self._on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(self.verdict.threatened)}. "
@@ -381,7 +398,7 @@ class STSCallback(TrainerCallback):
             )
 
     def _resume(self, monitor: Monitor, step_zero: dict[str, Any], state: TrainerState) -> None:
-        forecast = self._log.read_forecast()
+        forecast = self._ranks.from_first(self._log.read_forecast)
         monitor.restore(self._log.baseline_file, forecast)
         assert monitor.baseline is not None
         if monitor.baseline.digest != step_zero["baseline"]:
@@ -389,9 +406,9 @@ class STSCallback(TrainerCallback):
                 f"baseline: {self._log.baseline_file} was made at step 0 of another run than this checkpoint's; put back the "
                 "folder sts of this run, or start the run anew."
             )
-        if state.is_world_process_zero and (n_damaged := self._log.take_up(state.global_step)):
+        if n_damaged := self._ranks.from_first(lambda: self._log.take_up(state.global_step)):
             self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
-        checks = self._log.judged_checks(state.global_step)
+        checks = self._ranks.from_first(lambda: self._log.judged_checks(state.global_step))
         self.forecast, self.verdict = forecast, judge_forecast(forecast, self._policy)
         if checks:
             self._recent = [snapshot for snapshot, _ in checks][-self._policy.patience :]
@@ -409,7 +426,7 @@ class STSCallback(TrainerCallback):
 
     def _catch_up(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Make the check that a kill may have prevented after the save that is resumed from."""
-        if not ranks.from_first(self._log.postponed_since(self._last_check, state.global_step)):
+        if not self._ranks.from_first(lambda: self._log.postponed_since(self._last_check, state.global_step)):
             self._check(state, control, model, always=True)
 
     def _first_guess(self) -> float:
@@ -421,7 +438,7 @@ class STSCallback(TrainerCallback):
         if self._monitor is None or state.global_step in (0, self._last_try):
             return
         with self._overhead.counted():
-            if always or ranks.from_first(self._overhead.affords_check):
+            if always or self._ranks.from_first(lambda: self._overhead.affords_check):  # by one clock
                 monitor = self._monitor
                 self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model))
             elif not self._is_postponed:  # said once, until a check is made
@@ -436,35 +453,34 @@ class STSCallback(TrainerCallback):
             "due and affordable, at the latest when training ends. max_overhead=None checks whenever asked."
         )
         logger.warning("STS check at step %d is postponed: %s", state.global_step, reason)
-        if state.is_world_process_zero:
-            self._guard.run(state, "run log", lambda: self._log.append_postponed(state.global_step, reason))
+        self._guard.run(state, "run log", lambda: self._log.append_postponed(state.global_step, reason), first_only=True)
 
     def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         self._last_try = step = state.global_step
         before_s = self._overhead.spent_s
-        written = rollouts.samples(self._rollouts.first), rollouts.samples(self._rollouts.rows(None))
+        written = rollouts.samples(self._rollouts.first), rollouts.samples(self._rollouts.rows(self._ranks))
 
         def measured(batch_tokens: int) -> DriftSnapshot:
             if not monitor.watches(model):
                 raise CannotTell("model: the trainer has another one now than at step 0; train() anew to have it watched.")
             self._batch_tokens = batch_tokens  # where memory did not suffice once, later checks need not try again
-            return monitor.check(step, batch_tokens=batch_tokens, rollouts=written)
+            check = functools.partial(monitor.check, step, batch_tokens=batch_tokens, rollouts=written)
+            return self._ranks.gathered(check)[0]  # as for the forecast
 
         snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
         if snapshot is None:
             return
         self._recent = [*self._recent, snapshot][-self._policy.patience :]
         self._last_check, self._is_postponed = step, False
-        self.verdict = verdict = judge_drift(self._recent, self._policy)
+        self.verdict = verdict = self._ranks.from_first(lambda: judge_drift(self._recent, self._policy))
         alarmed = verdict.threatened if verdict.decision == "no-go" else ()
         is_new, self._alarmed = set(alarmed) - set(self._alarmed), alarmed
-        if state.is_world_process_zero:
-            self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict))
-            self._guard.run(state, "screen", lambda: self._show_check(snapshot, verdict))
+        self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict), first_only=True)
+        self._guard.run(state, "screen", lambda: self._show_check(snapshot, verdict), first_only=True)
         self._overhead.learn(self._overhead.spent_s - before_s)
         self._guard.run(state, "trainer's log", lambda: self._log_scalars(state, control, snapshot))
-        if ranks.from_first(bool(is_new)):  # it may set flags, which must be the same everywhere
-            self._guard.run(state, "action", lambda: self._act(verdict, control))
+        if is_new:
+            self._guard.run(state, "action", lambda: self._act(verdict, control), first_only=callable(self._action))
 
     def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
         """The line of the check comes last: where it stands, all of the check has been written."""
@@ -499,6 +515,17 @@ class STSCallback(TrainerCallback):
             Trainer.log(trainer, row)  # the base method: TRL's own would flush its running means early
         finally:
             control.should_log = should_log  # logging clears it, and the step's loss row would vanish
+
+
+def _require_whole_sequences(parallelism: Any) -> None:
+    """Refuse to measure where each process sees only a part of every text."""
+    if parallelism is not None and parallelism.cp_size * parallelism.sp_size > 1:
+        raise ConfigError(
+            f"parallelism_config: got cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size}; allowed is 1 for both, since "
+            "attention is then over parts of texts and what it gives on probes is not what the model does. Forecast on one "
+            "process with `sts-callback forecast` and train without the callback, or train without context and sequence "
+            "parallelism."
+        )
 
 
 def _refuse_unwatched() -> None:

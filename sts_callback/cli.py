@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sts_callback.errors import CannotTell, ConfigError, StsError
+from sts_callback.errors import CannotTell, StsError
 
 if TYPE_CHECKING:
     from sts_callback.config import PolicyConfig
@@ -156,10 +156,11 @@ def _prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyC
     """What doctor and forecast share: the settings checked, then the model loaded; all but the SAEs is given."""
     from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
     from sts_callback.domains.starter import choose_domains
+    from sts_callback.settings import named, number
 
-    files = dict(_split(item, "--domain", "NAME=FILE") for item in args.domain)
-    protect = dict(_split(item, "--protect", "NAME=NATS") if "=" in item else (item, DEFAULT_BUDGET) for item in args.protect)
-    domains, budgets = choose_domains({name: _number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
+    files = named(args.domain, "--domain", "NAME=FILE")
+    protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
+    domains, budgets = choose_domains({name: number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
     config = ProbeConfig(
         n_queries=args.n_queries, n_draws=args.n_draws, n_features=args.n_features, max_tokens=args.max_tokens, seed=args.seed
     )
@@ -223,17 +224,3 @@ def _saes(args: argparse.Namespace) -> int:
         table.add_row(entry.spec, entry.kind, *("" if cell is None else str(cell) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     return GO
-
-
-def _split(item: str, option: str, form: str) -> tuple[str, str]:
-    name, equals, value = item.partition("=")
-    if not (name and equals and value):
-        raise ConfigError(f"{option}: got {item!r}; allowed is {form}.")
-    return name, value
-
-
-def _number(value: str | float, option: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ConfigError(f"{option}: got {value!r}; allowed is a number of nats per token.") from None

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed
 
 from sts_callback.config import PolicyConfig
 from sts_callback.metrics.resample import detectable_rise, resampled_ratios
@@ -103,16 +102,14 @@ def cost_check(encoder: SaeEncoder, sets: Sequence[ProbeSet], seconds: float) ->
     )
 
 
-def process_check(is_sharded: bool) -> Check:
-    """In which distributed mode the measurement runs."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    n_processes = torch.distributed.get_world_size() if distributed else 1
+def process_check(n_processes: int, is_sharded: bool) -> Check:
+    """How many processes share the measurement, and whether the model is spread over them."""
     if is_sharded:
         return Check(
             "processes", "warn", f"{n_processes}, parameters sharded", "forwards run whole, and no gradients are taken there"
         )
     if n_processes > 1:
-        return Check("processes", "warn", f"{n_processes}", "each measures all probes: safe, but no faster than one")
+        return Check("processes", "pass", f"{n_processes}, which share the probes", "")
     return Check("processes", "pass", "one", "")
 
 

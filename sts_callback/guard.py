@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from accelerate.utils.memory import should_reduce_batch_size
 
-from sts_callback import ranks
+from sts_callback.distributed import RankFailed, Ranks
 from sts_callback.runlog import RunLog
 
 if TYPE_CHECKING:
@@ -21,17 +22,22 @@ Errors = tuple[type[Exception], ...]
 logger = logging.getLogger(__name__)
 
 _DIVISORS = (1, 2, 4, 8)  # of the tokens in a batch, in turn, while memory does not suffice
-_DONE, _SHORT, _FAILED = range(3)  # outcomes of an attempt, the worse the higher: done, out of memory, failed
+_ELSEWHERE, _SHORT, _FAILED, _RAISED = range(4)  # failures, the graver the higher: another's, out of memory, any, to be raised
 
 
 class Guard:
-    """Runs our own work so that training survives a failure of it, which goes into the run log."""
+    """Runs our own work so that training survives a failure of it, which goes into the run log.
 
-    def __init__(self, log: RunLog, *, raises: bool) -> None:
-        """Choose where failures are recorded, and whether they are raised instead."""
-        self._log, self._raises = log, raises
+    All processes must call it alike: where one fails, all have failed.
+    """
 
-    def run(self, state: TrainerState, what: str, work: Callable[[], object], *, passes: Errors = ()) -> None:
+    def __init__(self, log: RunLog, ranks: Ranks, *, raises: bool) -> None:
+        """Choose where failures are recorded, who must agree on them, and whether they are raised instead."""
+        self._log, self._ranks, self._raises = log, ranks, raises
+
+    def run(
+        self, state: TrainerState, what: str, work: Callable[[], object], *, passes: Errors = (), first_only: bool = False
+    ) -> bool:
         """Do work that may fail.
 
         Args:
@@ -39,16 +45,21 @@ class Guard:
             what: the work's name in the run log.
             work: what to do.
             passes: errors that are no failures of ours and are always raised.
+            first_only: whether the first process does it for all.
+
+        Returns:
+            Whether it was done, by all.
 
         """
+        is_mine = self._ranks.index == 0 or not first_only
         try:
-            work()
-        except passes:
-            raise
+            self._ranks.together(lambda: work() if is_mine else None)
         except Exception as error:
-            if self._raises:
+            if self._agreed(error, passes) == _RAISED or self._raises:
                 raise
             self._record_error(state, what, error)
+            return False
+        return True
 
     def measure(
         self, state: TrainerState, what: str, work: Callable[[int], T], batch_tokens: int, *, passes: Errors = ()
@@ -70,23 +81,18 @@ class Guard:
 
         """
         for divisor in _DIVISORS:
-            size, outcome, result = max(1, batch_tokens // divisor), _DONE, None
+            size = max(1, batch_tokens // divisor)
             try:
-                result = work(size)
-            except passes:
-                raise
+                return self._ranks.together(functools.partial(work, size))
             except Exception as error:
-                is_short = isinstance(error, MemoryError) or should_reduce_batch_size(error)
-                outcome = _SHORT if is_short and divisor < _DIVISORS[-1] else _FAILED
-                if outcome == _FAILED and self._raises:
+                failure = self._agreed(error, passes)
+                is_over = failure != _SHORT or divisor == _DIVISORS[-1]
+                if failure == _RAISED or (is_over and self._raises):
                     raise
-                self._record_error(state, f"{what}, {size} tokens a batch" if is_short else what, error)
+                self._record_error(state, f"{what}, {size} tokens a batch" if failure == _SHORT else what, error)
             # Out here what the failed attempt held in memory is free: its traceback is gone.
-            worst = ranks.worst(outcome)
-            if outcome == _DONE and worst != _DONE:
-                self.record(state, what, "it failed on another process, whose output says why", "")
-            if worst != _SHORT:
-                return result if worst == _DONE else None
+            if is_over:
+                return None
         raise AssertionError("the last attempt is done or failed")
 
     def record(self, state: TrainerState, what: str, error: str, trace: str) -> None:
@@ -97,6 +103,16 @@ class Guard:
                 self._log.append_fault(state.global_step, what, error, trace)
             except OSError as write_error:
                 logger.warning("STS cannot write this fault to %s yet: %r", self._log.folder, write_error)
+
+    def _agreed(self, error: Exception, passes: Errors) -> int:
+        """What all take a failure for, which all have been told of: the gravest that any process has had."""
+        if isinstance(error, RankFailed):
+            mine = _ELSEWHERE
+        elif isinstance(error, passes):
+            mine = _RAISED
+        else:
+            mine = _SHORT if isinstance(error, MemoryError) or should_reduce_batch_size(error) else _FAILED
+        return max(self._ranks.gathered(lambda: mine))
 
     def _record_error(self, state: TrainerState, what: str, error: Exception) -> None:
         self.record(state, what, repr(error), traceback.format_exc())

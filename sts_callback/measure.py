@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from sts_callback.config import ProbeConfig
+from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError, SaeError
-from sts_callback.lens import DriftSums, Lens, ReadingSums
-from sts_callback.model.capture import Capture, Prefix
+from sts_callback.lens import ActivitySums, DriftSums, Lens, ReadingSums
+from sts_callback.model.capture import Capture, Prefix, may_differ
 from sts_callback.model.encoder import SaeEncoder
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, text_config
 from sts_callback.model.probes import Candidates, ProbeSet, Query, answer_positions, batches, candidate_rows, segments
@@ -23,21 +26,35 @@ _N_CALIBRATION = 4  # queries of each set that set the median norm
 
 OnBatch = Callable[[int], object]
 """Told the number of queries done, for progress."""
+_Ran = tuple[list[int], dict[str, torch.Tensor], torch.Tensor | None]
+"""A batch, as places in its segment, with what `Gauge._batch` gave."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Context:
     """What stands before each query of a pass."""
 
-    prefix: Prefix
+    token_ids: tuple[int, ...]
     with_answers: bool
     """Whether the answers follow and their NLL is wanted, which takes the whole depth of the model."""
+    run: Callable[[], Prefix]
+    """Gives the tokens with their keys and values."""
+
+    @functools.cached_property
+    def prefix(self) -> Prefix:
+        """What `run` gives, the first time."""
+        return self.run()
 
 
 class Gauge:
-    """Reads probe sets through one model and its SAEs, after `calibrate` or `adopt`. Use it inside `undisturbed(model)`."""
+    """Reads probe sets through one model and its SAEs, after `calibrate` or `adopt`. Use it inside `undisturbed(model)`.
 
-    def __init__(self, model: nn.Module, encoders: Sequence[SaeEncoder], config: ProbeConfig) -> None:
+    Several processes share the batches of each pass and tell one another what they saw: what comes after is the same as for one
+    process alone, bit for bit.
+    """
+
+    def __init__(self, model: nn.Module, encoders: Sequence[SaeEncoder], config: ProbeConfig, ranks: Ranks | None = None) -> None:
         """Find the hook points.
 
         Raises:
@@ -54,7 +71,9 @@ class Gauge:
         self.lenses = [Lens(e, resolve(model, e.hook_name), config.max_norm_multiple) for e in encoders]
         self._config = config
         self._model = model
-        self._capture = Capture(model, list({lens.point.name: lens.point for lens in self.lenses}.values()))
+        self._ranks = ranks or Ranks()
+        self._n_shares = self._ranks.n if may_differ(model) else 1
+        self._capture = Capture(model, list({lens.point.name: lens.point for lens in self.lenses}.values()), self._ranks)
         self._vocab_size = int(getattr(text_config(model), "vocab_size", 2**16))
         self._has_head = any(
             getattr(m, "get_output_embeddings", lambda: None)() is not None for m in model.modules() if hasattr(m, "config")
@@ -69,7 +88,11 @@ class Gauge:
 
         """
         whole = with_answers and self._has_head
-        return Context(self._capture.prefix(tokens, whole=whole), whole)
+        run = functools.partial(self._capture.prefix, tokens, whole=whole)
+        if self._n_shares > 1 and self._capture.may_stop:
+            return Context(tuple(tokens), whole, run)  # run once a batch of this process needs it, if ever
+        prefix = run()
+        return Context(tuple(tokens), whole, lambda: prefix)
 
     def calibrate(self, sets: Sequence[ProbeSet], bare: Context) -> list[Fit]:
         """Set each SAE's reference and see how it fits, on a few queries of each set.
@@ -82,7 +105,7 @@ class Gauge:
             SaeError: if an SAE has another width than the model.
 
         """
-        short = Context(bare.prefix, with_answers=False)
+        short = Context(bare.token_ids, False, lambda: bare.prefix)
         samples = [self._batch(s.queries[:_N_CALIBRATION], short)[0] for s in sets]
         return [lens.calibrate(torch.cat([x[lens.point.name] for x in samples])) for lens in self.lenses]
 
@@ -100,8 +123,8 @@ class Gauge:
             with contextlib.suppress(ModelError):  # not every layer need have the site
                 points[layer] = resolve(self._model, re.sub(r"\d+", str(layer), lens.point.name, count=1))
         queries = probes.queries[:_N_CALIBRATION]
-        context = Prefix(bare.prefix.token_ids, None)  # what is kept of it may end at the SAE's own layer
-        captured = Capture(self._model, list(points.values())).run([q.query for q in queries], context)
+        context = Prefix(bare.token_ids, None)  # what is kept of it may end at the SAE's own layer
+        captured = Capture(self._model, list(points.values()), self._ranks).run([q.query for q in queries], context)
         return {
             layer: lens.unexplained(candidate_rows(captured.activations[point.name], queries)) for layer, point in points.items()
         }
@@ -114,7 +137,6 @@ class Gauge:
         on_batch: OnBatch = lambda n_queries: None,
         *,
         with_gradients: bool = False,
-        batch_tokens: int | None = None,
     ) -> list[Reading]:
         """A pass without context and one under each of others, which are compared with it token by token.
 
@@ -124,7 +146,6 @@ class Gauge:
             contexts: by name, one for each group of queries, or one for all.
             on_batch: see `OnBatch`; each query is done once for each context, and once without.
             with_gradients: whether to differentiate the answers' NLL too, where that can be done.
-            batch_tokens: another batch layout than the settings'.
 
         Returns:
             One for each SAE.
@@ -142,14 +163,26 @@ class Gauge:
             found: dict[str, dict[str, torch.Tensor]] = {}
             for name, draws in passes.items():
                 to_gradients = sums if differentiable and name == BARE else ()
-                found[name], losses = self._segment(probes, segment, draws, on_batch, batch_tokens, to_gradients)
+                found[name], losses = self._segment(probes, segment, draws, on_batch, to_gradients=to_gradients)
                 if losses is not None:
                     nll[name][segment.start : segment.stop] = losses
             owner = _owner(probes, segment)
             for lens, one in zip(self.lenses, sums, strict=True):
                 one.add({name: x[lens.point.name] for name, x in found.items()}, owner)
         n_answer = torch.tensor([len(q.answer) for q in probes.queries])
-        return [one.result(nll, n_answer) for one in sums]
+        return self._with_whole_gradients([one.result(nll, n_answer) for one in sums])
+
+    def _with_whole_gradients(self, readings: list[Reading]) -> list[Reading]:
+        """Put together the gradients of queries, of each of which one process has them and the others zeros."""
+        if self._n_shares == 1:
+            return readings
+        found = [reading.gradients for reading in readings]
+        made = [None if rows is None else (rows.any(dim=1), rows[rows.any(dim=1)]) for rows in found]
+        for theirs in self._ranks.gathered(lambda: made):
+            for rows, part in zip(found, theirs, strict=True):
+                if rows is not None and part is not None:
+                    rows[part[0]] = part[1]
+        return readings
 
     def read_drift(
         self,
@@ -187,6 +220,27 @@ class Gauge:
                 one.add(x[lens.point.name], _owner(probes, segment))
         return [one.result(nll) for one in sums]
 
+    def read_activity(
+        self, probes: ProbeSet, bare: Context, *, batch_tokens: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feature activations of texts by the first SAE, whatever they were at step 0.
+
+        Args:
+            probes: the texts.
+            bare: the context without demonstrations, run with the weights of now.
+            batch_tokens: another batch layout than the settings'.
+
+        Returns:
+            Sums, `(n_queries, d_sae)`, over the tokens that count, and the number of these, `(n_queries,)`.
+
+        """
+        lens = self.lenses[0]
+        sums = ActivitySums(lens, len(probes.queries))
+        for segment in segments(probes, self._config.batch_tokens):
+            x, _ = self._segment(probes, segment, [bare], lambda n_queries: None, batch_tokens)
+            sums.add(x[lens.point.name], _owner(probes, segment))
+        return sums.result
+
     def _segment(
         self,
         probes: ProbeSet,
@@ -201,13 +255,8 @@ class Gauge:
         candidates = Candidates(queries)
         everything: dict[str, torch.Tensor] = {}
         nll = torch.zeros(len(queries)) if draws[0].with_answers else None
-        for batch, context in self._layout(probes, segment, draws, batch_tokens or self._config.batch_tokens):
-            some = [queries[i] for i in batch]
-            acts, losses = (
-                self._differentiated(some, context, [segment[i] for i in batch], to_gradients)
-                if to_gradients
-                else self._batch(some, context)
-            )
+
+        def keep(batch: list[int], acts: Mapping[str, torch.Tensor], losses: torch.Tensor | None) -> None:
             for name, x in acts.items():
                 if name not in everything:
                     everything[name] = x.new_empty(len(candidates.owner), x.shape[1])
@@ -215,7 +264,40 @@ class Gauge:
             if nll is not None and losses is not None:
                 nll[batch] = losses
             on_batch(len(batch))
+
+        def share() -> list[_Ran]:
+            """What this process runs, for the others."""
+            ran: list[_Ran] = []
+            for batch, context in own:
+                some = [queries[i] for i in batch]
+                acts, losses = (
+                    self._differentiated(some, context, [segment[i] for i in batch], to_gradients)
+                    if to_gradients
+                    else self._batch(some, context)
+                )
+                keep(batch, acts, losses)
+                if self._n_shares > 1:
+                    ran.append((batch, {name: x.cpu() for name, x in acts.items()}, losses))
+            for batch, context in idle:
+                self._batch([queries[i] for i in batch], context)
+            return ran
+
+        own, idle = self._own(list(self._layout(probes, segment, draws, batch_tokens or self._config.batch_tokens)))
+        for rank, ran in enumerate(self._ranks.gathered(share)):
+            for batch, acts, losses in ran if rank != self._ranks.index else ():
+                keep(batch, {name: x.to(self._capture.device) for name, x in acts.items()}, losses)
         return everything, nll
+
+    def _own(self, layout: list[T]) -> tuple[list[T], list[T]]:
+        """Of a pass's batches those of this process, neighbours since they may share a context, and what it runs for nothing.
+
+        A forward of a sharded model takes all processes, so all must run as many.
+        """
+        if self._n_shares == 1:
+            return layout, []
+        n = -(-len(layout) // self._n_shares)
+        own = layout[self._ranks.index * n : (self._ranks.index + 1) * n]
+        return own, [] if self._capture.may_stop else layout[-1:] * (n - len(own))
 
     def _layout(
         self, probes: ProbeSet, segment: range, draws: Sequence[Context], batch_tokens: int
@@ -224,7 +306,7 @@ class Gauge:
         queries = probes.queries[segment.start : segment.stop]
         for draw, context in enumerate(draws):
             members = [place for place, i in enumerate(segment) if probes.group(i) % len(draws) == draw]
-            for batch in batches(queries, members, batch_tokens, self._vocab_size, len(context.prefix.token_ids)):
+            for batch in batches(queries, members, batch_tokens, self._vocab_size, len(context.token_ids)):
                 yield batch, context
 
     def _batch(self, queries: Sequence[Query], context: Context) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:

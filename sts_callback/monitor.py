@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from sts_callback import doctor, scoring
 from sts_callback.baseline import Baseline, SetBaseline
 from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Row, Source, read_rows
 from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.measure import Context, Gauge
@@ -55,6 +56,7 @@ class Monitor:
         domains: Mapping[str, Source],
         config: ProbeConfig | None = None,
         progress: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         """Load the SAEs, draw the probes and check that all fits.
 
@@ -66,6 +68,8 @@ class Monitor:
             domains: name to source; at least one.
             config: numbers, limits and seed.
             progress: whether to show progress bars.
+            ranks: the processes that all make the same calls and share the work, `Ranks.of_run()` in a distributed run; by
+                default this one alone.
 
         Raises:
             DataError: if training data or a domain cannot be used.
@@ -75,6 +79,7 @@ class Monitor:
         """
         self.config = config or ProbeConfig()
         self._model, self._tokenizer, self._progress = model, tokenizer, progress
+        self._ranks = ranks or Ranks()
         if not domains or TRAIN in domains:
             raise ConfigError(f"domains: got {sorted(domains)}; give at least one, and none by the name of {TRAIN!r}.")
         self._bos = bos_tokens(tokenizer)
@@ -87,7 +92,7 @@ class Monitor:
                 for name, source, field in ((n, s, f"domains[{n!r}]") for n, s in domains.items())
             }
             self._neutral = neutral_tokens(tokenizer, sum(map(len, self.train.draws)) // len(self.train.draws))
-            self._gauge = Gauge(model, encoders, self.config)
+            self._gauge = Gauge(model, encoders, self.config, self._ranks)
         sets = self._sets = [self.train, *self.domains.values()]
         check_lengths(sets, getattr(text_config(model), "max_position_embeddings", None))
         self._identities = [_identity(model, encoder, self.config, sets) for encoder in encoders]
@@ -125,7 +130,7 @@ class Monitor:
             *checks,
             *doctor.probe_checks(readings, noise, policy),
             doctor.cost_check(self._gauge.lenses[0].encoder, self._sets, seconds),
-            doctor.process_check(is_sharded(self._model)),
+            doctor.process_check(self._ranks.n, is_sharded(self._model)),
         )
 
     def forecast(self) -> Forecast:
@@ -204,7 +209,7 @@ class Monitor:
             CannotTell: if the baseline is missing, damaged, or of another model, SAE or set of probes.
 
         """
-        self.baseline = Baseline.load(baseline_file, self._fingerprint)
+        self.baseline = self._ranks.from_first(lambda: Baseline.load(baseline_file, self._fingerprint))
         self._gauge.lenses[0].adopt(self.baseline.reference)
         self._forecast = forecast
 
@@ -252,8 +257,8 @@ class Monitor:
         if min(len(then_set.queries), len(now_set.queries)) < 2 or then_set == now_set:  # nothing was written since
             return scoring.NAN_ESTIMATE
         bare = self._context((), with_answers=False)
-        readings = (self._gauge.read(s, bare, {}, batch_tokens=batch_tokens)[0] for s in (now_set, then_set))
-        return scoring.text_drift(*readings)
+        now_acts, then_acts = (self._gauge.read_activity(s, bare, batch_tokens=batch_tokens) for s in (now_set, then_set))
+        return scoring.text_drift(now_acts, then_acts)
 
     def words(self, features: Sequence[tuple[int, float]] | None = None) -> tuple[FeatureInWords, ...]:
         """Where in the probes features fire most at step 0. Needs `forecast` or `restore` before; runs nothing.
@@ -333,7 +338,7 @@ def _encoder(sae: SaeSource, model: nn.Module) -> SaeEncoder:
 
 
 def _model_name(model: nn.Module) -> str:
-    return str(getattr(text_config(model), "_name_or_path", "") or type(model).__name__)
+    return str(getattr(text_config(model), "_name_or_path", "") or type(model).__name__.removeprefix("FSDP"))
 
 
 def _identity(model: nn.Module, encoder: SaeEncoder, config: ProbeConfig, sets: Sequence[ProbeSet]) -> Identity:

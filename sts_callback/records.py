@@ -45,6 +45,10 @@ class Record:
         made: R = _typed(fields, cls)
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a process sends it to another: read-only mappings cannot be pickled."""
+        return type(self).from_dict, (self.to_dict(),)
+
     def to_json(self) -> str:
         """One line of strict JSON with its schema version."""
         return json.dumps(self.to_dict(), allow_nan=False)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import distributed, nn
+from torch import nn
 
+from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Row
 from sts_callback.errors import ConfigError, DataError
 from sts_callback.model.capture import is_sharded
@@ -83,21 +84,26 @@ class Rollouts:
         """What is written from here on, until the next step, is not training's."""
         self._listens = False
 
-    def rows(self, reward_weights: Sequence[float] | None) -> list[Row]:
-        """What was written last, on all processes, which must all call this: a row for each prompt, by first appearance.
+    def rows(self, ranks: Ranks, reward_weights: Sequence[float] | None = None) -> list[Row]:
+        """What was written last, in all processes: a row for each prompt, by first appearance.
 
         It holds the `prompt`, its best-rewarded `completion` (of equals the first) with its `reward`, both None if none was
         rewarded, and as a `sample` of the policy the first completion, whatever its reward.
 
         Args:
-            reward_weights: one for each function, as the trainer's arguments have them.
+            ranks: the processes, which must all call this.
+            reward_weights: one for each function, as the trainer's arguments have them; by default all weigh the same.
 
         """
         if not self.is_tapped:
             return []
-        told = [turn for generation in self._generations for turn in _turns(generation, reward_weights)]
+
+        def told() -> str:
+            """Plain JSON, so that a resumed run reads back the same."""
+            return json.dumps([t for generation in self._generations for t in _turns(generation, reward_weights)], default=str)
+
         found: dict[str, dict[str, Any]] = {}
-        for text in _from_all(json.dumps(told, default=str)):  # plain JSON, so that a resumed run reads back the same
+        for text in ranks.gathered(told):
             for prompt, completion, reward in json.loads(text):
                 row = {"prompt": prompt, "completion": None, "reward": None, "sample": completion}
                 row = found.setdefault(json.dumps(prompt), row)
@@ -211,12 +217,3 @@ def _turns(generation: _Generation, reward_weights: Sequence[float] | None) -> l
             if reward is not None and not math.isnan(reward):
                 totals[i] = (totals[i] or 0.0) + weight * float(reward)
     return list(zip(generation.prompts, generation.completions, totals, strict=True))
-
-
-def _from_all(text: str) -> list[str]:
-    """The texts of all processes, in the order of their ranks."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [text]
-    texts = [""] * distributed.get_world_size()
-    distributed.all_gather_object(texts, text)
-    return texts

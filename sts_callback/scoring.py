@@ -204,16 +204,16 @@ def domain_drift(
     )
 
 
-def text_drift(now: Reading, then: Reading) -> Estimate:
+def text_drift(now: tuple[torch.Tensor, torch.Tensor], then: tuple[torch.Tensor, torch.Tensor]) -> Estimate:
     """How far texts lie from others in the mean of their features, with its interval over texts.
 
     Args:
-        now: of texts that the model writes now.
-        then: of such that it wrote at step 0, read with the same weights.
+        now: of texts that the model writes now, sums of features and tokens, as `Gauge.read_activity` gives them.
+        then: the same of texts that it wrote at step 0, read with the same weights.
 
     """
-    value, resamples = distance.mean_distance(now.activity, now.n_tokens, then.activity, then.n_tokens)
-    low, high = interval(value, resamples, min(len(now.n_tokens), len(then.n_tokens)))
+    value, resamples = distance.mean_distance(*now, *then)
+    low, high = interval(value, resamples, min(len(now[1]), len(then[1])))
     return Estimate(value, low, high)
 
 

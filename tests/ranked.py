@@ -7,21 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
 from transformers import LlamaForCausalLM
 
-from sts_callback import ranks
 from sts_callback.overhead import Overhead
 from test_callback import made_callback, made_trainer
 
 OPTIONS: dict[str, Any] = {"ddp_backend": "gloo", "save_strategy": "no", "eval_strategy": "no", "max_steps": 4}
-
-
-def agree(rank: int, out: Path) -> None:
-    distributed.init_process_group("gloo")
-    found = [ranks.from_first(rank == 0), ranks.from_first(rank == 1), ranks.worst(rank), ranks.worst(5 - rank)]
-    (out / f"{rank}.json").write_text(json.dumps(found))
-    distributed.destroy_process_group()
 
 
 def disagree_on_cost(rank: int, out: Path) -> None:

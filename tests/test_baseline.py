@@ -117,3 +117,17 @@ def test_a_missing_or_foreign_file_can_not_tell(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("not a tensor in sight")
     with pytest.raises(CannotTell, match="cannot be read"):
         Baseline.load(tmp_path / "text.safetensors", "f")
+
+
+def test_the_digest_is_that_of_all_contents_and_of_nothing_else(baseline: Baseline, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.safetensors"
+    baseline.save(file)
+    assert Baseline.load(file, baseline.fingerprint).digest == baseline.digest
+    changed = replace(baseline.sets["train"], energy=baseline.sets["train"].energy.nextafter(torch.tensor(9.0)))
+    others = [
+        replace(baseline, fingerprint="g" * 64),
+        replace(baseline, reference=Reference(12.5, 11.0)),
+        replace(baseline, sets={**baseline.sets, "train": changed}),
+        replace(baseline, sets={name: one for name, one in baseline.sets.items() if name != "law"}),
+    ]
+    assert len({baseline.digest, *(other.digest for other in others)}) == 5

@@ -340,7 +340,12 @@ def test_streamed_sums_are_those_of_one_batch(batch_tokens: int, kind: str) -> N
     assert_same_reading(read_domain(tiny_model(), made_sae(kind), replace(CONFIG, batch_tokens=batch_tokens)), whole)
 
 
-@pytest.mark.parametrize("n_tokens_at_once", [0, 1, 7])
+def encode_at_once(monkeypatch: pytest.MonkeyPatch, n_tokens: int) -> None:
+    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(lens, "_FEWEST_TOKENS", n_tokens)
+
+
+@pytest.mark.parametrize("n_tokens_at_once", [1, 7])
 def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n_tokens_at_once: int) -> None:
     whole = read_domain(tiny_model(), rotated_sae())
     sizes: list[int] = []
@@ -351,9 +356,9 @@ def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n
         return encode(self, x)
 
     monkeypatch.setattr(SAE_CLASS, "encode", counted_encode)
-    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 64 * n_tokens_at_once)
+    encode_at_once(monkeypatch, n_tokens_at_once)
     parts = read_domain(tiny_model(), rotated_sae())
-    assert max(sizes) == max(1, n_tokens_at_once)
+    assert max(sizes) == n_tokens_at_once
     assert_same_reading(parts, whole)
 
 
@@ -613,7 +618,7 @@ def test_streamed_gradients_are_those_of_one_batch(batch_tokens: int, monkeypatc
             return read_gradients(gauge, probe_sets()[1], bare)
 
     whole = read(CONFIG)
-    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 64 * 7)
+    encode_at_once(monkeypatch, 7)
     assert_close(read(replace(CONFIG, batch_tokens=batch_tokens)), whole)
 
 
@@ -661,7 +666,7 @@ def test_where_no_gradient_can_be_had_the_forecast_does_without(make: Any, sae: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_and_fit_are_those_of_numpy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 64 * 50)
+    encode_at_once(monkeypatch, 50)
     model, sae, config = tiny_model(), made_sae(kind), replace(CONFIG, max_norm_multiple=1.16)
     x = calibration_sample(tiny_model(), probe_sets())
     norms = np.linalg.norm(x, axis=1)
@@ -1010,7 +1015,7 @@ def test_streamed_drift_is_that_of_one_batch(batch_tokens: int, monkeypatch: pyt
     config = replace(CONFIG, max_norm_multiple=1.1)
     whole = read_moved(config)
     assert whole.n_masked > 0
-    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 64 * 7)
+    encode_at_once(monkeypatch, 7)
     # Each segment has its own median, so that segments are compared where nothing is masked.
     unmasked, in_segments = (read_moved(replace(CONFIG, max_norm_multiple=1e9, batch_tokens=n)) for n in (10_000, batch_tokens))
     for parts, wanted in ((read_moved(config, batch_tokens=batch_tokens), whole), (in_segments, unmasked)):

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError, DataError
 from sts_callback.rollouts import Rollouts, require_enough, require_possible, samples
 from tiny import tiny_model
@@ -57,7 +58,7 @@ def heard(*funcs: Any, prompts: Any = None, completions: Any = None, weights: li
     for func in tapped:
         func(prompts=prompts or PROMPTS, completions=completions or COMPLETIONS, trainer_state=None)
     rollouts.pause()
-    return rollouts.rows(weights)
+    return rollouts.rows(Ranks(), weights)
 
 
 @pytest.mark.parametrize("func", [length, late, Judge(), LateJudge(), functools.partial(length, x=1), functools.partial(late)])
@@ -70,7 +71,7 @@ def test_a_tapped_function_is_to_the_trainer_what_it_was(func: Any) -> None:
     given = {"prompts": PROMPTS, "completions": COMPLETIONS}
     rewards = tapped(**given)
     assert (asyncio.run(rewards) if inspect.isawaitable(rewards) else rewards) == length(COMPLETIONS)
-    assert [row["completion"] for row in rollouts.rows(None)] == ["one", "three"]
+    assert [row["completion"] for row in rollouts.rows(Ranks())] == ["one", "three"]
 
 
 def test_the_very_object_that_a_function_returns_is_handed_on() -> None:
@@ -78,7 +79,7 @@ def test_the_very_object_that_a_function_returns_is_handed_on() -> None:
     rollouts = Rollouts()
     rollouts.listen()
     assert rollouts.tap(lambda **given: rewards)(prompts=PROMPTS, completions=COMPLETIONS) is rewards
-    assert [row["reward"] for row in rollouts.rows(None)] == [2.0, 4.0]
+    assert [row["reward"] for row in rollouts.rows(Ranks())] == [2.0, 4.0]
 
 
 def test_what_a_function_raises_is_the_trainers_to_see() -> None:
@@ -89,7 +90,7 @@ def test_what_a_function_raises_is_the_trainers_to_see() -> None:
     rollouts.listen()
     with pytest.raises(LookupError, match="no judge"):
         rollouts.tap(broken)(prompts=PROMPTS, completions=COMPLETIONS)
-    assert rollouts.rows(None) == []
+    assert rollouts.rows(Ranks()) == []
 
 
 def test_reward_models_pass_as_they_are() -> None:
@@ -146,7 +147,7 @@ def test_only_what_a_step_writes_is_heard_and_the_next_takes_its_place() -> None
     tapped = rollouts.tap(length)
 
     def told() -> list[str]:
-        return [row["sample"] for row in rollouts.rows(None)]
+        return [row["sample"] for row in rollouts.rows(Ranks())]
 
     tapped(prompts=["p"], completions=["before"])
     rollouts.listen()
@@ -170,7 +171,7 @@ def test_the_same_texts_written_twice_are_two_generations() -> None:
     for _ in range(2):
         for func in tapped:
             func(prompts=PROMPTS, completions=COMPLETIONS)
-    assert rollouts.rows(None) == heard(length, early)
+    assert rollouts.rows(Ranks()) == heard(length, early)
 
 
 def test_a_sample_is_an_answer_whatever_its_reward() -> None:

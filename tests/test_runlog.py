@@ -182,3 +182,49 @@ def test_a_feature_is_told_once_also_after_a_resume(log: RunLog) -> None:
     RunLog(log.folder).append_words([FeatureInWords(7, 0.25, "", {}), other])
     (file,) = log.folder.iterdir()
     assert [FeatureInWords.from_json(line) for line in file.read_text().splitlines()] == [one, other]
+
+
+def test_taking_up_a_run_drops_what_will_be_written_again(log: RunLog) -> None:
+    for step, share in ((10, 0.1), (20, 0.2), (30, 0.3), (20, 0.4)):
+        log.append_check(snapshot(step, domain_drift("law", relative_drift=share)), GO)
+        log.append_postponed(step + 1, "too dear")
+    assert RunLog(log.folder).take_up(20) == 0
+    rows = [json.loads(line) for line in (log.folder / "drift.jsonl").read_text().splitlines()]
+    found = [(row["snapshot"]["step"], row["snapshot"]["domains"]["law"]["relative_drift"]["value"]) for row in rows]
+    assert found == [(10, 0.1), (20, 0.4)]
+    assert [json.loads(line)["step"] for line in (log.folder / "skipped.jsonl").read_text().splitlines()] == [11]
+    assert (log.postponed_since(10, 20), log.postponed_since(11, 20), log.postponed_since(0, 10)) == (True, False, False)
+
+
+@pytest.mark.parametrize(("damage", "n_damaged"), [(b"\xff\n", 1), (b"[1]\n{}\n", 2), (b'{"cut', 0), (b"", 0)])
+@pytest.mark.parametrize("name", ["drift.jsonl", "features.jsonl"])
+def test_taking_up_a_run_counts_damage_but_not_the_line_of_a_kill(log: RunLog, name: str, damage: bytes, n_damaged: int) -> None:
+    log.append_check(snapshot(10, domain_drift()), GO)
+    log.append_words([FeatureInWords(7, 0.5, "", {})])
+    file = log.folder / name
+    whole = file.read_bytes()
+    file.write_bytes(whole + damage)
+    assert log.take_up(10) == n_damaged
+    assert file.read_bytes() == whole
+    assert not list(log.folder.glob("*.part"))
+
+
+def test_the_folder_of_an_earlier_run_is_moved_before_the_first_line_is_written(log: RunLog) -> None:
+    log.append_check(snapshot(10, domain_drift()), GO)
+    later = RunLog(log.folder, anew=True)
+    assert _steps(log) == [10]
+    later.append_fault(0, "forecast", "KeyError()", "trace")
+    assert [file.name for file in log.folder.iterdir()] == ["faults.jsonl"]
+    assert _steps(RunLog(log.folder.with_name("sts.1"))) == [10]
+
+
+def test_faults_that_cannot_be_written_are_written_later(log: RunLog) -> None:
+    log.folder.rmdir()
+    log.folder.touch()  # a file in its place
+    for step in (1, 2):
+        with pytest.raises(OSError, match="exists"):
+            log.append_fault(step, "run log", "OSError()", "trace")
+    log.folder.unlink()
+    log.write_waiting_faults()
+    log.write_waiting_faults()
+    assert [json.loads(line)["step"] for line in (log.folder / "faults.jsonl").read_text().splitlines()] == [1, 2]

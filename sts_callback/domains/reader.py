@@ -136,9 +136,9 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, field: str) -> Pair | No
     known = _normalised(row, field)
     if known is None:
         return None
-    known_texts = [known[name] for name in ("prompt", "completion", "text") if name in known]
-    if not all(isinstance(value, str) for value in known_texts) and not all(isinstance(value, list) for value in known_texts):
-        raise DataError(f"{field}: a row holds {known_texts!r:.200}; allowed are texts and lists of messages, not both in a row.")
+    used = [known[name] for name in (("prompt", "completion") if "completion" in known else ("text",)) if known[name] is not None]
+    if not (all(isinstance(value, str) for value in used) or all(isinstance(value, list) for value in used)):
+        raise DataError(f"{field}: a row holds {used!r:.200}; allowed are texts, or lists of messages.")
     if "completion" not in known:
         return TextPair(known["text"], None)
     if isinstance(known["prompt"], str):

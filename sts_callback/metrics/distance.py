@@ -39,23 +39,30 @@ def mean_distance(
     """
     if min(len(now), len(then)) < 2 or not (n_now.any() and n_then.any()):
         return math.nan, torch.full((n_resamples,), math.nan, dtype=torch.float64)
-    apart = token_mean(now, n_now) - token_mean(then, n_then)
+    means = torch.stack([token_mean(now, n_now), token_mean(then, n_then)])
     strays = _strays(now, n_now), _strays(then, n_then)
-    noises = [_noise(one) for one in strays]
-    # Any resample's distance is a quadratic form of few vectors: no resampled mean need be made.
-    vectors = torch.cat([apart.unsqueeze(0), *strays])
+    noise_now, noise_then = map(_noise, strays)
+    # Squares of resampled means are quadratic forms of few vectors: none of these means need be made.
+    vectors = torch.cat([means, *strays])
     products = vectors @ vectors.T
     draw = np.random.default_rng(seed)
-    weights = torch.cat(
-        [torch.ones(n_resamples, 1).double(), _weights(draw, len(now), n_resamples), -_weights(draw, len(then), n_resamples)],
-        dim=1,
-    )
-    distances = ((weights @ products) * weights).sum(dim=1)
-    scale = float(token_mean(then, n_then).square().sum()) - noises[1]
-    if scale <= 0:
-        return math.nan, torch.full((n_resamples,), math.nan, dtype=torch.float64)
+    mean_now = torch.zeros(n_resamples, len(vectors), dtype=torch.float64)
+    mean_then = mean_now.clone()
+    mean_now[:, 0], mean_now[:, 2 : 2 + len(now)] = 1.0, _weights(draw, len(now), n_resamples)
+    mean_then[:, 1], mean_then[:, 2 + len(now) :] = 1.0, _weights(draw, len(then), n_resamples)
+
+    def squares(of: torch.Tensor) -> torch.Tensor:
+        return ((of @ products) * of).sum(dim=1)
+
+    value = _ratio((means[0] - means[1]).square().sum() - noise_now - noise_then, means[1].square().sum() - noise_then)
     # A resample strays from a mean that strays itself.
-    return (float(products[0, 0]) - sum(noises)) / scale, (distances - 2 * sum(noises)) / scale
+    apart = squares(mean_now - mean_then) - 2 * (noise_now + noise_then)
+    return float(value), _ratio(apart, squares(mean_then) - 2 * noise_then)
+
+
+def _ratio(distance: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Their quotient; NaN where nothing is left of the size."""
+    return torch.where(size > 0, distance / size, math.nan)
 
 
 def _strays(sums: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from sts_callback.distributed import Ranks
 from sts_callback.model.hooks import HookPoint, text_config
 
 
@@ -61,6 +62,18 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()) or any(
         hasattr(m, "_fsdp_wrapped_module") for m in model.modules()
     )
+
+
+def may_differ(model: nn.Module) -> bool:
+    """Whether each process may run a batch of its own: not where all compute parts of one (tensor parallelism)."""
+    if (getattr(model, "tp_size", None) or 1) > 1 or getattr(model, "ds_autotp_parsed", False):  # transformers' and DeepSpeed's
+        return False
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    if not meshes:
+        return True
+    from torch.distributed.fsdp import FSDPModule  # not there in a torch without distributed
+
+    return any(isinstance(module, FSDPModule) for module in model.modules()) and all(mesh.ndim == 1 for mesh in meshes)
 
 
 @dataclass(frozen=True)
@@ -133,12 +146,13 @@ class _Inputs:
 class Capture:
     """Reads hook points of one model. Use it inside `undisturbed(model)`."""
 
-    def __init__(self, model: nn.Module, points: Sequence[HookPoint]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, points: Sequence[HookPoint], ranks: Ranks | None = None) -> None:
+        self._model, self._ranks = model, ranks or Ranks()
         self._points = tuple(points)
         self.may_stop = not is_sharded(model)
         """Whether a forward may end early; if not, only whole ones are safe, and no backward."""
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
+        """Where batches go."""
         self._takes_selection = _takes_selection(model)
 
     def prefix(self, token_ids: Sequence[int], *, whole: bool) -> Prefix:
@@ -155,7 +169,7 @@ class Capture:
         cache = DynamicCache(config=text_config(self._model))  # type: ignore[arg-type]
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             return Prefix(ids, None)  # recurrent or chunked state cannot be forked by expanding
-        row = torch.tensor([ids], device=self._device)
+        row = torch.tensor([ids], device=self.device)
         self._forward(_Inputs(row, torch.ones_like(row), cache, None, 0), whole=whole)
         return Prefix(ids, cache if cache.get_seq_length() == len(ids) else None)
 
@@ -241,7 +255,7 @@ class Capture:
             ids, skip = torch.cat([head, ids], dim=1), len(prefix.token_ids)
             if select is not None:
                 select = nn.functional.pad(select, (skip, 0))
-        return _Inputs(ids.to(self._device), mask.to(self._device), cache, select, skip)
+        return _Inputs(ids.to(self.device), mask.to(self.device), cache, select, skip)
 
     def _arguments(self, inputs: _Inputs) -> dict[str, Any]:
         """What the model is called with."""
@@ -256,6 +270,8 @@ class Capture:
         return arguments
 
     def _forward(self, inputs: _Inputs, *, whole: bool) -> Captured:
+        if not self.may_stop:  # the forward needs all processes: one that has failed says so before it, or the others wait in it
+            self._ranks.together(lambda: None)
         activations: dict[str, torch.Tensor] = {}
         stop = self.may_stop and not whole
         handles = []

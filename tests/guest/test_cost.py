@@ -176,12 +176,6 @@ def told_by_both(out: Path) -> list[Any]:
 
 
 @pytest.mark.timeout(150)
-def test_processes_agree(tmp_path: Path) -> None:
-    together(ranked.agree, tmp_path)
-    assert told_by_both(tmp_path) == [[True, False, 1, 5]] * 2
-
-
-@pytest.mark.timeout(150)
 def test_the_first_process_decides_which_checks_are_affordable(tmp_path: Path) -> None:
     together(ranked.disagree_on_cost, tmp_path)
     assert told_by_both(tmp_path) == [[2, 4]] * 2
@@ -195,7 +189,7 @@ def test_a_check_that_fails_on_one_process_is_left_out_on_both(tmp_path: Path, m
     assert checked_steps(tmp_path) == [1, 3, 4]
     (fault,) = lines(tmp_path / "sts" / "faults.jsonl")
     assert (fault["step"], fault["what"]) == (2, "drift check")
-    assert "on another process" in fault["error"]
+    assert "process 1 failed with ZeroDivisionError" in fault["error"]
 
 
 class Footprint(TrainerCallback):

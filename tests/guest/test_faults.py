@@ -134,6 +134,8 @@ class Fault:
     """What happens, in words, for the table."""
     checks: tuple[int, ...] = (1, 2, 3)
     """Steps whose checks are in the run log at the end."""
+    told: tuple[int, ...] | None = None
+    """Steps whose checks are in the trainer's log at the end, if other ones."""
     recorded: tuple[tuple[int, str, str], ...] = ()
     """Faults in the run log: step, what failed, part of the error."""
     raises: type[BaseException] | None = None
@@ -546,6 +548,7 @@ FAULTS = [
         "disk full when a check is written",
         lambda s: disk_full(s, 2, 2, "drift"),
         "the check is in the trainer's log only",
+        told=(1, 2, 3),
         checks=(1, 3),
         recorded=((2, "run log", "No space left"),),
         raises=OSError,
@@ -554,6 +557,7 @@ FAULTS = [
         "disk full when the forecast is written, free again later",
         lambda s: disk_full(s, 0, 1),
         "forecast and baseline are written with the first check that can be",
+        told=(1, 2, 3),
         checks=(2, 3),
         recorded=((0, "run log", "No space left"), (1, "run log", "No space left")),
         raises=OSError,
@@ -562,6 +566,7 @@ FAULTS = [
         "disk full to the end",
         lambda s: disk_full(s, 0, 9),
         "what is measured is in the trainer's log only; the log says why",
+        told=(1, 2, 3),
         checks=(),
         raises=OSError,
     ),
@@ -569,6 +574,7 @@ FAULTS = [
         "output folder read-only",
         read_only,
         "what is measured is in the trainer's log only; the log says why",
+        told=(1, 2, 3),
         checks=(),
         raises=OSError,
     ),
@@ -576,6 +582,7 @@ FAULTS = [
         "a file where the folder sts should be",
         file_in_place_of_folder,
         "what is measured is in the trainer's log only; the log says why",
+        told=(1, 2, 3),
         checks=(),
         raises=OSError,
     ),
@@ -583,6 +590,7 @@ FAULTS = [
         "folder sts deleted in mid-run",
         lambda s: s.at(2, lambda: shutil.rmtree(s.out / "sts", ignore_errors=True)),
         "it is made again, with forecast and baseline; checks before are lost",
+        told=(1, 2, 3),
         checks=(2, 3),
     ),
     Fault("checkpoint deleted in mid-run", checkpoint_deleted, "nothing: none of ours is in it"),
@@ -598,6 +606,7 @@ FAULTS = [
         "resume, baseline truncated",
         resumed(cut("baseline.safetensors")),
         "the rest of the run is not watched",
+        told=(1, 2),
         recorded=NO_STEP_ZERO,
         raises=StsError,
     ),
@@ -605,6 +614,7 @@ FAULTS = [
         "resume, baseline no such file format",
         resumed(lambda folder: (folder / "baseline.safetensors").write_bytes(b"GIF89a")),
         "the rest of the run is not watched",
+        told=(1, 2),
         recorded=NO_STEP_ZERO,
         raises=StsError,
     ),
@@ -612,6 +622,7 @@ FAULTS = [
         "resume, a bit of the baseline flipped",
         resumed(flip_a_bit),
         "the rest of the run is not watched",
+        told=(1, 2),
         recorded=NO_STEP_ZERO,
         raises=StsError,
     ),
@@ -619,6 +630,7 @@ FAULTS = [
         "resume, baseline deleted",
         resumed(lambda folder: (folder / "baseline.safetensors").unlink()),
         "the rest of the run is not watched",
+        told=(1, 2),
         recorded=NO_STEP_ZERO,
         raises=StsError,
     ),
@@ -626,6 +638,7 @@ FAULTS = [
         "resume with another SAE",
         resumed(sae=rotated_sae(seed=8)),
         "the rest of the run is not watched",
+        told=(1, 2),
         recorded=NO_STEP_ZERO,
         raises=StsError,
     ),
@@ -633,6 +646,7 @@ FAULTS = [
         "resume, forecast truncated",
         resumed(cut("forecast.json")),
         "the rest of the run is not watched",
+        told=(1, 2),
         recorded=((2, "resume", "forecast"),),
         raises=StsError,
     ),
@@ -640,6 +654,7 @@ FAULTS = [
         "resume, folder sts deleted",
         resumed(shutil.rmtree),
         "the rest of the run is not watched",
+        told=(1, 2),
         checks=(),
         recorded=((2, "resume", "forecast"),),
         raises=StsError,
@@ -799,6 +814,7 @@ class Seen:
     error: BaseException | None
     log: list[dict[str, Any]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    told: tuple[int, ...] = ()
     folder: Path = Path()
     mode: set[bool] = field(default_factory=set)
     """Whether its modules are in training mode."""
@@ -825,7 +841,8 @@ def run(fault: Fault, out: Path, *, watched: bool, on_error: str = "warn") -> Se
         if not any(key.startswith("sts/") for key in row)
     ]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return Seen(error, log, weights, scene.out / "sts", {module.training for module in trainer.model.modules()})
+    told = tuple(row["step"] for row in trainer.state.log_history if "sts/n_shared_features" in row)
+    return Seen(error, log, weights, told, scene.out / "sts", {module.training for module in trainer.model.modules()})
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -851,6 +868,7 @@ def test_fault(fault: Fault, tmp_path: Path) -> None:
     assert seen.log == bare.log
     assert all(same(seen.weights[name], bare.weights[name]) for name in bare.weights)
     assert tuple(row["snapshot"]["step"] for row in lines(seen.folder / "drift.jsonl")) == fault.checks
+    assert seen.told == (fault.checks if fault.told is None else fault.told)
     recorded = lines(seen.folder / "faults.jsonl")
     assert [(row["step"], row["what"]) for row in recorded] == [(step, what) for step, what, _ in fault.recorded], recorded
     for row, (_, _, message) in zip(recorded, fault.recorded, strict=True):

@@ -273,7 +273,7 @@ def test_the_comparison_can_fail(careless: type[TrainerCallback], expected: set[
     assert set(outcomes[0].differences(outcomes[1])) == expected
 
 
-@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("kind", ["GRPO", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SAMPLING[1:])])
 def test_the_comparison_sees_other_rollouts(kind: str, shelf: Shelf, tmp_path: Path) -> None:
     outcomes = [run("defaults", kind, False, shelf, tmp_path / str(i), c)[1] for i, c in enumerate((None, DrawsANumber()))]
     assert "log_rows" in outcomes[0].differences(outcomes[1])

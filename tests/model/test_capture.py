@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from sts_callback.model.capture import Capture, Prefix, is_sharded, undisturbed
+from sts_callback.model.capture import Capture, Prefix, is_sharded, may_differ, undisturbed
 from sts_callback.model.hooks import find_layers, resolve
 from tiny import ARCHITECTURES, N_LAYERS, tiny_model
 
@@ -455,6 +455,14 @@ def test_several_hook_points_cost_one_forward_up_to_the_deepest() -> None:
     for name in names:
         for i, suffix in enumerate(SUFFIXES):
             assert_close(found[name][i, : len(suffix)], alone[name][i, : len(suffix)])
+
+
+@pytest.mark.parametrize(("mark", "value"), [("_tp_size", 2), ("ds_autotp_parsed", True)])
+def test_processes_that_compute_parts_of_one_batch_are_known(mark: str, value: object) -> None:
+    model = tiny_model("llama")
+    assert may_differ(model)
+    setattr(model, mark, value)
+    assert not may_differ(model)
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "device_mesh"])
