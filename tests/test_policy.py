@@ -158,7 +158,7 @@ def test_a_reason_names_the_drift_that_was_too_much() -> None:
 
 def test_drift_that_could_not_be_compared_is_unsure() -> None:
     verdict = judged_drift(relative_drift=NAN, **HARM)
-    assert verdict == Verdict("cannot tell", ("law",), {"law": "no token could be compared with step 0."}, 10)
+    assert verdict == Verdict("cannot tell", ("law",), {"law": "no token could be compared with step 0."}, 10, True)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samples import GO, domain_drift, domain_forecast, forecast, snapshot
+from samples import GO, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.errors import CannotTell
 from sts_callback.records import FeatureInWords, Snippet
 from sts_callback.runlog import RunLog
@@ -99,7 +99,8 @@ def test_damaged_forecast_can_not_tell(log: RunLog, damage: object) -> None:
 
 
 def test_checks_come_back_in_order_up_to_a_step(log: RunLog) -> None:
-    checks = [snapshot(step, domain_drift("law", relative_drift=step / 100)) for step in (10, 20, 30)]
+    known = estimate(0.125, -0.25, 0.5)  # what is unknown, NaN, equals nothing
+    checks = [snapshot(s, domain_drift("law", relative_drift=s / 100), text_drift=known) for s in (10, 20, 30)]
     for check in checks:
         log.append_check(check, GO)
     assert log.checks_before(30) == checks
