@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +14,18 @@ from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from sts_callback import scalars, terminal
+from sts_callback import rollouts, scalars, terminal
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.distributed import Ranks
-from sts_callback.domains.reader import Source
+from sts_callback.domains.reader import Source, are_prompts_only
 from sts_callback.domains.starter import choose_domains
-from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, StsError
-from sts_callback.guard import Guard
+from sts_callback.errors import CannotTell, ConfigError, DataError, ModelError, NoGo, SaeError, StsError
+from sts_callback.guard import Errors, Guard
 from sts_callback.model.capture import undisturbed
 from sts_callback.monitor import TRAIN, Monitor
 from sts_callback.overhead import Overhead, first_guess
 from sts_callback.policy import fewest_queries, judge_drift, judge_forecast, short_of_queries
-from sts_callback.records import DriftSnapshot, Forecast, Verdict
+from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
 from sts_callback.runlog import RunLog
 from sts_callback.scoring import rank_agreement
 from sts_callback.settings import STSArguments
@@ -84,7 +85,7 @@ class STSCallback(TrainerCallback):
                 suffer, in nats per token (default 0.1).
             domains: own domains, name to file, data set or rows, in any format that TRL accepts. A protected name that is not
                 among them is one that ships with the package.
-            train_data: the training examples with their answers, if the trainer's own data set cannot be read.
+            train_data: the training examples with their answers, if the trainer's own data set cannot be read or has none.
             check_on: measure drift at each `"save"`, each `"evaluate"` (whose metrics it then joins), or every so many
                 optimizer steps.
             action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict, in a
@@ -127,6 +128,8 @@ class STSCallback(TrainerCallback):
         self._on_forecast, self._on_error = on_forecast, on_error
         self._max_overhead = 1.0 if max_overhead is None else max_overhead
         self._trainer: Callable[[], Trainer | None] = lambda: None
+        self._rollouts = rollouts.Rollouts()
+        self._awaits_rollouts = self._forecasts_from_rollouts = False
         self._monitor: Monitor | None = None
         self._log: RunLog
         self._ranks: Ranks
@@ -142,7 +145,7 @@ class STSCallback(TrainerCallback):
         self._batch_tokens = self._probes.batch_tokens
         self._bars = True
         self.forecast: Forecast | None = None
-        """The forecast, from train begin on."""
+        """The forecast, from train begin on; if made from rollouts, from the first step on."""
         self.verdict: Verdict | None = None
         """The newest verdict: the forecast's, then each check's."""
 
@@ -159,6 +162,24 @@ class STSCallback(TrainerCallback):
         self._trainer = weakref.ref(trainer)
         return self
 
+    def tap(self, reward_funcs: Any) -> Any:
+        """Wrap what GRPO and RLOO take as `reward_funcs`, so that the callback knows what the policy writes.
+
+        If the training data are prompts without answers, the forecast is made from the policy's own best-rewarded rollouts of
+        the first step, just before its weights move. Each check then also tells how far what it writes has moved.
+
+        Args:
+            reward_funcs: one function or a list; reward models in it stay as they are.
+
+        Returns:
+            The same, for the trainer: each function keeps its name and its rewards.
+
+        Raises:
+            ConfigError: if there is no function among them.
+
+        """
+        return self._rollouts.tap(reward_funcs)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline; after a resume, take up the ones of the run's first session."""
         if STSCallback._last_state() is state:
@@ -171,7 +192,7 @@ class STSCallback(TrainerCallback):
             _require_whole_sequences(AcceleratorState().parallelism_config)
         names = (TRAIN, *self._domains)
         scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, self._check_on)
-        model, restarts = kwargs["model"], self._restarts(args, state)
+        restarts = self._restarts(args, state)
         begins = state.global_step == 0 and not restarts
         found = self._step_zero if restarts else dict(_kept_with_checkpoints(state).get(_STATE_KEY, {}))
         self._monitor, self._recent, self._alarmed, self._is_postponed = None, [], (), False
@@ -183,36 +204,73 @@ class STSCallback(TrainerCallback):
 
         # Step 0 can only be compared with in the batches that it was read in.
         self._batch_tokens = self._probes.batch_tokens if begins else found.get("batch_tokens", self._probes.batch_tokens)
+        self._forecasts_from_rollouts, self._awaits_rollouts = False, begins and self._rollouts.is_tapped
+        if not restarts:
+            self._rollouts.forget()
+        if not (begins or restarts):
+            self._guard.run(state, "resume", self._read_rollouts)
+        if self._awaits_rollouts:
+            self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), passes=(StsError,))
+        if not self._forecasts_from_rollouts:
+            self._set_up(begins, found, state, control, **kwargs)
+        STSCallback._last_state = weakref.ref(state)
+
+    def _set_up(self, begins: bool, found: dict[str, Any], state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forecast and take the baseline, or take up what was `found` of them."""
+        model = kwargs["model"]
+        refusals: Errors = (StsError,)
+        if self._forecasts_from_rollouts:  # what they are like is nothing that the user asked for
+            refusals = (CannotTell, ConfigError, ModelError, NoGo, SaeError)
 
         def prepared(batch_tokens: int) -> Monitor:
             probes = dataclasses.replace(self._probes, batch_tokens=batch_tokens)
             self._batch_tokens = batch_tokens
+            if self._forecasts_from_rollouts:
+                rollouts.require_enough(self._rollouts.first, probes.n_train_demonstrations)
             with undisturbed(model):  # loading, tokenising and drawing must not touch the run either
                 monitor = self._made_monitor(self._saes if begins else self._saes[:1], probes, **kwargs)
                 if begins:
                     self._require_power(monitor)
+                    source: TrainSource = "own rollouts" if self._forecasts_from_rollouts else "reference answers"
                     # The first process's own for all: on other hardware the last bits may differ, and a decision with them.
-                    self.forecast, *self._others = self._ranks.gathered(monitor.forecasts)[0]
+                    made = self._ranks.gathered(monitor.forecasts)[0]
+                    self.forecast, *self._others = (dataclasses.replace(one, train_source=source) for one in made)
             return monitor
 
         monitor = None
         if begins or found:
             monitor = self._guard.measure(
-                state, "forecast" if begins else "resume", prepared, self._batch_tokens, passes=(StsError,)
+                state, "forecast" if begins else "resume", prepared, self._batch_tokens, passes=refusals
             )
         else:
             self._guard.run(state, "resume", _refuse_unwatched)
         if monitor is not None and not (
-            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), passes=(StsError,))
+            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), passes=refusals)
             if begins
             else self._guard.run(state, "resume", lambda: self._resume(monitor, found, state))
         ):
             self._monitor = None  # all processes watch, or none
-        STSCallback._last_state = weakref.ref(state)
         expected_s = self._recent[-1].seconds if self._recent else self._first_guess()
         self._overhead = Overhead(self._max_overhead, expected_s)
         if self._check_on == "save" and not begins and self._monitor is not None:
             self._guard.run(state, "resume", lambda: self._catch_up(state, control, model))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Listen to what the step writes."""
+        self._rollouts.listen()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the rollouts of step 0, and forecast from them if there are no answers: the weights have not moved yet."""
+        self._rollouts.pause()
+        if not self._awaits_rollouts:
+            return
+        self._awaits_rollouts = False
+        if not self._guard.run(state, "rollouts", lambda: self._take_rollouts(args)):
+            return
+        if self._forecasts_from_rollouts:
+            self._set_up(True, {}, state, control, **kwargs)
+        elif self._monitor is not None:
+            self._guard.run(state, "run log", lambda: self._log.write_rollouts(self._rollouts.first), first_only=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at a save, if that is when."""
@@ -250,7 +308,9 @@ class STSCallback(TrainerCallback):
             and (state.train_batch_size or 0) < (self._train_batch_size or 0)
         )
 
-    def _made_monitor(self, saes: Sequence[SaeSource], probes: ProbeConfig, **kwargs: Any) -> Monitor:
+    def _made_monitor(
+        self, saes: Sequence[SaeSource], probes: ProbeConfig, stand_in: Source | None = None, **kwargs: Any
+    ) -> Monitor:
         tokenizer = kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if tokenizer is None:
@@ -259,7 +319,7 @@ class STSCallback(TrainerCallback):
             kwargs["model"],
             tokenizer,
             sae=saes,
-            train_data=self._found_train_data(kwargs.get("train_dataloader")),
+            train_data=self._found_train_data(kwargs.get("train_dataloader")) if stand_in is None else stand_in,
             domains=self._domains,
             config=probes,
             progress=self._bars,
@@ -271,12 +331,32 @@ class STSCallback(TrainerCallback):
         trainer = self._trainer()
         for found in (self._train_data, getattr(trainer, "train_dataset", None), getattr(dataloader, "dataset", None)):
             if found is not None:
-                if (hasattr(found, "__getitem__") and hasattr(found, "__len__")) or isinstance(found, (str, Path)):
+                if found is self._train_data and isinstance(found, (str, Path)):
                     return found
+                if hasattr(found, "__getitem__") and hasattr(found, "__len__"):
+                    is_theirs = found is self._train_data or not (self._rollouts.first and are_prompts_only(found))
+                    return found if is_theirs else self._rollouts.first
                 raise DataError(
                     "train_data: the trainer's data set is a stream; give a sample of it as STSCallback(train_data=...)."
                 )
         raise DataError("train_data: the trainer has no training data set; give examples as STSCallback(train_data=...).")
+
+    def _choose_train_data(self, args: TrainingArguments, **kwargs: Any) -> None:
+        """Decide whether the forecast waits for rollouts, and refuse by now what could not be measured then."""
+        if self._train_data is not None:
+            return
+        found, model = self._found_train_data(kwargs.get("train_dataloader")), kwargs["model"]
+        self._forecasts_from_rollouts = self._ranks.from_first(lambda: are_prompts_only(found))
+        if self._forecasts_from_rollouts:
+            rollouts.require_possible(args, model, self._probes.n_train_demonstrations)
+            with undisturbed(model):  # a domain stands in for what is not written yet, to see whether all else is in order
+                self._require_power(self._made_monitor(self._saes, self._probes, next(iter(self._domains.values())), **kwargs))
+
+    def _take_rollouts(self, args: TrainingArguments) -> None:
+        self._rollouts.first = self._rollouts.rows(self._ranks, getattr(args, "reward_weights", None))
+
+    def _read_rollouts(self) -> None:
+        self._rollouts.first = self._ranks.from_first(self._log.read_rollouts)
 
     def _begin(self, monitor: Monitor, state: TrainerState) -> None:
         assert self.forecast is not None and monitor.baseline is not None
@@ -297,6 +377,7 @@ class STSCallback(TrainerCallback):
     def _write_step_zero(self) -> None:
         assert self._monitor is not None and self._monitor.baseline is not None and self.forecast is not None
         self._log.write_forecast(self.forecast, judge_forecast(self.forecast, self._policy), self._others)
+        self._log.write_rollouts(self._rollouts.first)
         self._log.append_words(self._monitor.words())
         self._monitor.baseline.save(self._log.baseline_file)
 
@@ -377,12 +458,14 @@ class STSCallback(TrainerCallback):
     def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         self._last_try = step = state.global_step
         before_s = self._overhead.spent_s
+        written = rollouts.samples(self._rollouts.first), rollouts.samples(self._rollouts.rows(self._ranks))
 
         def measured(batch_tokens: int) -> DriftSnapshot:
             if not monitor.watches(model):
                 raise CannotTell("model: the trainer has another one now than at step 0; train() anew to have it watched.")
             self._batch_tokens = batch_tokens  # where memory did not suffice once, later checks need not try again
-            return self._ranks.gathered(lambda: monitor.check(step, batch_tokens=batch_tokens))[0]  # as for the forecast
+            check = functools.partial(monitor.check, step, batch_tokens=batch_tokens, rollouts=written)
+            return self._ranks.gathered(check)[0]  # as for the forecast
 
         snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
         if snapshot is None:

@@ -64,6 +64,10 @@ class Lens:
         """Which of `(n_tokens, d_in)` are no attention sinks, `(n_tokens,)` booleans."""
         return is_ordinary(x.float().norm(dim=1), median_norm, self._max_norm_multiple)
 
+    def ordinary_now(self, x: torch.Tensor) -> torch.Tensor:
+        """The same after training, which may rescale the whole stream: sinks are what stands out from what is usual now."""
+        return self.ordinary(x, max(self.reference.median_norm, x.float().norm(dim=1).median().item()))
+
     def chunks(self, n_tokens: int) -> Iterator[slice]:
         """Slices of tokens that are encoded at once."""
         size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // self.encoder.d_sae)
@@ -189,9 +193,7 @@ class DriftSums:
         if not counted.any():
             return
         x, owner = x[counted.to(x.device)], owner[counted]
-        # Training may rescale the whole stream: a sink now is one that stands out from what is usual now.
-        usual = max(self._lens.reference.median_norm, x.float().norm(dim=1).median().item())
-        ordinary = self._lens.ordinary(x, usual).cpu()
+        ordinary = self._lens.ordinary_now(x).cpu()
         self._n_masked += int((~ordinary).sum())
         self._n_tokens += torch.bincount(owner[ordinary], minlength=len(self._n_tokens))
         device, d_sae, start = self._lens.encoder.sae.device, self._lens.encoder.d_sae, self._n_counted
@@ -212,6 +214,36 @@ class DriftSums:
     def result(self, nll: torch.Tensor | None) -> DriftReading:
         """All of it, with the answers' NLL."""
         return DriftReading(self._n_tokens, self._n_masked, self._shift.result, nll)
+
+
+class ActivitySums:
+    """Running sums of feature activations of one set, whatever they were at step 0."""
+
+    def __init__(self, lens: Lens, n_queries: int) -> None:
+        self._lens = lens
+        self._activity = QuerySums(n_queries, lens.encoder.d_sae, lens.encoder.sae.device)
+        self._n_tokens = torch.zeros(n_queries, dtype=torch.int64)
+
+    def add(self, x: torch.Tensor, owner: torch.Tensor) -> None:
+        """Add tokens of some queries, those that are no sinks now.
+
+        Args:
+            x: their activations, `(n_tokens, d_in)`.
+            owner: the query of each, `(n_tokens,)`.
+
+        """
+        if len(x) == 0:
+            return
+        ordinary = self._lens.ordinary_now(x)
+        x, owner = x[ordinary], owner[ordinary.cpu()]
+        self._n_tokens += torch.bincount(owner, minlength=len(self._n_tokens))
+        for chunk in self._lens.chunks(len(x)):
+            self._activity.add(self._lens.encoder.encode(x[chunk]), owner[chunk].to(self._lens.encoder.sae.device))
+
+    @property
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums, `(n_queries, d_sae)`, and tokens that count, `(n_queries,)`."""
+        return self._activity.result, self._n_tokens
 
 
 class _ShiftSums:

@@ -15,7 +15,7 @@ from torch import nn
 from sts_callback.config import ProbeConfig
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError, SaeError
-from sts_callback.lens import DriftSums, Lens, ReadingSums
+from sts_callback.lens import ActivitySums, DriftSums, Lens, ReadingSums
 from sts_callback.model.capture import Capture, Prefix, may_differ
 from sts_callback.model.encoder import SaeEncoder
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, text_config
@@ -219,6 +219,27 @@ class Gauge:
             for lens, one in zip(lenses, sums, strict=True):
                 one.add(x[lens.point.name], _owner(probes, segment))
         return [one.result(nll) for one in sums]
+
+    def read_activity(
+        self, probes: ProbeSet, bare: Context, *, batch_tokens: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feature activations of texts by the first SAE, whatever they were at step 0.
+
+        Args:
+            probes: the texts.
+            bare: the context without demonstrations, run with the weights of now.
+            batch_tokens: another batch layout than the settings'.
+
+        Returns:
+            Sums, `(n_queries, d_sae)`, over the tokens that count, and the number of these, `(n_queries,)`.
+
+        """
+        lens = self.lenses[0]
+        sums = ActivitySums(lens, len(probes.queries))
+        for segment in segments(probes, self._config.batch_tokens):
+            x, _ = self._segment(probes, segment, [bare], lambda n_queries: None, batch_tokens)
+            sums.add(x[lens.point.name], _owner(probes, segment))
+        return sums.result
 
     def _segment(
         self,

@@ -24,9 +24,9 @@ from sts_callback.metrics import scores
 from sts_callback.model.capture import is_sharded, undisturbed
 from sts_callback.model.encoder import SaeEncoder, SaeSource, load_encoder
 from sts_callback.model.hooks import find_layers, text_config
-from sts_callback.model.probes import ProbeSet, bos_tokens, check_lengths, make_probe_set, neutral_tokens
+from sts_callback.model.probes import ProbeSet, bos_tokens, check_lengths, make_completion_set, make_probe_set, neutral_tokens
 from sts_callback.readings import Fit, Reading
-from sts_callback.records import Check, DomainForecast, DriftSnapshot, FeatureInWords, Forecast, Identity
+from sts_callback.records import Check, DomainForecast, DriftSnapshot, Estimate, FeatureInWords, Forecast, Identity
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
 from sts_callback.words import in_words
 
@@ -213,13 +213,16 @@ class Monitor:
         self._gauge.lenses[0].adopt(self.baseline.reference)
         self._forecast = forecast
 
-    def check(self, step: int, *, batch_tokens: int | None = None) -> DriftSnapshot:
+    def check(
+        self, step: int, *, batch_tokens: int | None = None, rollouts: tuple[Sequence[Row], Sequence[Row]] = ((), ())
+    ) -> DriftSnapshot:
         """Measure how far the model has moved from step 0. Needs `forecast` or `restore` before.
 
         Args:
             step: optimizer steps done, for the record.
             batch_tokens: tokens in one forward, where it cannot be as many as at step 0; unchanged weights then drift by the
                 forecast's noise floor instead of not at all.
+            rollouts: prompts with completions that the model wrote at step 0, and such that it writes now.
 
         """
         assert self.baseline is not None and self._forecast is not None, "forecast() or restore() comes first"
@@ -230,6 +233,7 @@ class Monitor:
                 s.name: self._gauge.read_drift(s, bare, [step_zero[s.name]], bar.update, batch_tokens=batch_tokens)[0]
                 for s in self._sets
             }
+            text_drift = self._text_drift(*rollouts, batch_tokens)
         realised = scoring.realised_features(readings[TRAIN], self.config.n_features)
         drifts = {
             s.name: scoring.domain_drift(s, readings[s.name], step_zero[s.name], self._forecast.features, realised)
@@ -242,7 +246,19 @@ class Monitor:
             train=drifts.pop(TRAIN),
             domains=drifts,
             seconds=time.monotonic() - started,
+            text_drift=text_drift,
         )
+
+    def _text_drift(self, then: Sequence[Row], now: Sequence[Row], batch_tokens: int | None) -> Estimate:
+        """Of what the model writes; both texts are read with the weights of now."""
+        then_set, now_set = (
+            make_completion_set("rollouts", rows, self._tokenizer, self.config, field="rollouts") for rows in (then, now)
+        )
+        if min(len(then_set.queries), len(now_set.queries)) < 2 or then_set == now_set:  # nothing was written since
+            return scoring.NAN_ESTIMATE
+        bare = self._context((), with_answers=False)
+        now_acts, then_acts = (self._gauge.read_activity(s, bare, batch_tokens=batch_tokens) for s in (now_set, then_set))
+        return scoring.text_drift(now_acts, then_acts)
 
     def words(self, features: Sequence[tuple[int, float]] | None = None) -> tuple[FeatureInWords, ...]:
         """Where in the probes features fire most at step 0. Needs `forecast` or `restore` before; runs nothing.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from sts_callback.config import PolicyConfig
 from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
@@ -48,7 +49,8 @@ def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig) -> Verdi
         held = len(recent) == policy.patience and all(threats[name][0] == "no-go" for threats in recent)
         if decision == "no-go" and not held:
             judged[name] = "watch", reason
-    return _verdict(judged, step=history[-1].step)
+    verdict, drift = _verdict(judged, step=history[-1].step), history[-1].train.relative_drift.value
+    return replace(verdict, supersedes_forecast=drift >= policy.min_drift)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 
 Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
 Status = Literal["pass", "warn", "refuse"]
+TrainSource = Literal["reference answers", "own rollouts"]
 R = TypeVar("R", bound="Record")
 
 
@@ -182,6 +183,8 @@ class Forecast(Record):
     """Wall-clock time of the measurement."""
     seconds_by_part: Mapping[str, float]
     """Of that, what each part took."""
+    train_source: TrainSource = "reference answers"
+    """Whose answers the training examples have: the data's, or the model's own best-rewarded ones at step 0."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,9 @@ class DriftSnapshot(Record):
     domains: Mapping[str, DomainDrift]
     seconds: float
     """Wall-clock time of the check."""
+    text_drift: Estimate = Estimate(math.nan, math.nan, math.nan)
+    """How far what the policy writes has moved since step 0, both texts read with the weights of now: squared distance of mean
+    feature activations over the square of the mean then; 0 on average where nothing has moved; NaN without rollouts."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +285,9 @@ class Verdict(Record):
     """Why, a sentence for each protected domain."""
     step: int
     """Optimizer steps done; 0 for a forecast."""
+    supersedes_forecast: bool = False
+    """Whether the training data itself has really moved, so that the features which did, and the scores by them, take the place
+    of the forecast's."""
 
     @property
     def explanation(self) -> str:

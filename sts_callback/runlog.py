@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class RunLog:
         self._forecast_file = folder / "forecast.json"
         self._drift_file = folder / "drift.jsonl"
         self._features_file = folder / "features.jsonl"
+        self._rollouts_file = folder / "rollouts.jsonl"
         self._skipped_file = folder / "skipped.jsonl"
         self._faults_file = folder / "faults.jsonl"
         self._holds_another_run = anew
@@ -90,6 +91,15 @@ class RunLog:
                 f"forecast: {self._forecast_file} cannot be read ({error!r}); a resumed run needs the one made at its start. "
                 "Drift can be measured only from step 0: start the run anew."
             ) from error
+
+    def write_rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the policy wrote at step 0, if anything is known of it, whole or not at all."""
+        self._make_ready()
+        _write_lines(self._rollouts_file, rows)
+
+    def read_rollouts(self) -> list[dict[str, Any]]:
+        """Read what `write_rollouts` wrote; lines that damage has left unreadable are left out."""
+        return [row for row in _rows(self._rollouts_file) if row.keys() >= {"prompt", "completion", "sample"}]
 
     def append_check(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
         """Append one drift check with its verdict."""
@@ -158,7 +168,7 @@ def _whole_lines(file: Path) -> list[dict[str, Any]]:
     return lines[:-1] if lines and not lines[-1] and _last_byte(file) != b"\n" else lines
 
 
-def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if rows or file.exists():
         _write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 

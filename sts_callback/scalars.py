@@ -18,7 +18,11 @@ def log_row(snapshot: DriftSnapshot) -> dict[str, float]:
 
     What was not measured, such as the NLL of a model without a head, is left out: NaN is not JSON, and no curve.
     """
-    row = {N_SHARED: float(snapshot.n_shared), "sts/check_s": snapshot.seconds}
+    row = {
+        N_SHARED: float(snapshot.n_shared),
+        "sts/check_s": snapshot.seconds,
+        f"sts/{snapshot.train.name}/text_drift": snapshot.text_drift.value,
+    }
     for d in (snapshot.train, *snapshot.domains.values()):
         row |= {f"sts/{d.name}/drift": d.relative_drift.value, f"sts/{d.name}/nll_change": d.nll_change.value}
     return {key: value for key, value in row.items() if not math.isnan(value)}

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from sts_callback.baseline import SetBaseline
-from sts_callback.metrics import null, scores
+from sts_callback.metrics import distance, null, scores
 from sts_callback.metrics.resample import interval, p_of_rise, rank_ranges, resampled_ratios
 from sts_callback.metrics.sums import token_mean
 from sts_callback.model.probes import ProbeSet
@@ -54,7 +54,7 @@ class ForecastScorer:
         taught, own = reading.shifts[TAUGHT], reading.shifts.get(OWN, reading.shifts[TAUGHT])
         taught_total = taught.features.sum(dim=1)
         sets = null.matched_sets(token_mean(reading.activity, n), self.features)
-        changes = (_NAN_ESTIMATE, _NAN_ESTIMATE)
+        changes = (NAN_ESTIMATE, NAN_ESTIMATE)
         if reading.nll:
             risen = reading.nll[TAUGHT] - reading.nll[NEUTRAL]
             changes = estimate(reading.nll[BARE], reading.n_answer, alone), estimate(risen, reading.n_answer, taught_group)
@@ -104,14 +104,14 @@ class ForecastScorer:
 
     def _gradient_change(self, gradients: torch.Tensor | None, n_answer: torch.Tensor) -> Estimate:
         if gradients is None or self._train_gradients is None or not self._train_n_answer.any():
-            return _NAN_ESTIMATE
+            return NAN_ESTIMATE
         train = self._train_gradients.double()
         whole = train.sum(dim=0)
         # The square of a mean, without its noise: products of different queries only.
         n_pairs = float(self._train_n_answer.sum()) ** 2 * (1 - 1 / len(train))
         squared = float(whole.square().sum() - train.square().sum()) / n_pairs
         if squared <= 0:
-            return _NAN_ESTIMATE
+            return NAN_ESTIMATE
         descent = -(gradients.double() @ whole) / float(self._train_n_answer.sum()) / squared
         return estimate(descent, n_answer, torch.arange(len(n_answer)))
 
@@ -177,7 +177,7 @@ def domain_drift(
     # Drift and activity are means over their own tokens: some that counted at step 0 may be sinks now.
     scale = float(step_zero.n_tokens.sum()) / max(1.0, float(reading.n_tokens.sum()))
     n_answer = torch.tensor([len(q.answer) for q in probes.queries])
-    nll, change, p_worse, risen = _NAN, _NAN_ESTIMATE, _NAN, torch.full((len(n_answer),), _NAN)
+    nll, change, p_worse, risen = _NAN, NAN_ESTIMATE, _NAN, torch.full((len(n_answer),), _NAN)
     if reading.nll is not None:
         risen = reading.nll - step_zero.nll
         nll, change = _ratio(reading.nll, n_answer), estimate(risen, n_answer, torch.arange(len(n_answer)))
@@ -204,7 +204,20 @@ def domain_drift(
     )
 
 
-_NAN_ESTIMATE = Estimate(_NAN, _NAN, _NAN)
+def text_drift(now: tuple[torch.Tensor, torch.Tensor], then: tuple[torch.Tensor, torch.Tensor]) -> Estimate:
+    """How far texts lie from others in the mean of their features, with its interval over texts.
+
+    Args:
+        now: of texts that the model writes now, sums of features and tokens, as `Gauge.read_activity` gives them.
+        then: the same of texts that it wrote at step 0, read with the same weights.
+
+    """
+    value, resamples = distance.mean_distance(*now, *then)
+    low, high = interval(value, resamples, min(len(now[1]), len(then[1])))
+    return Estimate(value, low, high)
+
+
+NAN_ESTIMATE = Estimate(_NAN, _NAN, _NAN)
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> float:

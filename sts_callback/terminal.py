@@ -29,6 +29,8 @@ _FAVOURED = (
     "transfer, harm by the NLL change. Neither is settled; the rivals stand below."
 )
 
+_OWN_ROLLOUTS = "training examples: the model's own best-rewarded rollouts of the first step"
+
 
 def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
     """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on."""
@@ -83,6 +85,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         Text(_FAVOURED + "\n", style="dim"),
         rivals,
         Text(foot + "\n", style="dim"),
+        *([Text(_OWN_ROLLOUTS, style="yellow")] if forecast.train_source == "own rollouts" else []),
         *(Text(f"{c.name}: {c.found}; {c.remedy}", style="yellow") for c in forecast.checks if c.status == "warn"),
     ]
     return _rendered([*parts, verdict_line, *_reasons(verdict)], colour)
@@ -144,8 +147,15 @@ def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, c
     # textwrap breaks at plain spaces only, so that an item stays on its line.
     lines = textwrap.wrap("  ".join(item.replace(" ", "\u00a0") for item in items), _WIDTH - 2)
     body = [Text("  " + line.replace("\u00a0", " ")) for line in lines]
-    foot = Text(f"  the forecast named {snapshot.n_shared} of the {n_features} features that moved most", style="dim")
-    return _rendered([head, *body, foot, *(_reasons(verdict) if verdict.threatened else [])], colour)
+    superseded = " and is superseded" if verdict.supersedes_forecast else ""
+    foot = [
+        Text(f"  the forecast named {snapshot.n_shared} of the {n_features} features that moved most{superseded}", style="dim")
+    ]
+    text = snapshot.text_drift
+    if not math.isnan(text.value):
+        interval = f"{text.low:.1%} to {text.high:.1%}"
+        foot.append(Text(f"  what the policy writes has moved by {text.value:.1%} ({interval})", style="dim"))
+    return _rendered([head, *body, *foot, *(_reasons(verdict) if verdict.threatened else [])], colour)
 
 
 def _name(verdict: Verdict) -> str:

@@ -44,3 +44,24 @@ def _train(rank: int, out: Path, max_overhead: float | None) -> None:
     trainer = made_trainer("plain", out, [callback], **OPTIONS)
     trainer.train()
     (out / f"{rank}.json").write_text(json.dumps([r["step"] for r in trainer.state.log_history if "sts/near/drift" in r]))
+
+
+def learn_by_rewards(rank: int, out: Path) -> None:
+    """Each process hears its own half of what is written."""
+    from guest.runs import Shelf, taste
+    from guest.runs import made_trainer as made_guest
+
+    heard: list[str] = []
+
+    def hearing(prompts: list[str], completions: list[str], trainer_state: Any, **others: Any) -> list[float]:
+        heard.extend(dict.fromkeys(prompts) if trainer_state.global_step == 0 else ())
+        return taste(completions)
+
+    shelf = Shelf.filled(out / f"shelf-{rank}")
+    callback = shelf.callback(max_overhead=None)
+    rewards = callback.tap(hearing)
+    options: dict[str, Any] = {"per_device_train_batch_size": 10, "max_steps": 2, "ddp_backend": "gloo"}
+    made_guest("GRPO", shelf, out, [callback], rewards=rewards, **options).train()
+    assert callback.forecast is not None
+    told = {**callback.forecast.to_dict(), "seconds": 0, "seconds_by_part": {}}
+    (out / f"{rank}.json").write_text(json.dumps({"forecast": told, "heard": heard}))

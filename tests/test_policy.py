@@ -158,7 +158,7 @@ def test_a_reason_names_the_drift_that_was_too_much() -> None:
 
 def test_drift_that_could_not_be_compared_is_unsure() -> None:
     verdict = judged_drift(relative_drift=NAN, **HARM)
-    assert verdict == Verdict("cannot tell", ("law",), {"law": "no token could be compared with step 0."}, 10)
+    assert verdict == Verdict("cannot tell", ("law",), {"law": "no token could be compared with step 0."}, 10, True)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,14 @@ def test_reasons_name_the_numbers() -> None:
 def test_a_forecast_is_of_step_0_and_a_check_of_its_own() -> None:
     assert judged_forecast().step == 0
     assert judge_drift([snapshot(step, domain_drift("law")) for step in (10, 20)], POLICY).step == 20
+
+
+@pytest.mark.parametrize(("drift", "superseded"), [(0.0625 - BARELY, False), (0.0625, True), (0.5, True), (NAN, False)])
+def test_the_training_datas_own_drift_supersedes_the_forecast(drift: float, superseded: bool) -> None:
+    still, moved = (snapshot(10, domain_drift("law"), train=domain_drift("train", relative_drift=d)) for d in (0.0, drift))
+    assert judge_drift([still, moved], POLICY).supersedes_forecast == superseded
+    assert not judge_drift([moved, still], POLICY).supersedes_forecast
+    assert not judged_forecast().supersedes_forecast
 
 
 DRIFTS: dict[Decision, dict[str, Any]] = {

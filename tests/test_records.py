@@ -35,10 +35,10 @@ ALL: list[Record] = [
     SNIPPET,
     FeatureInWords(7, 0.5, "https://neuronpedia.org/x", {"train": (SNIPPET, SNIPPET), "law": ()}),
     domain_forecast(),
-    forecast(domain_forecast("law"), domain_forecast("code", sts_rel=0.75)),
+    forecast(domain_forecast("law"), domain_forecast("code", sts_rel=0.75), train_source="own rollouts"),
     domain_drift(),
-    snapshot(40, domain_drift("law"), domain_drift("code", top_features=())),
-    Verdict("no-go", ("law", "code"), {"law": "has moved ± 0.1.", "code": "« déjà »\nline 2"}, 40),
+    snapshot(40, domain_drift("law"), domain_drift("code", top_features=()), text_drift=estimate(0.5, -0.25, 0.75)),
+    Verdict("no-go", ("law", "code"), {"law": "has moved ± 0.1.", "code": "« déjà »\nline 2"}, 40, True),
 ]
 
 

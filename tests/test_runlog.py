@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samples import GO, domain_drift, domain_forecast, forecast, snapshot
+from samples import GO, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.errors import CannotTell
 from sts_callback.records import FeatureInWords, Snippet
 from sts_callback.runlog import RunLog
@@ -99,7 +99,8 @@ def test_damaged_forecast_can_not_tell(log: RunLog, damage: object) -> None:
 
 
 def test_checks_come_back_in_order_up_to_a_step(log: RunLog) -> None:
-    checks = [snapshot(step, domain_drift("law", relative_drift=step / 100)) for step in (10, 20, 30)]
+    known = estimate(0.125, -0.25, 0.5)  # what is unknown, NaN, equals nothing
+    checks = [snapshot(s, domain_drift("law", relative_drift=s / 100), text_drift=known) for s in (10, 20, 30)]
     for check in checks:
         log.append_check(check, GO)
     assert log.checks_before(30) == checks
@@ -140,6 +141,30 @@ def test_a_first_line_torn_to_nothing_is_no_obstacle(log: RunLog) -> None:
     log.append_check(snapshot(10, domain_drift()), GO)
     assert _steps(log) == [10]
     assert (log.folder / "drift.jsonl").read_text().startswith("{")
+
+
+ROLLOUTS = [
+    {"prompt": "« a\n»", "completion": None, "reward": None, "sample": ""},
+    {"prompt": [], "completion": "b", "sample": "c"},
+]
+
+
+def test_rollouts_come_back_as_they_were(log: RunLog) -> None:
+    assert log.read_rollouts() == []
+    log.write_rollouts([])
+    assert list(log.folder.iterdir()) == []
+    log.write_rollouts(ROLLOUTS)
+    assert log.read_rollouts() == ROLLOUTS
+    log.write_rollouts(ROLLOUTS[:1])
+    assert log.read_rollouts() == ROLLOUTS[:1]
+
+
+@pytest.mark.parametrize("damaged", [b"{", b"[]", b'{"prompt": "p", "completion": "c"}', b"\xff"])
+def test_damaged_rollouts_are_left_out(damaged: bytes, log: RunLog) -> None:
+    log.write_rollouts(ROLLOUTS)
+    with (log.folder / "rollouts.jsonl").open("ab") as file:
+        file.write(damaged)
+    assert log.read_rollouts() == ROLLOUTS
 
 
 def test_faults_are_lines_whatever_their_trace_holds(log: RunLog) -> None:

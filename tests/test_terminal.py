@@ -206,9 +206,30 @@ def test_a_check_without_threat_names_each_domain_once_and_no_reason() -> None:
     _assert_narrow(text)
     flat = " ".join(text.split())
     assert flat.startswith("STS step 40: GO; drift (change of NLL) since step 0; 2 s train 30.0% (+0.00) ")
-    assert flat.endswith(" the forecast named 2 of the 3 features that moved most")
+    assert flat.endswith(" the forecast named 2 of the 3 features that moved most and is superseded")
     assert [len(re.findall(rf"\b{name} 30\.0%", flat)) for name in NAMES] == [1] * 5
     assert "has not moved" not in flat
+
+
+def test_a_check_that_supersedes_no_forecast_says_nothing_of_it() -> None:
+    check = snapshot(40, domain_drift("law"), train=domain_drift("train", relative_drift=0.01))
+    text = check_lines(check, judge_drift([check], PolicyConfig()), 3, colour=False)
+    assert text.endswith(" the forecast named 2 of the 3 features that moved most")
+
+
+def test_text_drift_is_shown_where_it_is_known() -> None:
+    known = snapshot(40, domain_drift("law"), text_drift=estimate(0.125, -0.0625, 0.25))
+    for check, n_lines in ((known, 1), (snapshot(40, domain_drift("law")), 0)):
+        text = check_lines(check, Verdict("go", (), {}, 40, True), 100, colour=False)
+        _assert_narrow(text)
+        assert text.count("\n  what the policy writes has moved by 12.5% (-6.2% to 25.0%)") == n_lines
+
+
+def test_whose_answers_a_forecast_is_made_from_is_told_if_they_are_the_models_own() -> None:
+    for source, n_lines in (("own rollouts", 1), ("reference answers", 0)):
+        text = forecast_table(forecast(domain_forecast("law"), train_source=source), Verdict("go", (), {}, 0), colour=False)
+        _assert_narrow(text)
+        assert text.count("\ntraining examples: the model's own best-rewarded rollouts of the first step") == n_lines
 
 
 def test_a_check_breaks_its_lines_between_domains_only() -> None:

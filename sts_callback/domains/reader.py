@@ -2,7 +2,8 @@
 
 Formats (TRL's names): language modelling (`text`, `messages`), prompt-completion, preference with explicit or implicit prompt
 (`chosen` counts), unpaired preference (rows with a true `label` count), each plain or conversational; also ShareGPT's
-`conversations`, and the tokenised columns that a trainer leaves behind.
+`conversations`, and the tokenised columns that a trainer leaves behind. To a prompt alone, as reinforcement learning has it, a
+text under `solution` or `answer` is the reference answer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
+_REFERENCES = ("solution", "answer")  # a worked solution before a bare result, where a row has both
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 Source = str | Path | Iterable[Row]
 """A JSON-lines file (`.jsonl`, `.jsonl.gz`) or JSON list (`.json`), a `datasets.Dataset`, or a list of rows."""
@@ -116,6 +118,18 @@ def read_pairs(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, field: s
     return [pair for pair in pairs if pair is not None and pair.prompt and (pair.answer is None or pair.answer)]
 
 
+def are_prompts_only(source: Source) -> bool:
+    """Whether rows are prompts for a policy to answer, without reference answers; the first one tells."""
+    row: Row = {} if isinstance(source, (str, Path)) else next(iter(source), {})
+    answered = {"completion", "chosen", "messages", "conversations", "text", "input_ids", "prompt_ids"}
+    return "prompt" in row and answered.isdisjoint(row) and _reference(row) is None
+
+
+def _reference(row: Row) -> str | None:
+    """The reference answer of a prompt, if it is a text; numbers, test cases and the like answer nobody."""
+    return next((row[name] for name in _REFERENCES if row.get(name) and isinstance(row[name], str)), None)
+
+
 def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, field: str) -> Pair | None:
     if not {"input_ids", "prompt_ids", "chosen_ids"}.isdisjoint(row):
         return _tokenised(row)
@@ -165,10 +179,15 @@ def _normalised(raw: Row, field: str) -> dict[str, Any] | None:
         return {**row, "completion": row["chosen"]}
     if "text" in keys:
         return row
+    if "prompt" in keys and (reference := _reference(row)) is not None:
+        is_text = isinstance(row["prompt"], str)
+        return {**row, "completion": reference if is_text else [{"role": "assistant", "content": reference}]}
+    if "prompt" in keys and not keys.isdisjoint(_REFERENCES) and not any(row.get(name) for name in _REFERENCES):
+        return None
     if "prompt" in keys:
         raise DataError(
             f"{field}: the rows have prompts but no answers (columns {sorted(keys)}); add a completion column with a "
-            "reference answer."
+            "reference answer. With GRPO and RLOO, reward_funcs=callback.tap(reward_funcs) takes the model's own best."
         )
     raise DataError(f"{field}: columns {sorted(keys)} fit no format; allowed are {FORMATS}.")
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_FEWEST_QUERIES = 4
+FEWEST_QUERIES = 4
+"""That a probe set must have."""
 _NEUTRAL_TEXT = Path(__file__).parent / "neutral.txt"
 
 
@@ -106,9 +107,9 @@ def make_probe_set(
         pairs += read_pairs((rows[i] for i in order[start : start + wanted]), tokenizer, field)
         if len(pairs) >= wanted:
             break
-    if len(pairs) < n_demonstrations + _FEWEST_QUERIES:
+    if len(pairs) < n_demonstrations + FEWEST_QUERIES:
         raise DataError(
-            f"{field}: {len(pairs)} usable rows, but {n_demonstrations} demonstrations and at least {_FEWEST_QUERIES} queries "
+            f"{field}: {len(pairs)} usable rows, but {n_demonstrations} demonstrations and at least {FEWEST_QUERIES} queries "
             "are needed; add rows or ask for fewer demonstrations."
         )
     with _untouched(tokenizer):
@@ -116,10 +117,10 @@ def make_probe_set(
         separator = tuple(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
     n_queries = min(config.n_queries, len(encoded) - n_demonstrations)
     asked = [i for i, (query, _) in enumerate(encoded) if any(query.counts)][:n_queries]
-    if len(asked) < _FEWEST_QUERIES:
+    if len(asked) < FEWEST_QUERIES:
         raise DataError(
             f"{field}: {len(asked) + n_demonstrations} usable rows, but {n_demonstrations} demonstrations and at least "
-            f"{_FEWEST_QUERIES} queries are needed; of the others no token of the prompt counts (it is empty or holds special "
+            f"{FEWEST_QUERIES} queries are needed; of the others no token of the prompt counts (it is empty or holds special "
             "tokens only)."
         )
     n_draws = min(config.n_draws, len(asked) // 2)
@@ -132,6 +133,27 @@ def make_probe_set(
         shown = draw.sample(unlike if len(unlike) >= n_demonstrations else others, n_demonstrations)
         draws.append(tuple(token for i in shown for token in (*encoded[i][0].tokens, *separator)))
     return ProbeSet(name, tuple(encoded[i][0] for i in asked), tuple(draws), sum(cut for _, cut in encoded))
+
+
+def make_completion_set(
+    name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ProbeConfig, *, field: str
+) -> ProbeSet:
+    """Completions as what counts, each behind its prompt, which does not; without answers and demonstrations.
+
+    Args:
+        name: of the set.
+        rows: as for `make_probe_set`; the first of them are taken, as many as there are queries in a probe set.
+        tokenizer: the user's; not altered.
+        config: numbers and limits.
+        field: what to call the rows in errors.
+
+    """
+    pairs = read_pairs(rows, tokenizer, field)[: config.n_queries]
+    special = set(tokenizer.all_special_ids)
+    with _untouched(tokenizer):
+        encoded = [_encode(pair, tokenizer, config.max_tokens)[0] for pair in pairs]
+    counts = [(False,) * len(q.query) + tuple(token not in special for token in q.answer) for q in encoded]
+    return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
 
 
 def neutral_tokens(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from sts_callback.domains.reader import Row, TextPair, TokenPair, read_pairs, read_rows
+from sts_callback.domains.reader import Row, TextPair, TokenPair, are_prompts_only, read_pairs, read_rows
 from sts_callback.errors import DataError
 from tiny import tiny_tokenizer
 
@@ -60,9 +60,15 @@ TEXT_CASES: dict[str, tuple[Row, TextPair]] = {
     "unpaired preference": ({"prompt": "1 + 1 =", "completion": " 2", "label": True}, TextPair("1 + 1 =", " 2")),
     "prompt and completion before text": ({"prompt": "a", "completion": "b", "text": "ab"}, TextPair("a", "b")),
     "text, prompt without answer": ({"prompt": "a", "text": "ab"}, TextPair("ab", None)),
+    "prompt and solution": ({"prompt": "1 + 1 =", "solution": " 2"}, TextPair("1 + 1 =", " 2")),
+    "prompt and answer": ({"prompt": "1 + 1 =", "answer": " 2", "ground_truth": 2}, TextPair("1 + 1 =", " 2")),
+    "solution before answer": ({"prompt": "a", "answer": "2", "solution": "1 + 1 = 2"}, TextPair("a", "1 + 1 = 2")),
+    "answer where there is no solution": ({"prompt": "a", "answer": "2", "solution": None}, TextPair("a", "2")),
+    "completion before solution": ({"prompt": "a", "completion": "b", "solution": "c"}, TextPair("a", "b")),
     "other columns are ignored": ({"prompt": "a", "completion": "b", "id": 7, "source": "x"}, TextPair("a", "b")),
 }
 CHAT_CASES: dict[str, tuple[Row, TextPair]] = {
+    "conversation and solution": ({"prompt": said("Hi"), "solution": "Ho"}, TextPair(asked("Hi"), answered("Ho"))),
     "messages": ({"messages": said("Hi", "Ho")}, TextPair(asked("Hi"), answered("Ho"))),
     "messages, several turns": ({"messages": said("a", "b", "c", "d")}, TextPair(asked("a", "b", "c"), answered("d"))),
     "messages, last question open": ({"messages": said("a", "b", "c")}, TextPair(asked("a"), answered("b"))),
@@ -342,6 +348,36 @@ def test_prompts_without_answers() -> None:
         [{"prompt": "a", "id": 1}], r"^train: the rows have prompts but no answers \(columns \['id', 'prompt'\]\); add a comp"
     )
     _refused([{"prompt": said("a")}], "prompts but no answers")
+    _refused([{"prompt": "a", "answer": 2}], "prompts but no answers")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a"}, True),
+        ({"prompt": "a", "id": 1, "answer": 2}, True),
+        ({"prompt": "a", "solution": None}, True),
+        ({"prompt": "a", "solution": "b"}, False),
+        ({"prompt": "a", "completion": "b"}, False),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, False),
+        ({"prompt": "a", "text": "ab"}, False),
+        ({"prompt": "a", "input_ids": [1]}, False),
+        ({"messages": []}, False),
+        ({"question": "a"}, False),
+    ],
+)
+def test_whether_rows_are_prompts_alone(row: Row, expected: bool) -> None:
+    assert are_prompts_only([row, {"text": "of no account"}]) == expected
+
+
+@pytest.mark.parametrize("source", [[], "train.jsonl", Path("train.jsonl")])
+def test_no_rows_are_no_prompts(source: Any) -> None:
+    assert not are_prompts_only(source)
+
+
+def test_rows_whose_reference_answer_is_missing_are_left_out() -> None:
+    rows = [{"prompt": "a", "solution": None}, {"prompt": "b", "solution": ""}, {"prompt": "c", "solution": "d"}]
+    assert read_pairs(rows, tiny_tokenizer(), "train") == [TextPair("c", "d")]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,13 @@ class Shelf:
 
     def callback(self, **options: Any) -> STSCallback:
         """A callback that looks after each step."""
-        defaults: dict[str, Any] = {"protect": ["near"], "domains": TINY_DOMAINS, "probes": PROBES, "check_on": 1}
+        defaults: dict[str, Any] = {
+            "protect": ["near"],
+            "domains": TINY_DOMAINS,
+            "probes": PROBES,
+            "check_on": 1,
+            "max_overhead": None,
+        }
         return STSCallback(**{"sae": self.folder / "sae", **defaults, **options})
 
 
@@ -87,6 +93,8 @@ def made_trainer(
     lora: bool = False,
     architecture: str = "llama",
     own_compile: str | None = None,
+    rewards: Any = None,
+    examples: list[dict[str, Any]] | None = None,
     **options: Any,
 ) -> Trainer:
     """A trainer of three steps.
@@ -99,6 +107,8 @@ def made_trainer(
         lora: train adapters only.
         architecture: which tiny model.
         own_compile: the backend if the user compiles the model in place, by `model.compile()`.
+        rewards: of GRPO and RLOO, in place of `taste`.
+        examples: training data in place of the usual.
         options: training arguments that differ.
 
     """
@@ -146,13 +156,13 @@ def made_trainer(
         )
     else:
         if kind in ("GRPO", "RLOO"):
-            shared["reward_funcs"] = _taste
+            shared["reward_funcs"] = rewards or taste
         if kind == "Distillation":
             shared["teacher_model"] = shelf.model("teacher")
         trainer = getattr(trl, f"{kind}Trainer")(
             model=model,
             args=getattr(trl, f"{kind}Config")(**settings),
-            train_dataset=Dataset.from_list(_examples(kind, rows(40))),
+            train_dataset=Dataset.from_list(examples or _examples(kind, rows(40))),
             eval_dataset=Dataset.from_list(_examples(kind, rows(4, seed=70))),
             peft_config=adapters if lora else None,
             **shared,
@@ -182,7 +192,7 @@ def _examples(kind: str, examples: list[dict[str, str]]) -> list[dict[str, Any]]
     return list(examples)
 
 
-def _taste(completions: list[str], **kwargs: Any) -> list[float]:
+def taste(completions: list[str], **kwargs: Any) -> list[float]:
     """A reward that tells any two texts apart, so that the log rows tell any two rollouts apart."""
     return [sum(ord(letter) * (place + 1) for place, letter in enumerate(text)) / 1000 for text in completions]
 

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 
-from guest.runs import SAMPLING, TRAINERS, Outcome, Shelf, checked_steps, finished, made_trainer
+from guest.runs import SAMPLING, TRAINERS, Outcome, Shelf, checked_steps, finished, made_trainer, taste
 from sts_callback import STSCallback
 from tiny import rows
 
@@ -33,6 +33,8 @@ class Setting:
     check_on: str | int = 1
     checks: tuple[int, ...] = tuple(range(1, N_STEPS + 1))
     attached: bool = True
+    tapped: bool = False
+    """Whether the forecast is made from rollouts."""
     seconds: int = 120
     helpers: tuple[type[TrainerCallback], ...] = ()
     """The user's own callbacks, in both runs."""
@@ -76,6 +78,9 @@ SAVED = {"save_strategy": "steps", "save_steps": 1}
 SETTINGS = {
     "defaults": Setting({}, lambda t: True, trainers=TRAINERS),
     "defaults, callback not attached": Setting({}, lambda t: True, trainers=("Trainer", "SFT", "Reward"), attached=False),
+    "rewards tapped, forecast from own rollouts": Setting(
+        {"per_device_train_batch_size": 20}, lambda t: True, trainers=("GRPO", "RLOO"), tapped=True
+    ),
     "gradient accumulation": Setting({"gradient_accumulation_steps": 3}, lambda t: t.state.epoch == 3 * N_STEPS / 20),
     "activation checkpointing": Setting({"gradient_checkpointing": True}, lambda t: t.model.is_gradient_checkpointing),
     "bf16 autocast": Setting({"bf16": True}, lambda t: t.accelerator.mixed_precision == "bf16"),
@@ -187,7 +192,8 @@ def run(
     torch._dynamo.reset()
     counters.clear()
     callbacks = [*(helper() for helper in setting.helpers), *([ours] if ours is not None else [])]
-    trainer = made_trainer(kind, shelf, out, callbacks, lora=lora, **setting.options)
+    rewards = ours.tap(taste) if isinstance(ours, STSCallback) and setting.tapped else taste
+    trainer = made_trainer(kind, shelf, out, callbacks, lora=lora, rewards=rewards, **setting.options)
     if isinstance(ours, STSCallback) and setting.attached:
         ours.attach(trainer)
     outcome = finished(trainer)
@@ -200,7 +206,7 @@ def test_a_run_is_the_same_with_and_without(
     name: str, kind: str, lora: bool, shelf: Shelf, table: dict[tuple[str, str, bool], str], tmp_path: Path
 ) -> None:
     setting = SETTINGS[name]
-    answers = {"train_data": rows(40)} if kind in SAMPLING else {}  # their own rows are prompts alone
+    answers = {"train_data": rows(40)} if kind in SAMPLING and not setting.tapped else {}  # their own rows are prompts alone
     ours = shelf.callback(check_on=setting.check_on, **answers)
     _, without = run(name, kind, lora, shelf, tmp_path / "without", None)
     n_graphs = counters["stats"]["unique_graphs"]
@@ -211,6 +217,7 @@ def test_a_run_is_the_same_with_and_without(
     assert counters["stats"]["unique_graphs"] == n_graphs
     assert len(without.gradient_norms) >= N_STEPS
     assert ours.forecast is not None
+    assert ours.forecast.train_source == ("own rollouts" if setting.tapped else "reference answers")
     assert checked_steps(tmp_path / "with") == list(setting.checks)
     assert not (tmp_path / "with" / "sts" / "faults.jsonl").exists()
 
