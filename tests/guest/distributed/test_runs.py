@@ -282,7 +282,7 @@ def test_a_forecast_that_fails_on_one_rank_leaves_the_run_unwatched_on_all(mode:
     folder, case = runs(mode, "faults"), "forecast fails on the second"
     for rank in seen(folder, case):
         assert rank["error"] is None
-        assert rank["decisions"] == [(step, False, False) for step in range(1, N_STEPS + 1)]
+        assert rank["decisions"] == [(step, False, step == N_STEPS) for step in range(1, N_STEPS + 1)]
     assert "process 1 failed with RuntimeError: injected into the forecast" in fault_text(folder, case)
 
 
