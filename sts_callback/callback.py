@@ -282,7 +282,7 @@ class STSCallback(TrainerCallback):
         if self._check_on == "evaluate":
             wanted = args.metric_for_best_model
             self._check(state, control, kwargs["model"], always=scalars.is_ours(wanted))
-            is_now = self._recent and self._last_check == state.global_step
+            is_now = self._monitor is not None and self._recent and self._last_check == state.global_step
             kwargs["metrics"].update(scalars.evaluation_metrics(self._recent[-1] if is_now else None, wanted))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
