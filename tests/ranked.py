@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaForCausalLM
 
+from guest.runs import PROBES
 from sts_callback.overhead import Overhead
 from test_callback import made_callback, made_trainer
 
@@ -34,11 +36,11 @@ def fail_on_one(rank: int, out: Path) -> None:
 
     failing.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     LlamaForCausalLM.forward = failing  # type: ignore[method-assign]
-    _train(rank, out, None)
+    _train(rank, out, None, probes=replace(PROBES, batch_tokens=128))  # batches for both
 
 
-def _train(rank: int, out: Path, max_overhead: float | None) -> None:
-    callback = made_callback(check_on=1, max_overhead=max_overhead)
+def _train(rank: int, out: Path, max_overhead: float | None, **options: Any) -> None:
+    callback = made_callback(check_on=1, max_overhead=max_overhead, **options)
     trainer = made_trainer("plain", out, [callback], **OPTIONS)
     trainer.train()
     (out / f"{rank}.json").write_text(json.dumps([r["step"] for r in trainer.state.log_history if "sts/near/drift" in r]))
