@@ -1,8 +1,10 @@
 """Settings of all tests."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is first imported, by whichever test
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch

@@ -99,7 +99,6 @@ def in_trackio(out: Path) -> Rows:
 def test_every_number_of_every_check_is_in_the_tracker(
     tracker: str, read: Callable[[Path], Rows], shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is first imported, which is here
     pytest.importorskip(tracker)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
