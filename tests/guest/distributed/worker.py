@@ -200,7 +200,7 @@ def fault(kind: str | None) -> Iterator[None]:
     def refused_forecast(self: Monitor) -> Any:
         raise CannotTell("injected into the forecast")
 
-    def short_of_memory(self: Monitor, step: int, *, batch_tokens: int) -> Any:
+    def short_of_memory(self: Monitor, step: int, *, batch_tokens: int, **others: Any) -> Any:
         if step >= 2 and batch_tokens > PROBES.batch_tokens // 2:
             raise RuntimeError("CUDA out of memory. Injected into a check")
         return check(self, step, batch_tokens=batch_tokens)
