@@ -313,6 +313,8 @@ def _typed(value: Any, kind: Any) -> Any:
         if set(value) != set(hints):
             raise ValueError(f"{kind.__name__}: keys differ: {sorted(set(value) ^ set(hints))}.")
         return kind(**{name: _typed(value[name], hint) for name, hint in hints.items()})
+    if origin in (types.UnionType, typing.Union):  # a record that may not be there
+        return None if value is None else _typed(value, next(a for a in arguments if a is not type(None)))
     if origin is tuple:
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(_typed(item, hint) for item, hint in zip(value, inner, strict=True))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sts_callback.errors import CannotTell
+from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
 from sts_callback.records import DriftSnapshot, FeatureInWords, Forecast, Verdict
+
+T = TypeVar("T")
+
+_NOT_OURS = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a record raises where there is none, or one of another version."""
 
 
 class RunLog:
@@ -26,12 +32,14 @@ class RunLog:
         """
         self.folder = folder
         self.baseline_file = folder / "baseline.safetensors"
+        self._settings_file = folder / "settings.json"
         self._forecast_file = folder / "forecast.json"
         self._drift_file = folder / "drift.jsonl"
         self._features_file = folder / "features.jsonl"
         self._rollouts_file = folder / "rollouts.jsonl"
         self._skipped_file = folder / "skipped.jsonl"
         self._faults_file = folder / "faults.jsonl"
+        self._report_file = folder / "report.html"
         self._holds_another_run = anew
         self._unwritten_faults: deque[dict[str, Any]] = deque(maxlen=100)
 
@@ -67,6 +75,11 @@ class RunLog:
             _write_lines(file, [kept[at] for at in sorted(kept)])
         return n_damaged
 
+    def write_settings(self, settings: RunSettings) -> None:
+        """Write what the run was asked to do, whole or not at all; a resumed run's own take the place of the first session's."""
+        self._make_ready()
+        _write_whole(self._settings_file, settings.to_json() + "\n")
+
     def write_forecast(self, forecast: Forecast, verdict: Verdict, others: Sequence[Forecast] = ()) -> None:
         """Write forecast and verdict, and the forecasts of further SAEs, whole or not at all."""
         content = {
@@ -86,7 +99,7 @@ class RunLog:
         """
         try:
             return Forecast.from_dict(json.loads(self._forecast_file.read_text(encoding="utf-8"))["forecast"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_NOT_OURS) as error:
             raise CannotTell(
                 f"forecast: {self._forecast_file} cannot be read ({error!r}); a resumed run needs the one made at its start. "
                 "Drift can be measured only from step 0: start the run anew."
@@ -101,9 +114,10 @@ class RunLog:
         """Read what `write_rollouts` wrote; lines that damage has left unreadable are left out."""
         return [row for row in _rows(self._rollouts_file) if row.keys() >= {"prompt", "completion", "sample"}]
 
-    def append_check(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
-        """Append one drift check with its verdict."""
-        self._append(self._drift_file, {"snapshot": snapshot.to_dict(), "verdict": verdict.to_dict()})
+    def append_check(self, snapshot: DriftSnapshot, verdict: Verdict, time: TimeSpent | None = None) -> None:
+        """Append one drift check with its verdict and where the time has gone up to it."""
+        row = {"snapshot": snapshot.to_dict(), "verdict": verdict.to_dict()}
+        self._append(self._drift_file, row | ({"time": time.to_dict()} if time else {}))
 
     def append_words(self, words: Sequence[FeatureInWords]) -> None:
         """Append features in words, those that were not told before."""
@@ -140,6 +154,52 @@ class RunLog:
         """Whether a check that was due after the last one, up to a step, was put off."""
         steps = map(_skipped_step, _rows(self._skipped_file))
         return any(at is not None and last_check < at <= step for at in steps)
+
+    def read_all(self) -> Logged:
+        """Read what of the run can be read: any file may be missing, cut off, damaged or of another version.
+
+        Raises:
+            OSError: if a file is there but may not be opened.
+
+        """
+        unreadable: dict[str, str] = {}
+
+        def told(file: Path, record_of: Callable[[Any], T]) -> list[T]:
+            found, reasons, rows = [], [], list(_documents(file))
+            for row in rows:
+                try:
+                    found.append(record_of(row))
+                except _NOT_OURS as error:
+                    reasons.append(f"{error or repr(error)}" if row else "cut off or damaged")
+            if reasons:
+                which = "" if file.suffix == ".json" else f" in {len(reasons)} of {len(rows)} lines"
+                unreadable[file.name] = f"{file.name} cannot be read{which}: {reasons[-1].rstrip('.')}."
+            return found
+
+        checks = {check.snapshot.step: check for check in told(self._drift_file, _check_of)}
+        return Logged(
+            settings=next(iter(told(self._settings_file, RunSettings.from_dict)), None),
+            forecast=next(iter(told(self._forecast_file, lambda row: Forecast.from_dict(row["forecast"]))), None),
+            forecast_verdict=next(iter(told(self._forecast_file, lambda row: Verdict.from_dict(row["verdict"]))), None),
+            other_forecasts=next(iter(told(self._forecast_file, _others_of)), ()),
+            checks=tuple(checks[step] for step in sorted(checks)),
+            words=tuple(told(self._features_file, FeatureInWords.from_dict)),
+            postponed=tuple(told(self._skipped_file, lambda row: Postponed(int(row["step"]), str(row["reason"])))),
+            faults=tuple(told(self._faults_file, _fault_of)),
+            unreadable=tuple(unreadable.values()),
+        )
+
+    def write_report(self, page: str, content: str) -> Path:
+        """Write the report of the run as a page and as JSON, each whole or not at all.
+
+        Returns:
+            Where the page is.
+
+        """
+        self._make_ready()
+        _write_whole(self._report_file.with_suffix(".json"), content + "\n")
+        _write_whole(self._report_file, page)
+        return self._report_file
 
     def _make_ready(self) -> None:
         """Make the folder, also again after it was deleted; never write into that of another run."""
@@ -190,19 +250,48 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
     if not file.exists():
         return
     for line in file.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
-            row = {}
-        yield row if isinstance(row, dict) else {}
+        yield _object(line)
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:  # no JSON, or no UTF-8
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _check_in(row: dict[str, Any]) -> tuple[DriftSnapshot, Verdict] | None:
     """The check in a line of `drift.jsonl`; None if this version finds none there."""
     try:
         return DriftSnapshot.from_dict(row["snapshot"]), Verdict.from_dict(row["verdict"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except _NOT_OURS:
         return None
+
+
+def _documents(file: Path) -> Iterator[dict[str, Any]]:
+    """What a JSON file holds, or each line of one of JSON lines."""
+    if file.suffix != ".json":
+        yield from _rows(file)
+    elif file.exists():
+        yield _object(file.read_bytes())
+
+
+def _check_of(row: dict[str, Any]) -> JudgedCheck:
+    time = row.get("time")
+    return JudgedCheck(
+        DriftSnapshot.from_dict(row["snapshot"]),
+        Verdict.from_dict(row["verdict"]),
+        TimeSpent.from_dict(time) if time else None,
+    )
+
+
+def _others_of(row: dict[str, Any]) -> tuple[Forecast, ...]:
+    return tuple(Forecast.from_dict(other) for other in row.get("other_saes", ()))
+
+
+def _fault_of(row: dict[str, Any]) -> Fault:
+    return Fault(int(row["step"]), *(str(row[name]) for name in ("what", "error", "trace")))
 
 
 def _checked_step(row: dict[str, Any]) -> int | None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from logs import EMPTY, SETTINGS, whole_run, written
 from samples import GO, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.errors import CannotTell
+from sts_callback.logged import RunSettings, TimeSpent
 from sts_callback.records import FeatureInWords, Snippet
 from sts_callback.runlog import RunLog
 
@@ -229,3 +231,68 @@ def test_faults_that_cannot_be_written_are_written_later(log: RunLog) -> None:
     log.write_waiting_faults()
     log.write_waiting_faults()
     assert [json.loads(line)["step"] for line in (log.folder / "faults.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_all_that_was_written_is_read_at_once(log: RunLog) -> None:
+    run = whole_run(other_forecasts=(forecast(domain_forecast("law")),))
+    written(log, run)
+    read = log.read_all()
+    assert read.to_json() == run.to_json()
+    assert not read.is_empty
+
+
+def test_where_nothing_was_written_there_is_nothing_to_read(log: RunLog, tmp_path: Path) -> None:
+    assert log.read_all() == RunLog(tmp_path / "nowhere").read_all() == EMPTY
+    assert log.read_all().is_empty
+
+
+def test_settings_alone_are_nothing_to_tell(log: RunLog) -> None:
+    log.write_settings(SETTINGS)
+    assert log.read_all().settings == SETTINGS
+    assert log.read_all().is_empty
+
+
+def test_what_cannot_be_read_is_named_with_its_reason_and_the_rest_is_read(log: RunLog) -> None:
+    written(log, whole_run())
+    drift, forecast_file = log.folder / "drift.jsonl", log.folder / "forecast.json"
+    first, second, third = drift.read_text().splitlines()
+    drift.write_text("\n".join([first, second.replace('"n_shared"', '"shared"'), third[:-9]]))
+    forecast_file.write_text(forecast_file.read_text()[:-20])
+    read = log.read_all()
+    assert [c.snapshot.step for c in read.checks] == [10]
+    assert read.forecast is read.forecast_verdict is None
+    assert read.faults and read.words and read.postponed
+    assert read.unreadable == (
+        "drift.jsonl cannot be read in 2 of 3 lines: cut off or damaged.",
+        "forecast.json cannot be read: cut off or damaged.",
+    )
+
+
+def test_a_stretch_run_twice_is_read_as_it_went_later(log: RunLog) -> None:
+    for share in (0.25, 0.5):
+        log.append_check(snapshot(10, domain_drift(relative_drift=share)), GO)
+    (only,) = log.read_all().checks
+    assert only.snapshot.domains["law"].relative_drift.value == 0.5
+
+
+def test_time_stands_beside_a_check_where_earlier_versions_do_not_look(log: RunLog) -> None:
+    log.append_check(snapshot(10, domain_drift()), GO)
+    log.append_check(snapshot(20, domain_drift()), GO, TimeSpent(1.0, 50.0))
+    assert [c.time for c in log.read_all().checks] == [None, TimeSpent(1.0, 50.0)]
+    assert _steps(log) == [10, 20]
+    row = json.loads((log.folder / "drift.jsonl").read_text().splitlines()[1])
+    assert sorted(row) == ["snapshot", "time", "verdict"]
+    assert sorted(row["snapshot"]) == sorted(snapshot(20, domain_drift()).to_dict())
+    assert log.take_up(20) == 0
+    assert log.read_all().checks[1].time == TimeSpent(1.0, 50.0)
+
+
+def test_settings_come_back_with_the_versions_that_are_installed(log: RunLog) -> None:
+    def mine() -> None: ...
+
+    for action, named in ((mine, mine.__qualname__), ("stop", "stop")):
+        settings = RunSettings.of(SETTINGS.policy, SETTINGS.probes, check_on=6, action=action, max_overhead=1.0)
+        log.write_settings(settings)
+        assert log.read_all().settings == settings
+        assert (settings.check_on, settings.action) == ("6", named)
+        assert {"python", "sts-callback", "torch"} <= set(settings.versions)

@@ -1,0 +1,81 @@
+"""Runs as their folders tell them, each part open to change: what tests of the report read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from samples import domain_drift, domain_forecast, estimate, forecast, snapshot
+from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
+from sts_callback.records import Check, Decision, FeatureInWords, Snippet, Verdict
+from sts_callback.runlog import RunLog
+
+EMPTY = Logged(None, None, None, (), (), (), (), (), ())
+
+
+def verdict(
+    decision: Decision, *threatened: str, step: int = 0, about: tuple[str, ...] = ("law", "code"), **changes: Any
+) -> Verdict:
+    """A decision about two protected domains."""
+    return Verdict(decision, threatened, {name: f"why {name} is {decision}." for name in about}, step, **changes)
+
+
+def check(
+    step: int, judged: Verdict | None = None, *, time: TimeSpent | None = None, drift: float = 0.125, **changes: Any
+) -> JudgedCheck:
+    """A check of two domains, both protected."""
+    domains = [domain_drift(name, relative_drift=estimate(drift, drift / 2, 2 * drift)) for name in ("law", "code")]
+    return JudgedCheck(snapshot(step, *domains, **changes), judged or verdict("go", step=step), time)
+
+
+def words(feature: int, *, token: str = " law", **changes: Any) -> FeatureInWords:
+    """A feature that fires in the training data and in one domain."""
+    snippets = {"train": (Snippet("before", token, " after", 2.0),), "law": (Snippet("in", token, " court", 1.0),), "code": ()}
+    return FeatureInWords(**({"feature": feature, "share": 0.25, "link": "", "snippets": snippets} | changes))
+
+
+SETTINGS = RunSettings(
+    PolicyConfig({"law": 0.1, "code": 0.2}),
+    ProbeConfig(),
+    check_on="save",
+    action="warn",
+    max_overhead=0.01,
+    versions={"python": "3.11.2", "torch": "2.9.0"},
+)
+
+
+def whole_run(**changes: Any) -> Logged:
+    """A run with something of everything: law alarms at the last of three checks."""
+    fields: dict[str, Any] = {
+        "settings": SETTINGS,
+        "forecast": forecast(
+            domain_forecast("law", sts_cross=0.75, nll_change=estimate(0.05, -0.1, 0.2)),
+            domain_forecast("code", unseen=0.625, n_cut=3),
+            checks=(Check("explained variance", "warn", "0.70", "take another SAE"), Check("layer", "pass", "fits", "")),
+        ),
+        "forecast_verdict": verdict("go"),
+        "checks": (
+            check(10, time=TimeSpent(1.0, 50.0)),
+            check(20, verdict("watch", "law", step=20), time=TimeSpent(2.0, 100.0), drift=0.25),
+            check(30, verdict("no-go", "law", step=30, supersedes_forecast=True), time=TimeSpent(1.0, 25.0), drift=0.5),
+        ),
+        "words": (words(7, link="https://example.org/7"), words(3), words(4), words(99)),
+        "postponed": (Postponed(15, "a check takes about 2 s"),),
+        "faults": (Fault(5, "screen", "OSError('gone')", "Traceback"), Fault(6, "screen", "OSError('gone')", "Traceback")),
+    }
+    return Logged(**(vars(EMPTY) | fields | changes))
+
+
+def written(log: RunLog, logged: Logged) -> None:
+    """Write a run as the callback does."""
+    if logged.settings is not None:
+        log.write_settings(logged.settings)
+    if logged.forecast is not None and logged.forecast_verdict is not None:
+        log.write_forecast(logged.forecast, logged.forecast_verdict, logged.other_forecasts)
+    log.append_words(logged.words)
+    for one in logged.checks:
+        log.append_check(one.snapshot, one.verdict, one.time)
+    for one in logged.postponed:
+        log.append_postponed(one.step, one.reason)
+    for one in logged.faults:
+        log.append_fault(one.step, one.what, one.error, one.trace)
