@@ -1,4 +1,4 @@
-"""The command line: `sts-callback doctor`, `forecast` and `saes`. The only module that prints.
+"""The command line: `sts-callback doctor`, `forecast`, `report` and `saes`. The only module that prints.
 
 Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
 """
@@ -12,6 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sts_callback.errors import CannotTell, StsError
@@ -102,6 +103,15 @@ def _parser() -> argparse.ArgumentParser:
         for name in ("n_queries", "n_draws", "n_features", "max_tokens", "seed"):
             option = f"--{name.replace('_', '-')}"
             command.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
+
+    report = commands.add_parser(
+        "report",
+        help="make a page of what a run has left",
+        description="Make report.html and report.json of what a run has left, also of one that goes on or has died. "
+        "Exit code: 0 made, 2 there is nothing to tell.",
+    )
+    report.set_defaults(run=_report)
+    report.add_argument("run_dir", metavar="RUN_DIR", help="the trainer's output_dir, or the folder sts in it")
 
     saes = commands.add_parser(
         "saes", help="list the SAEs that SAELens has for a model", description="List SAELens' SAEs for a model."
@@ -196,6 +206,20 @@ def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # t
         raise ModelError(
             f"--model: {name} cannot be loaded ({error}); give a folder or hub id of a causal language model."
         ) from error
+
+
+def _report(args: argparse.Namespace) -> int:
+    from sts_callback.errors import DataError
+    from sts_callback.report import write_report
+    from sts_callback.runlog import RunLog
+
+    given = Path(args.run_dir)
+    folder = given / "sts" if (given / "sts").is_dir() else given
+    try:
+        print(write_report(RunLog(folder)))
+    except OSError as error:
+        raise DataError(f"report: {folder} cannot be read or written ({error}).") from error
+    return GO
 
 
 def _saes(args: argparse.Namespace) -> int:

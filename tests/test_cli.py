@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from logs import whole_run, written
 from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT, main
 from sts_callback.records import Check, Forecast, Verdict
+from sts_callback.runlog import RunLog
 from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
 
 
@@ -191,7 +193,9 @@ def test_a_bug_of_ours_is_told_apart(files: Path, monkeypatch: pytest.MonkeyPatc
     assert "bug of ours" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["doctor", "--help"], ["forecast", "--help"], ["saes", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["doctor", "--help"], ["forecast", "--help"], ["report", "--help"], ["saes", "--help"]]
+)
 def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == GO
     assert "usage: sts-callback" in capsys.readouterr().out
@@ -213,3 +217,36 @@ def test_saes_of_a_model_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_without_saes_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["saes", "--model", "nobody/nothing-7b"]) == WRONG_INPUT
     assert "train_sae.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["run", "run/sts"])
+def test_a_report_is_made_of_a_run(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(RunLog(tmp_path / "run" / "sts"), whole_run())
+    assert main(["report", str(tmp_path / given)]) == GO
+    made = tmp_path / "run" / "sts" / "report.html"
+    assert capsys.readouterr().out == f"{made}\n"
+    assert made.read_text().startswith("<!DOCTYPE html>")
+    assert json.loads(made.with_suffix(".json").read_text())["headline"]["decision"] == "no-go"
+
+
+@pytest.mark.parametrize("given", ["nowhere", "empty", "file", "empty/sts"])
+def test_a_report_of_nothing_is_wrong_input(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty" / "sts").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    assert main(["report", str(tmp_path / given)]) == WRONG_INPUT
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "holds no record of a run" in captured.err and "output_dir" in captured.err
+
+
+def test_a_report_that_cannot_be_written_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(RunLog(tmp_path), whole_run())
+
+    def full(*names: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert main(["report", str(tmp_path)]) == WRONG_INPUT
+    assert "cannot be read or written ([Errno 28]" in capsys.readouterr().err

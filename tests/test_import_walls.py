@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"metrics", "model", "report"}
 FACES = {"callback", "cli"}
-TORCH_FREE = {"errors", "config", "records", "policy", "runlog", "scalars", "terminal"}
+TORCH_FREE = {"errors", "config", "records", "logged", "policy", "runlog", "scalars", "terminal", "report"}
 HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 
 
@@ -94,6 +94,20 @@ def torch_in_torch_free(path: str, source: str) -> list[str]:
     return breaches(path, source, lambda i: unit(path) in TORCH_FREE and within(i.name, "torch"))
 
 
+def report_beyond_the_standard_library(path: str, source: str) -> list[str]:
+    """Imports in `report` of anything but the standard library and of the package's records and their log."""
+    allowed = [f"sts_callback.{name}" for name in ("report", "records", "logged", "runlog", "errors")]
+    return breaches(
+        path,
+        source,
+        lambda i: (
+            unit(path) == "report"
+            and i.name.partition(".")[0] not in sys.stdlib_module_names
+            and not any(within(i.name, module) for module in allowed)
+        ),
+    )
+
+
 RULES: dict[str, Callable[[str, str], list[str]]] = {
     "layers": partial(strangers, units=LAYERS),
     "faces": partial(strangers, units=FACES),
@@ -101,6 +115,7 @@ RULES: dict[str, Callable[[str, str], list[str]]] = {
     "trl": trl_elsewhere,
     "metrics": metrics_beyond_errors,
     "torch": torch_in_torch_free,
+    "report": report_beyond_the_standard_library,
 }
 
 
@@ -136,6 +151,9 @@ def test_wall_holds(rule: str) -> None:
         ("metrics", "sts_callback/metrics/shift.py", "from sts_callback.records import Forecast"),
         ("metrics", "sts_callback/metrics/shift.py", "from ..config import Settings"),
         ("metrics", "sts_callback/metrics/shift.py", "import sts_callback"),
+        ("report", "sts_callback/report/page.py", "from sts_callback.policy import judge_drift"),
+        ("report", "sts_callback/report/charts.py", "def draw():\n    import matplotlib.pyplot"),
+        ("report", "sts_callback/report/charts.py", "import_module('jinja2')"),
         ("torch", "sts_callback/policy.py", "import torch"),
         ("torch", "sts_callback/records.py", "def f():\n    from torch import nn"),
         ("torch", "sts_callback/errors.py", "async def f():\n    __import__('torch')"),
@@ -158,6 +176,10 @@ def test_rule_can_fail(rule: str, path: str, source: str) -> None:
         ("sts_callback/model/encoder.py", "from sae_lens import SAE\nfrom .hooks import resolve"),
         ("sts_callback/domains/reader.py", "def read():\n    import trl"),
         ("sts_callback/callback.py", "import trlx, sae_lens_extras\nfrom sts_callback.client import call"),
+        (
+            "sts_callback/report/page.py",
+            "import html, xml.etree\nfrom sts_callback.records import Forecast\nfrom .charts import row",
+        ),
         ("sts_callback/policy.py", "import torchmetrics\nfrom sts_callback.records import Verdict"),
     ],
 )
@@ -185,7 +207,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_torch_free_modules_load_nothing_heavy_by_a_detour() -> None:
-    present = [f"sts_callback.{name}" for name in sorted(TORCH_FREE) if (ROOT / f"sts_callback/{name}.py").exists()]
+    present = [f"sts_callback.{name}" for name in sorted(TORCH_FREE)]
     assert heavy_modules_loaded_by(present, ROOT) == set()
 
 

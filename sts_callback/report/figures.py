@@ -1,0 +1,76 @@
+"""Numbers as a reader sees them; what could not be measured is a dash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from sts_callback.records import Estimate
+
+UNKNOWN = "\N{EN DASH}"
+
+Form = Callable[[float], str]
+"""How a number is written."""
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as a percentage."""
+    return f"{share:.{digits}%}" if math.isfinite(share) else UNKNOWN
+
+
+def percent_1(share: float) -> str:
+    """The same with one digit."""
+    return percent(share, 1)
+
+
+def nats(change: float) -> str:
+    """A change of NLL, with its sign."""
+    return f"{change:+.2f}" if math.isfinite(change) else UNKNOWN
+
+
+def plain(number: float) -> str:
+    """Three digits, with a letter for thousands."""
+    if not math.isfinite(number):
+        return UNKNOWN
+    for letter in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{letter}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def tiny(number: float) -> str:
+    """A number that may be many times smaller than 1."""
+    return f"{number:.1e}" if math.isfinite(number) and number else plain(number)
+
+
+def seconds(duration: float) -> str:
+    """A duration."""
+    if not math.isfinite(duration):
+        return UNKNOWN
+    if duration < 9.95:
+        return f"{duration:.1f} s"
+    if duration < 119.5:
+        return f"{duration:.0f} s"
+    minutes = round(duration / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def interval(estimate: Estimate, form: Form) -> str:
+    """The two ends of an interval."""
+    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        return ""
+    return f"{form(estimate.low)} to {form(estimate.high)}"
+
+
+def listing(names: Sequence[str], most: int = 6) -> str:
+    """Names in a sentence."""
+    shown = list(names[:most])
+    if len(names) > most:
+        shown.append(f"{len(names) - most} more")
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,185 @@
+"""The section on what was expected before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from sts_callback.records import DomainForecast, Estimate, Forecast, Score
+from sts_callback.report import charts, figures
+from sts_callback.report.markup import Html, join, tag
+from sts_callback.report.parts import badge, domain, meanings, more, name_row, say, section, table
+from sts_callback.report.story import Story
+
+_NAN = math.nan
+
+
+def forecast_section(story: Story) -> Html:
+    """How much each domain is expected to move, and, beside it, in which direction."""
+    title = "Forecast: what training will move"
+    if story.forecast is None:
+        return section("forecast", title, say("No forecast can be read in this run's folder."))
+    forecast = story.forecast
+    return section(
+        "forecast",
+        title,
+        say(
+            "Before the first step, answered training examples were put in front of each domain's texts. The features "
+            "(directions in the model's activations that an SAE has found) which they shift are the ones that training is "
+            f"expected to shift. The {len(forecast.features)} most shifted hold "
+            f"{figures.percent(forecast.features_share)} of the whole shift."
+        ),
+        _pictures(story, forecast),
+        say(
+            "The first picture says how much, never in which direction; the other two say which way, not how much a domain "
+            "moves. A forecast is a weaker push than training: no harm here is no promise of none."
+        ),
+        _judged(story),
+        more("All scores and their rivals", _all_scores(story, forecast)),
+        _by_sae(story),
+    )
+
+
+def _pictures(story: Story, forecast: Forecast) -> Html:
+    rows = [forecast.domains[name] for name in story.domains if name in forecast.domains]
+    policy = story.settings.policy if story.settings else None
+    counts = [(policy.min_transfer, "threshold")] if policy else []
+    budgets = [x for x in story.budgets.values() if math.isfinite(x)]
+    places = charts.Axis.over([_place(d.sts_cross) for d in rows], 0.0, 1.0)
+    by_context = charts.Axis.over([d.nll_change for d in rows], 0.0, *budgets)
+    by_gradient = charts.Axis.over([d.gradient_change for d in rows], 0.0)
+
+    def budget(d: DomainForecast) -> list[tuple[float, str]]:
+        return [(0.0, "zero"), (story.budgets.get(d.name, _NAN), "threshold")]
+
+    return tag(
+        "div",
+        _panel(
+            "Does it move? Transfer",
+            "0 %: no more than random features; 100 %: as much as the training data itself. Hollow: the same with plain prose in "
+            "place of the examples, which is what any context does."
+            + (f" Dashed: from {figures.percent(policy.min_transfer)} on it counts." if policy else ""),
+            rows,
+            places,
+            figures.percent,
+            "movement",
+            lambda d: _place(d.sts_cross),
+            lambda d: [(0.0, "zero"), (1.0, "zero"), *counts],
+            lambda d: d.sts_cross.place(d.neutral_cross),
+        ),
+        _panel(
+            "Does it get worse? NLL change in context",
+            "How much more the right answers surprise the model with the training examples in front than with plain prose, in "
+            "nats a token; right of 0 is worse." + (" Dashed: the budget." if budgets else ""),
+            rows,
+            by_context,
+            figures.nats,
+            "harm",
+            lambda d: d.nll_change,
+            budget,
+        ),
+        _panel(
+            "Does it get worse? NLL change by gradient",
+            "The same after a small training step that gains the training data one nat a token; right of 0 is worse.",
+            rows,
+            by_gradient,
+            figures.nats,
+            "harm",
+            lambda d: d.gradient_change,
+            lambda d: [(0.0, "zero")],
+        ),
+        class_="panels",
+    )
+
+
+def _panel(
+    title: str,
+    meaning: str,
+    rows: Sequence[DomainForecast],
+    axis: charts.Axis,
+    form: figures.Form,
+    kind: str,
+    estimate_of: Callable[[DomainForecast], Estimate],
+    bars_of: Callable[[DomainForecast], Iterable[tuple[float, str]]],
+    also_of: Callable[[DomainForecast], float] = lambda d: _NAN,
+) -> Html:
+    """One number of all domains on one axis."""
+    made = []
+    for d in rows:
+        estimate = estimate_of(d)
+        ends = figures.interval(estimate, form)
+        label = f"{d.name}: {form(estimate.value)}" + (f", {ends}" if ends else "")
+        picture = charts.row(axis, estimate, kind, label=label, bars=bars_of(d), also=also_of(d))
+        made.append(tag("div", domain(d.name), picture, tag("span", form(estimate.value), class_="value"), class_="line"))
+    ticks = tag("div", *(tag("span", form(x), style=f"left:{axis.at(x)}%") for x in axis.ticks(3)), class_="ticks")
+    made.append(tag("div", tag("span"), ticks, tag("span"), class_="line", aria_hidden="true"))
+    return tag("figure", tag("figcaption", tag("b", title), tag("span", meaning)), *made)
+
+
+def _judged(story: Story) -> Html:
+    verdict = story.forecast_verdict
+    if verdict is None or not verdict.reasons:
+        return join()
+    reasons = [tag("li", domain(name), f" {reason}") for name, reason in verdict.reasons.items()]
+    return join(say("Verdict before training: ", badge(verdict.decision, 0)), more("Its reasons", tag("ul", *reasons)))
+
+
+def _all_scores(story: Story, forecast: Forecast) -> Html:
+    ordered = [forecast.train, *(forecast.domains[name] for name in story.domains if name in forecast.domains)]
+    titles = ["domain", "transfer", "95 %", "rank", "above next", "NLL change", "95 %", "gradient", "95 %"]
+    first = [
+        [
+            name_row(d.name, story.budgets),
+            figures.percent(_place(d.sts_cross).value),
+            figures.interval(_place(d.sts_cross), figures.percent),
+            f"{d.rank[0]} to {d.rank[1]}" if d.rank[0] else "",
+            figures.percent(d.above_next),
+            figures.nats(d.nll_change.value),
+            figures.interval(d.nll_change, figures.nats),
+            figures.nats(d.gradient_change.value),
+            figures.interval(d.gradient_change, figures.nats),
+        ]
+        for d in ordered
+    ]
+    scores = [
+        [
+            name_row(d.name, story.budgets),
+            f"{figures.plain(d.sts_cross.value)}",
+            figures.plain(d.sts_cross.random),
+            figures.plain(d.neutral_cross),
+            figures.plain(d.sts_rel.value),
+            figures.plain(d.sts_icl.value),
+            figures.plain(d.sts_act.value),
+            figures.plain(d.relative_shift.value),
+            figures.plain(d.raw_shift.value),
+            f"{d.cosine:.3f}" if math.isfinite(d.cosine) else figures.UNKNOWN,
+            figures.plain(d.nll.value),
+        ]
+        for d in ordered
+    ]
+    return join(
+        table(titles, first),
+        table(["domain", "cross", "random", "neutral", "rel", "ICL", "act", "shift", "raw", "cosine", "NLL"], scores),
+        meanings(
+            ("rank", "between which ranks by transfer the domain lies, at 95 %"),
+            ("above next", "how sure it is that the domain moves more than the next one in that order"),
+            ("cross", "the score behind transfer: share of the shift that falls on the training data's features"),
+            ("random, neutral", "the same over random features; and with plain prose in place of the examples"),
+            ("rel, ICL, act", "further scores by the domain's own examples; the last two grow with how active a domain is"),
+            ("shift, raw", "size of the whole shift, in features and in raw activations: the latter a rival without an SAE"),
+            ("cosine, NLL", "likeness of raw activations to the training data's, and NLL before training: rivals too"),
+        ),
+    )
+
+
+def _by_sae(story: Story) -> Html:
+    if not story.transfers:
+        return join()
+    names = list(story.transfers)
+    rows = [[domain(name), *(figures.percent(story.transfers[sae].get(name, _NAN)) for sae in names)] for name in story.domains]
+    return join(say("Transfer by each SAE; the first one decides."), table(["domain", *names], rows))
+
+
+def _place(score: Score) -> Estimate:
+    """The score between its anchors."""
+    return Estimate(score.place(score.value), score.place(score.low), score.place(score.high))

@@ -1,0 +1,105 @@
+"""The verdict in a sentence, its reasons, and what a reader must know before trusting it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from sts_callback.logged import Logged
+from sts_callback.records import Decision, Record, Verdict
+from sts_callback.report.figures import counted, listing
+
+_BEFORE: dict[Decision, str] = {
+    "go": "Nothing measured before training points to harm in {protected}.",
+    "watch": "Training is expected to threaten {threatened}.",
+    "no-go": "Training is expected to move {threatened} and to make it worse.",
+    "not covered": "Nothing speaks against {threatened}, but most of the change there is nothing that the SAE can express.",
+    "cannot tell": "The evidence does not suffice to say what training will do to {threatened}.",
+}
+_DURING: dict[Decision, str] = {
+    "go": "At step {step}, no protected domain has both moved and got worse ({protected}).",
+    "watch": "At step {step}, {threatened} {have} moved and got worse, not yet for long enough to alarm.",
+    "no-go": "At step {step}, {threatened} {have} moved and got worse, and that has held.",
+    "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there is nothing that the SAE can "
+    "express.",
+    "cannot tell": "At step {step}, the evidence does not suffice for {threatened}.",
+}
+_NOTHING_PROTECTED = "No domain was protected, so there is nothing to judge; the numbers below are for reading."
+_NOTHING_JUDGED = "There is no verdict: neither a forecast nor a check could be read."
+
+
+@dataclass(frozen=True)
+class Headline(Record):
+    """What a reader in a hurry reads."""
+
+    decision: Decision | None
+    """None if nothing was judged."""
+    step: int
+    """Optimizer steps done; 0 for a forecast."""
+    sentence: str
+    threatened: tuple[str, ...]
+    reasons: Mapping[str, str]
+    """Of the domains that the decision is about, or of all."""
+    other_reasons: Mapping[str, str]
+    """Of the other protected domains."""
+    notes: tuple[str, ...]
+    """What bears on how far the verdict can be trusted."""
+
+
+def headline(logged: Logged) -> Headline:
+    """Put the newest verdict of a run into words.
+
+    Args:
+        logged: all that could be read of the run.
+
+    """
+    verdict = logged.checks[-1].verdict if logged.checks else logged.forecast_verdict
+    notes = tuple(_notes(logged))
+    if verdict is None:
+        return Headline(None, 0, _NOTHING_JUDGED, (), {}, {}, notes)
+    if not verdict.reasons:
+        return Headline(None, verdict.step, _NOTHING_PROTECTED, (), {}, {}, notes)
+    sentence = (_DURING if logged.checks else _BEFORE)[verdict.decision].format(
+        step=verdict.step,
+        threatened=listing(verdict.threatened),
+        have="has" if len(verdict.threatened) == 1 else "have",
+        protected=listing(list(verdict.reasons)),
+    )
+    about = verdict.threatened or tuple(verdict.reasons)
+    return Headline(
+        decision=verdict.decision,
+        step=verdict.step,
+        sentence=sentence,
+        threatened=verdict.threatened,
+        reasons={name: reason for name, reason in verdict.reasons.items() if name in about},
+        other_reasons={name: reason for name, reason in verdict.reasons.items() if name not in about},
+        notes=notes,
+    )
+
+
+def _notes(logged: Logged) -> Iterator[str]:
+    verdicts = [check.verdict for check in logged.checks]
+    if verdicts and logged.forecast_verdict is not None and logged.forecast_verdict.reasons:
+        yield f"Before training, the forecast said: {logged.forecast_verdict.decision}."
+    if logged.forecast is not None and not verdicts:
+        yield "No drift check can be read: this is what was expected before training, not what training did."
+    yield from _ended_alarms(verdicts)
+    if logged.forecast is not None and logged.forecast.train_source == "own rollouts":
+        yield "The forecast stands on the model's own best-rewarded rollouts of the first step, not on reference answers."
+    last_step = verdicts[-1].step if verdicts else 0
+    if lost := [fault.step for fault in logged.faults if fault.what.startswith("drift check") and fault.step > last_step]:
+        yield f"A drift check at step {lost[-1]} failed, so the verdict is older than it should be."
+    elif logged.faults:
+        yield f"{counted(len(logged.faults), 'failure')} of ours, which training survived: see Faults."
+    yield from logged.unreadable
+
+
+def _ended_alarms(verdicts: list[Verdict]) -> Iterator[str]:
+    alarmed: dict[str, list[int]] = {}
+    for verdict in verdicts:
+        for name in verdict.threatened if verdict.decision == "no-go" else ():
+            alarmed.setdefault(name, []).append(verdict.step)
+    now = verdicts[-1].threatened if verdicts and verdicts[-1].decision == "no-go" else ()
+    for name, steps in alarmed.items():
+        if name not in now:
+            yield f"An alarm for {name} stood at step {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " and ended."

@@ -1,0 +1,107 @@
+"""The page: its frame, the verdict on top, and the sections in order. It loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from sts_callback.report import figures
+from sts_callback.report.account import cost_section, faults_section, reproduce_section
+from sts_callback.report.drift import drift_section, overlap_section
+from sts_callback.report.evidence import blind_section, left_out_section, words_section
+from sts_callback.report.forecast import forecast_section
+from sts_callback.report.markup import Html, join, tag
+from sts_callback.report.parts import badge, beyond, domain, more, name_row, say, table, with_interval
+from sts_callback.report.story import Story
+
+_STYLE = Path(__file__).with_name("page.css")
+_SECTIONS = {
+    "forecast": ("Forecast", forecast_section),
+    "drift": ("Drift", drift_section),
+    "overlap": ("Overlap", overlap_section),
+    "features": ("Features", words_section),
+    "blind-spots": ("Blind spots", blind_section),
+    "left-out": ("Measured", left_out_section),
+    "cost": ("Cost", cost_section),
+    "faults": ("Faults", faults_section),
+    "reproduce": ("Reproduce", reproduce_section),
+}
+_NOTHING_LOADED = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def page(story: Story) -> str:
+    """One HTML page with everything in it.
+
+    Args:
+        story: what it says.
+
+    """
+    name = story.forecast.identity.model_name if story.forecast else "a run"
+    head = tag(
+        "head",
+        Html('<meta charset="utf-8"><meta name="color-scheme" content="light dark">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_LOADED}">'),
+        tag("title", f"STS report: {name}"),
+        tag("style", Html(_STYLE.read_text(encoding="utf-8"))),
+    )
+    links = [tag("a", title, href=f"#{anchor}") for anchor, (title, _) in _SECTIONS.items()]
+    sections = [made(story) for _, made in _SECTIONS.values()]
+    body = tag("body", tag("header", *_top(story)), tag("nav", *links, aria_label="sections"), tag("main", *sections))
+    return f'<!DOCTYPE html>\n<html lang="en">{head}{body}</html>\n'
+
+
+def _top(story: Story) -> list[Html]:
+    """The verdict, why, and both questions for all domains."""
+    headline, forecast = story.headline, story.forecast
+    made_with = (
+        f"{forecast.identity.model_name}, read by {forecast.identity.sae_name} at {forecast.identity.hook_name}"
+        if forecast
+        else ""
+    )
+    reasons = [tag("li", domain(name), f" {reason}") for name, reason in headline.reasons.items()]
+    others = [tag("li", domain(name), f" {reason}") for name, reason in headline.other_reasons.items()]
+    notes = [tag("li", note) for note in headline.notes]
+    return [
+        tag("p", "STS report", *([": ", tag("bdi", made_with)] if made_with else []), class_="over"),
+        tag(
+            "h1",
+            *([badge(headline.decision, headline.step), " "] if headline.decision else []),
+            headline.sentence,
+        ),
+        tag("ul", *reasons) if reasons else join(),
+        more(f"{figures.counted(len(others), 'other protected domain')}", tag("ul", *others)) if others else join(),
+        tag("ul", *notes, class_="notes") if notes else join(),
+        _two_questions(story),
+    ]
+
+
+def _two_questions(story: Story) -> Html:
+    """Movement and harm, each as expected and as found: only both together are a threat."""
+    then = dict(story.forecast.domains) if story.forecast else {}
+    now = dict(story.drift.latest.domains) if story.drift else {}
+    if not (then or now):
+        return join()
+    policy = story.settings.policy if story.settings else None
+    rows = []
+    for name in story.domains:
+        budget, cells = story.budgets.get(name, math.nan), [figures.UNKNOWN] * 4
+        if name in then:
+            score, change = then[name].sts_cross, then[name].nll_change
+            place = score.place(score.value)
+            cells[0] = beyond(place, policy.min_transfer if policy else math.inf, figures.percent(place))
+            cells[2] = beyond(change.value, budget, figures.nats(change.value))
+        if name in now:
+            drift, change = now[name].relative_drift, now[name].nll_change
+            cells[1] = beyond(drift.value, policy.min_drift if policy else math.inf, with_interval(drift, figures.percent_1))
+            cells[3] = beyond(change.value, budget, with_interval(change, figures.nats))
+        rows.append([name_row(name, story.budgets), *cells, f"{budget:.2f}" if math.isfinite(budget) else ""])
+    last = f"at step {story.drift.steps[-1]}: drift" if story.drift else "drift"
+    titles = ["domain", "expected: transfer", last, "expected: NLL change", "found: NLL change", "budget"]
+    return join(
+        table(titles, rows, groups=[("", 1), ("Does it move?", 2), ("Does it get worse?", 3)]),
+        say(
+            "Only both together are a threat. Transfer and drift say how much, never in which direction. \u25b2: reaches its "
+            "threshold. NLL change: in nats a token, above 0 is worse."
+        ),
+    )

@@ -1,0 +1,279 @@
+"""The page as a browser gets it: every part there, nothing from outside, whole whatever the run was like."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logs import EMPTY, SETTINGS, check, verdict, whole_run, words, written
+from reading import Page
+from samples import domain_drift, domain_forecast, estimate, forecast, snapshot
+from sts_callback.config import PolicyConfig
+from sts_callback.errors import DataError
+from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed
+from sts_callback.records import Check, Snippet
+from sts_callback.report import write_report
+from sts_callback.report.page import page
+from sts_callback.report.story import Story, tell
+from sts_callback.runlog import RunLog
+
+NAN = math.nan
+SECTIONS = ("forecast", "drift", "overlap", "features", "blind-spots", "left-out", "cost", "faults", "reproduce")
+NASTY = [
+    "<script>alert(1)</script>",
+    "</style></title><img src=x onerror=alert(1)>",
+    "\"quoted\" 'twice' & more",
+    "\u05de\u05e9\u05e4\u05d8 \u0642\u0627\u0646\u0648\u0646",
+    "\U0001f9d1\u200d\u2696\ufe0f law",
+    "half a character \ud83d and \0",
+    "x" * 5000,
+    "",
+]
+
+
+def made(logged: Logged) -> Page:
+    return Page(page(tell(logged)))
+
+
+def many(n_domains: int, n_checks: int) -> Logged:
+    """A large run, with numbers that differ."""
+    names = [f"domain {i}" for i in range(n_domains)]
+    checks = []
+    for step in range(1, n_checks + 1):
+        domains = []
+        for i, name in enumerate(names):
+            size = 0.3 + 0.2 * math.sin(step / 7 + i)
+            change = estimate(size - 0.3, size - 0.5, size - 0.1)
+            domains.append(domain_drift(name, relative_drift=estimate(size, size / 2, size * 2), nll_change=change))
+        judged = verdict("no-go" if step % 3 else "watch", *names[:3], step=step, about=tuple(names))
+        checks.append(JudgedCheck(snapshot(step, *domains), judged, None))
+    snippets = {
+        name: tuple(Snippet("some text before " * 3, " token", " and after" * 3, 1.0) for _ in range(3)) for name in names
+    }
+    return whole_run(
+        settings=dataclasses.replace(SETTINGS, policy=PolicyConfig(dict.fromkeys(names, 0.1))),
+        forecast=forecast(*(domain_forecast(name, sts_cross=0.3) for name in names), features=tuple(range(100))),
+        forecast_verdict=verdict("go", about=tuple(names)),
+        checks=tuple(checks),
+        words=tuple(words(j, snippets=snippets) for j in range(300)),
+        postponed=tuple(Postponed(step, "too dear " * 20) for step in range(500)),
+        faults=tuple(Fault(step, "drift check", f"Error({step})", "Traceback " * 5000) for step in range(100)),
+    )
+
+
+def test_a_whole_run_has_every_part_with_its_numbers() -> None:
+    read = made(whole_run())
+    assert [read.section(anchor) != "" for anchor in SECTIONS] == [True] * len(SECTIONS)
+    assert "ALARM At step 30, law has moved and got worse, and that has held." in read.text
+    assert read.text.index("why law is no-go.") < read.text.index("Forecast: what training will move")
+    assert "75%" in read.section("forecast")
+    assert "alarm at step 30" in read.section("drift") and "watch at step 20" in read.section("drift")
+    assert "steps 10" not in read.section("drift")
+    assert "had named 2 of the 3 features" in read.section("overlap")
+    assert "From step 30 on the training data itself has really moved" in read.section("overlap")
+    assert "Feature 7 number 1 of the forecast's, number 1 of those that moved most" in read.section("features")
+    assert "take another SAE" in read.section("blind-spots")
+    assert "\u25b2 62%" in read.section("blind-spots")
+    assert "overhead of 2.4%" in read.section("cost") and "Allowed: 1.0%." in read.section("cost")
+    assert "put off 1 time" in read.section("cost")
+    assert "2 times, from step 5 to 6" in read.section("faults")
+    for part in ("tiny-llama", "s" * 64, "max_norm_multiple", "0.2 nats a token", "2.9.0"):
+        assert part in read.section("reproduce")
+
+
+def test_movement_and_harm_stand_apart() -> None:
+    read = made(whole_run())
+    top = read.text[: read.text.index("Forecast: what training will move")]
+    assert top.index("Does it move?") < top.index("Does it get worse?")
+    assert read.section("forecast").count("Does it get worse?") == 2
+    assert read.section("drift").count("Worse: NLL change") == read.section("drift").count("Moved: drift") == 3
+
+
+def test_what_reaches_a_threshold_has_a_sign_and_nothing_has_one_without_settings() -> None:
+    assert "\u25b2 50.0%" in made(whole_run()).text
+    unknown = made(whole_run(settings=None))
+    assert re.findall("\u25b2 [0-9]", unknown.text) == []
+    assert "none is drawn" in unknown.section("drift")
+    assert 'class="level threshold"' not in unknown.source
+
+
+def test_the_token_that_fires_is_marked() -> None:
+    read = made(whole_run(words=(words(7, token=" "),)))
+    assert "before<mark>\u2423</mark> after" in read.source
+    assert "It fires nowhere in code." in read.section("features")
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_whatever_a_text_says_it_is_text(text: str) -> None:
+    change = {"about": (text,), "step": 30}
+    logged = whole_run(
+        settings=dataclasses.replace(SETTINGS, policy=PolicyConfig({text: 0.1}), action=text, versions={text: text}),
+        forecast=forecast(
+            domain_forecast(text),
+            identity=dataclasses.replace(forecast().identity, model_name=text, sae_name=text, hook_name=text),
+            checks=(Check(text, "warn", text, text),),
+            seconds_by_part={text: 1.0},
+        ),
+        forecast_verdict=verdict("no-go", text, about=(text,)),
+        checks=(JudgedCheck(snapshot(30, domain_drift(text)), verdict("no-go", text, **change), None),),
+        words=(
+            words(7, link=text, snippets={"train": (Snippet(text, text, text, 1.0),), text: (Snippet(text, text, text, 1.0),)}),
+        ),
+        postponed=(Postponed(1, text),),
+        faults=(Fault(1, text, text, text),),
+        unreadable=(text,),
+    )
+    read, plain = made(logged), made(whole_run())
+    assert set(read.elements) <= set(plain.elements)
+    assert {name for _, name, _ in read.attributes} <= {name for _, name, _ in plain.attributes}
+    assert {tag for tag in read.elements if tag in ("script", "img", "iframe", "link", "object")} == set()
+    assert read.pictures
+    assert len(read.source.encode()) < 400_000
+
+
+def test_nothing_is_fetched_and_no_address_stands_outside_of_text() -> None:
+    read = made(whole_run(words=(words(7, link="https://www.neuronpedia.org/x/7"),)))
+    assert "https://www.neuronpedia.org/x/7" in read.text
+    assert [a for a in read.attributes if re.search(r"//|javascript:|data:", a[2])] == []
+    assert {value for tag, name, value in read.attributes if name in ("href", "src")} == {f"#{anchor}" for anchor in SECTIONS}
+    style = re.search(r"<style>(.*?)</style>", read.source, re.DOTALL)
+    assert style and not re.search(r"url\(|@import|//", style[1])
+    assert "script" not in read.elements
+
+
+def test_links_at_the_top_lead_somewhere() -> None:
+    read = made(whole_run())
+    anchors = {value for _, name, value in read.attributes if name == "id"}
+    assert {value.removeprefix("#") for _, name, value in read.attributes if name == "href"} == anchors
+
+
+def test_a_large_run_makes_a_page_under_2_mb_that_shows_first_what_matters() -> None:
+    read = made(many(22, 200))
+    assert len(read.source.encode()) < 2_000_000
+    drift = re.search(r'<section id="drift">.*?</section>', read.source, re.DOTALL)
+    assert drift
+    shown, folded = drift[0].split("<details><summary>14 more domains")
+    assert (shown.count("<article>"), folded.count("<article>")) == (9, 14)
+    assert "Verdict over time" in folded
+    assert "488 more are in skipped.jsonl" in read.section("cost")
+    assert "88 more are in faults.jsonl" in read.section("faults")
+    assert len(read.pictures) == 3 * 22 + 2 * 23 + 1
+
+
+def unknown(record: Any) -> Any:
+    """The same record with NaN for every number that can be one."""
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(record):
+        value = getattr(record, f.name)
+        if isinstance(value, float):
+            changes[f.name] = NAN
+        elif dataclasses.is_dataclass(value):
+            changes[f.name] = unknown(value)
+        elif isinstance(value, dict):
+            changes[f.name] = {name: unknown(v) if dataclasses.is_dataclass(v) else v for name, v in value.items()}
+    return dataclasses.replace(record, **changes)
+
+
+def test_a_run_in_which_nothing_could_be_measured_has_dashes() -> None:
+    logged = whole_run()
+    assert logged.forecast is not None
+    checks = tuple(dataclasses.replace(c, snapshot=unknown(c.snapshot), time=None) for c in logged.checks)
+    read = made(dataclasses.replace(logged, forecast=unknown(logged.forecast), checks=checks))
+    assert not re.search(r"\bnan\b", read.text, re.IGNORECASE)
+    assert "\u2013" in read.section("drift")
+    assert not re.search(r'="[^"]*nan', read.source)
+    assert 'class="dot' not in read.source.split('<section id="overlap">')[0]
+
+
+PARTS: dict[str, Any] = {
+    "settings": None,
+    "forecast": None,
+    "forecast_verdict": None,
+    "checks": (),
+    "words": (),
+    "postponed": (),
+    "faults": (),
+}
+
+
+@pytest.mark.parametrize("missing", [*itertools.combinations(PARTS, 1), *itertools.combinations(PARTS, 2), tuple(PARTS)])
+def test_any_part_may_be_missing(missing: tuple[str, ...]) -> None:
+    read = made(whole_run(**{part: PARTS[part] for part in missing}))
+    assert all(read.section(anchor) for anchor in SECTIONS)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_any_part_alone_is_enough(part: str) -> None:
+    read = made(dataclasses.replace(EMPTY, **{part: getattr(whole_run(), part)}))
+    assert all(read.section(anchor) for anchor in SECTIONS)
+
+
+def test_a_run_of_one_check_and_no_protected_domain() -> None:
+    alone = JudgedCheck(snapshot(3, domain_drift("law")), verdict("go", about=(), step=3), None)
+    policy = dataclasses.replace(SETTINGS, policy=PolicyConfig())
+    read = made(whole_run(settings=policy, forecast=forecast(), forecast_verdict=verdict("go", about=()), checks=(alone,)))
+    assert "nothing to judge" in read.text
+    assert "badge" not in read.section("drift")
+
+
+def test_rollouts_have_a_picture_of_their_own() -> None:
+    moved = estimate(0.25, 0.125, 0.5)
+    read = made(whole_run(checks=(check(10, text_drift=moved), check(20))))
+    assert "What the policy writes" in read.section("drift")
+    assert "What the policy writes" not in made(whole_run()).section("drift")
+
+
+def test_several_saes_have_a_table() -> None:
+    assert "Transfer by each SAE" in made(whole_run(other_forecasts=(forecast(domain_forecast("law")),))).section("forecast")
+
+
+def test_a_report_is_written_into_the_folder_and_agrees_with_its_json(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "sts")
+    written(log, whole_run())
+    file = write_report(log)
+    assert file == tmp_path / "sts" / "report.html"
+    story = Story.from_json(file.with_suffix(".json").read_text())
+    assert story.to_json() == tell(log.read_all()).to_json()
+    assert file.read_text() == page(story)
+    write_report(log)
+    assert not list(log.folder.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "name", ["forecast.json", "settings.json", "drift.jsonl", "features.jsonl", "faults.jsonl", "skipped.jsonl"]
+)
+@pytest.mark.parametrize("keep", [0, 1, 0.4, -3])
+def test_a_killed_run_is_told_as_far_as_it_was_written(name: str, keep: float, tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "sts")
+    written(log, whole_run())
+    file = log.folder / name
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    read = Page(write_report(log).read_text())
+    assert all(read.section(anchor) for anchor in SECTIONS)
+    if keep and name != "drift.jsonl":
+        assert f"{name} cannot be read" in read.text
+
+
+def test_a_run_of_another_version_is_told_why_it_cannot_be_read(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "sts")
+    written(log, whole_run(words=()))
+    for file in log.folder.iterdir():
+        file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    assert "this version reads 1" in Page(write_report(log).read_text()).text
+
+
+def test_where_there_is_nothing_to_tell_no_page_is_made(tmp_path: Path) -> None:
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(DataError, match=r"^report: .* holds no record of a run"):
+            write_report(RunLog(folder))
+    (tmp_path / "forecast.json").write_text("{")
+    with pytest.raises(DataError, match=r"forecast.json cannot be read: cut off or damaged"):
+        write_report(RunLog(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["forecast.json"]

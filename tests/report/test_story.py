@@ -1,0 +1,174 @@
+"""What a report says, from whole runs and from what is left of others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from logs import EMPTY, check, verdict, whole_run, words
+from samples import domain_forecast, forecast, snapshot
+from sts_callback.logged import Fault, TimeSpent
+from sts_callback.records import Decision, Snippet
+from sts_callback.report.headline import headline
+from sts_callback.report.story import Story, tell
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("decision", "threatened", "sentence"),
+    [
+        ("go", (), "Nothing measured before training points to harm in law and code."),
+        ("no-go", ("law",), "Training is expected to move law and to make it worse."),
+        (
+            "not covered",
+            ("code",),
+            "Nothing speaks against code, but most of the change there is nothing that the SAE can express.",
+        ),
+        ("cannot tell", ("law", "code"), "The evidence does not suffice to say what training will do to law and code."),
+    ],
+)
+def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...], sentence: str) -> None:
+    told = headline(dataclasses.replace(EMPTY, forecast=forecast(), forecast_verdict=verdict(decision, *threatened)))
+    assert (told.decision, told.step, told.sentence) == (decision, 0, sentence)
+    assert "not what training did" in told.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("decision", "threatened", "sentence"),
+    [
+        ("go", (), "At step 7, no protected domain has both moved and got worse (law and code)."),
+        ("watch", ("law",), "At step 7, law has moved and got worse, not yet for long enough to alarm."),
+        ("no-go", ("law", "code"), "At step 7, law and code have moved and got worse, and that has held."),
+        (
+            "not covered",
+            ("law",),
+            "At step 7 nothing speaks against law, but most of the change there is nothing that the SAE can express.",
+        ),
+        ("cannot tell", ("law",), "At step 7, the evidence does not suffice for law."),
+    ],
+)
+def test_a_check_in_a_sentence(decision: Decision, threatened: tuple[str, ...], sentence: str) -> None:
+    told = headline(dataclasses.replace(EMPTY, checks=(check(7, verdict(decision, *threatened, step=7)),)))
+    assert (told.decision, told.step, told.sentence) == (decision, 7, sentence)
+    about = set(threatened) or {"law", "code"}
+    assert set(told.reasons) == about
+    assert set(told.other_reasons) == {"law", "code"} - about
+
+
+def test_where_nothing_was_protected_nothing_is_judged() -> None:
+    told = headline(dataclasses.replace(EMPTY, checks=(check(7, verdict("go", step=7, about=())),)))
+    assert told.decision is None
+    assert "nothing to judge" in told.sentence
+
+
+def test_what_bears_on_the_verdict_is_noted() -> None:
+    lost = Fault(40, "drift check, 1024 tokens a batch", "MemoryError()", "")
+    ended = check(40, verdict("go", step=40))
+    notes = " ".join(headline(whole_run(faults=(lost,))).notes)
+    assert "Before training, the forecast said: go." in notes
+    assert "A drift check at step 40 failed" in notes
+    notes = " ".join(headline(whole_run(checks=(*whole_run().checks, ended), unreadable=("x is cut.",))).notes)
+    assert "An alarm for law stood at step 30 and ended." in notes
+    assert "2 failures of ours, which training survived" in notes
+    assert "x is cut." in notes
+    own = forecast(domain_forecast(), train_source="own rollouts")
+    assert "own best-rewarded rollouts" in " ".join(headline(whole_run(forecast=own)).notes)
+
+
+def test_series_follow_the_checks_and_tell_alarms() -> None:
+    drift = tell(whole_run()).drift
+    assert drift is not None
+    assert drift.steps == (10, 20, 30)
+    assert list(drift.series) == ["train", "law", "code"]
+    assert [e.value for e in drift.series["law"].drift] == [0.125, 0.25, 0.5]
+    assert (drift.series["law"].alarmed_at, drift.series["law"].watched_at) == ((30,), (20,))
+    assert (drift.series["code"].alarmed_at, drift.series["code"].watched_at) == ((), ())
+    assert drift.superseded_at == 30
+
+
+def test_a_domain_that_a_check_lacks_is_unknown_there() -> None:
+    drift = tell(whole_run(checks=(dataclasses.replace(check(10), snapshot=snapshot(10)), check(20)))).drift
+    assert drift is not None
+    assert math.isnan(drift.series["law"].drift[0].value)
+    assert drift.series["law"].drift[1].value == 0.125
+
+
+def test_the_same_verdict_in_a_row_is_told_once() -> None:
+    judged = [verdict("go"), verdict("go"), verdict("watch", "law"), verdict("watch", "code"), verdict("go")]
+    drift = tell(whole_run(checks=tuple(check(s, dataclasses.replace(v, step=s)) for s, v in enumerate(judged, 1)))).drift
+    assert drift is not None
+    assert [(s.decision, s.threatened, s.first_step, s.last_step, s.n_checks) for s in drift.verdicts] == [
+        ("go", (), 1, 2, 2),
+        ("watch", ("law",), 3, 3, 1),
+        ("watch", ("code",), 4, 4, 1),
+        ("go", (), 5, 5, 1),
+    ]
+
+
+def test_the_threatened_come_first_then_the_protected_then_what_moves_most() -> None:
+    crosses = {"art": 0.9, "law": 0.1, "code": 0.2, "maths": 0.95, "void": NAN}
+    expected = forecast(*(domain_forecast(name, sts_cross=cross) for name, cross in crosses.items()))
+    logged = whole_run(forecast=expected, forecast_verdict=verdict("no-go", "law"), checks=())
+    assert tell(logged).domains == ("law", "code", "maths", "art", "void")
+
+
+def test_budgets_are_unknown_without_settings() -> None:
+    assert tell(whole_run()).budgets == {"law": 0.1, "code": 0.2}
+    unknown = tell(whole_run(settings=None)).budgets
+    assert list(unknown) == ["law", "code"]
+    assert all(math.isnan(budget) for budget in unknown.values())
+
+
+def test_features_of_the_forecast_and_of_the_drift_are_told_in_turn() -> None:
+    told = tell(whole_run(words=(words(99), words(3), words(7), words(11), words(4))))
+    assert [(f.words.feature, f.forecast_rank, f.moved_rank) for f in told.features] == [(7, 1, 1), (3, 2, 2), (11, 3, 0)]
+    assert told.n_features_untold == 2
+
+
+def test_features_alone_are_told_too() -> None:
+    assert [f.words.feature for f in tell(dataclasses.replace(EMPTY, words=(words(99), words(3)))).features] == [99, 3]
+
+
+def test_long_quotations_are_shortened_around_what_fires() -> None:
+    long = words(7, snippets={"train": (Snippet("a" * 500 + "!", "t" * 500, "!" + "b" * 500, 1.0),)})
+    (snippet,) = tell(whole_run(words=(long,))).features[0].words.snippets["train"]
+    assert snippet.before.endswith("a!") and snippet.after.startswith("!b")
+    assert len(snippet.before) == len(snippet.after) == 90
+    assert len(snippet.token) == 40
+
+
+def test_time_is_summed_over_sessions() -> None:
+    cost = tell(whole_run()).cost
+    assert cost.training_s == 125
+    assert cost.overhead_share == 3 / 125
+    assert (cost.n_checks, cost.checks_s, cost.longest_check_s) == (3, 7.5, 2.5)
+
+
+@pytest.mark.parametrize("time", [None, TimeSpent(1.0, 0.0)])
+def test_an_overhead_that_is_not_known_is_none(time: TimeSpent | None) -> None:
+    assert math.isnan(tell(whole_run(checks=(check(10, time=time),))).cost.overhead_share)
+
+
+def test_a_fault_that_comes_again_is_told_once() -> None:
+    (fault,) = tell(whole_run()).faults
+    assert (fault.first.step, fault.n_times, fault.last_step) == (5, 2, 6)
+
+
+def test_several_saes_are_told_side_by_side() -> None:
+    other = forecast(domain_forecast("law", sts_cross=0.5), domain_forecast("code"))
+    transfers = tell(whole_run(other_forecasts=(other,))).transfers
+    assert [by["law"] for by in transfers.values()] == [0.75, 0.5]
+    assert len(transfers) == 2
+    assert tell(whole_run()).transfers == {}
+
+
+@pytest.mark.parametrize("logged", [whole_run(), whole_run(checks=()), whole_run(forecast=None), EMPTY])
+def test_the_story_as_json_is_strict_has_a_version_and_comes_back(logged: object) -> None:
+    story = tell(logged)  # type: ignore[arg-type]
+    text = story.to_json()
+    assert json.loads(text)["schema_version"] == 1
+    assert Story.from_json(text).to_json() == text
