@@ -47,7 +47,7 @@ def cost_section(story: Story) -> Html:
         parts += [
             say(f"Checks were put off {figures.counted(len(cost.postponed), 'time')} to stay within that limit."),
             table(["when", "why"], rows, cls="words"),
-            say(f"{left} more are in skipped.jsonl.") if left else join(),
+            say(f"skipped.jsonl has {left} more.") if left else join(),
         ]
     return section("cost", "Cost", *(parts or [say("Nothing about time can be read in this run's folder.")]))
 
@@ -68,7 +68,7 @@ def faults_section(story: Story) -> Html:
         "Faults",
         say("Failures of ours, not of your training, which went on."),
         tag("ul", *shown),
-        say(f"{left} more are in faults.jsonl.") if left else join(),
+        say(f"faults.jsonl has {left} more.") if left else join(),
     )
 
 

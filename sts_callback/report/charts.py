@@ -48,9 +48,9 @@ class Axis:
 
     def ticks(self, about: int = 4) -> tuple[float, ...]:
         """Round numbers on the axis."""
-        rough = (self.high - self.low) / about
-        size = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * size for m in (1, 2, 5, 10) if m * size >= 0.999 * rough)
+        span = self.high - self.low
+        size = 10.0 ** math.floor(math.log10(span / about))
+        step = min((m * size for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(span / step / about)))
         first = math.ceil(self.low / step - 1e-9)
         return tuple(k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1))
 
@@ -108,12 +108,12 @@ def lines(
         label: what it shows, for those who do not see it.
         form: how a value is written.
         levels: values at which to draw a line across, each with its class.
-        marks: steps at which to draw an upright line, each with its class.
+        marks: steps at which to draw a mark at the foot, each with its class.
 
     """
     ticks = y.ticks(3)
     parts = [_stroke(f"M0 {100 - y.at(tick)}H100", "grid") for tick in ticks]
-    parts += [_stroke(f"M{x.at(step)} 0V100", f"mark {cls}") for step, cls in marks]
+    parts += [_stroke(f"M{x.at(step)} 90V100", f"mark {cls}") for step, cls in marks]
     parts += [_stroke(f"M0 {100 - y.at(level)}H100", f"level {cls}") for level, cls in levels if y.low <= level <= y.high]
     for curve in curves:
         parts += _curve(curve, x, y)

@@ -13,6 +13,7 @@ from sts_callback.report.story import Drift, Story
 
 _MOST_CARDS = 8  # unfolded; further domains are folded away
 _MOST_STRETCHES = 8  # likewise
+_MOST_STEPS = 4  # named one by one
 _NAN = math.nan
 
 
@@ -40,10 +41,10 @@ def drift_section(story: Story) -> Html:
         say(
             "At each check the same texts are read again with the weights of that step. ",
             tag("b", "Drift"),
-            " is how far a domain's features have moved since step 0: squared change over squared activity, 0 % if nothing has. ",
+            " is how far a domain's features have moved since step 0: squared change over squared activity, 0% if nothing has. ",
             tag("b", "NLL change"),
             " is how much more the right answers surprise the model than at step 0, in nats a token: above 0 is worse. The first "
-            "is about movement, the second about harm. Shaded: 95 % intervals. ",
+            "is about movement, the second about harm. Shaded: 95% intervals. At the foot: alarms and watches. ",
             thresholds,
         ),
         tag("div", *shown, _card(story, drift, train), class_="cards"),
@@ -108,7 +109,8 @@ def _card(story: Story, drift: Drift, name: str) -> Html:
     least = [policy.min_drift] if policy else []
     moved = charts.Axis.over([e for other in scale for e in drift.series[other].drift], 0.0, *least)
     worse = charts.Axis.over([e for other in scale for e in drift.series[other].nll_change], 0.0, *budgets)
-    marks = [(float(step), "alarm") for step in series.alarmed_at] + [(float(step), "watch") for step in series.watched_at]
+    # The graver last: where checks are dense, it is drawn over the other.
+    marks = [*((float(step), "watch") for step in series.watched_at), *((float(step), "alarm") for step in series.alarmed_at)]
     now, change = series.drift[-1], series.nll_change[-1]
     left = charts.lines(
         [charts.Line(list(zip(drift.steps, series.drift, strict=True)), "movement")],
@@ -130,23 +132,21 @@ def _card(story: Story, drift: Drift, name: str) -> Html:
     )
     return tag(
         "article",
-        tag(
-            "h3",
-            tag("span", "training data") if is_train else name_row(name, story.budgets),
-            *_standing(series.alarmed_at, series.watched_at),
-        ),
+        tag("h3", name_row(name, story.budgets), *_standing(series.alarmed_at, series.watched_at)),
         tag("figure", tag("figcaption", tag("b", "Moved: drift "), with_interval(now, figures.percent_1)), left),
         tag("figure", tag("figcaption", tag("b", "Worse: NLL change "), with_interval(change, figures.nats)), right),
     )
 
 
 def _standing(alarmed_at: Sequence[int], watched_at: Sequence[int]) -> list[Html]:
-    """What the upright lines in a card are."""
+    """What the marks at the foot of a picture are."""
     found = []
     for steps, cls, word in ((alarmed_at, "bad", "alarm"), (watched_at, "warn", "watch")):
         if steps:
-            listed = figures.listing([str(step) for step in steps], 4)
-            found.append(tag("span", f"{word} at step {listed}", class_=f"badge {cls}"))
+            listed = figures.listing([str(step) for step in steps])
+            few = f"{word} at step{'s' if len(steps) > 1 else ''} {listed}"
+            many = f"{word} at {len(steps)} checks, step {steps[0]} to {steps[-1]}"
+            found.append(tag("span", few if len(steps) <= _MOST_STEPS else many, class_=f"badge {cls}"))
     return found
 
 
@@ -184,7 +184,7 @@ def _latest(story: Story, drift: Drift) -> Html:
     ]
     reasons = [tag("li", domain(name), f" {reason}") for name, reason in drift.latest_reasons.items()]
     return join(
-        table(["domain", "drift", "95 %", "raw drift", "on forecast", "NLL change", "95 %", "p", "NLL now", "queries"], rows),
+        table(["domain", "drift", "95%", "raw drift", "on forecast", "NLL change", "95%", "p", "NLL now", "queries"], rows),
         meanings(
             ("raw drift", "the same of raw activations, without the SAE: an estimate"),
             ("on forecast", "share of the drift on the features that the forecast had named"),
@@ -202,7 +202,7 @@ def _text_drift(drift: Drift) -> Html:
     return join(
         tag("h3", "What the policy writes"),
         say(
-            "How far the texts that the model writes have moved since step 0, both read with the weights of the check; 0 % where "
+            "How far the texts that the model writes have moved since step 0, both read with the weights of the check; 0% where "
             "nothing has moved. The drift above is of the same texts throughout."
         ),
         tag("figure", charts.lines([line], _steps(drift), y, label="text drift over steps", form=figures.percent)),
@@ -210,4 +210,4 @@ def _text_drift(drift: Drift) -> Html:
 
 
 def _steps(drift: Drift) -> charts.Axis:
-    return charts.Axis(0, max(1, drift.steps[-1]))
+    return charts.Axis(0, 1.03 * max(1, drift.steps[-1]))  # room for the last dot

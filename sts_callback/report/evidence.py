@@ -22,7 +22,7 @@ def words_section(story: Story) -> Html:
         return section("features", title, say("No feature was looked up in the texts of this run."))
     told = [_feature(feature) for feature in story.features]
     shown, folded = told[:_MOST_FEATURES], told[_MOST_FEATURES:]
-    untold = f" {story.n_features_untold} more are in features.jsonl." if story.n_features_untold else ""
+    untold = f" features.jsonl has {story.n_features_untold} more." if story.n_features_untold else ""
     return section(
         "features",
         title,
@@ -55,8 +55,8 @@ def blind_section(story: Story) -> Html:
         parts.append(
             say(
                 f"The SAE leaves {figures.percent(forecast.unexplained)} of the variance of the texts' activations unexplained. "
-                f"Unchanged weights, read in other batches, already drift by {figures.tiny(forecast.noise_floor)}: what is near "
-                "that is no drift at all."
+                f"Unchanged weights, read in other batches, drift by {figures.tiny(forecast.noise_floor)}, the noise floor: what "
+                "is near that is no drift at all."
             )
         )
     if rows:
@@ -143,8 +143,9 @@ def _feature(feature: ToldFeature) -> Html:
 
 
 def _quoted(snippet: Snippet) -> Html:
-    token = snippet.token if snippet.token.strip() else "\u2423"  # a space that can be seen
-    return tag("span", f"\u2026{snippet.before}", tag("mark", token), f"{snippet.after}\u2026", class_="quote", dir="auto")
+    before, token, after = (part.replace("\n", "\u21b5") for part in (snippet.before, snippet.token, snippet.after))
+    seen = token if token.strip() else "\u2423"  # a space that can be seen
+    return tag("span", f"\u2026{before}", tag("mark", seen), f"{after}\u2026", class_="quote", dir="auto")
 
 
 def _checks(checks: list[Check]) -> Html:

@@ -24,8 +24,10 @@ def percent_1(share: float) -> str:
 
 
 def nats(change: float) -> str:
-    """A change of NLL, with its sign."""
-    return f"{change:+.2f}" if math.isfinite(change) else UNKNOWN
+    """A change of NLL, with its sign if it has one."""
+    if not math.isfinite(change):
+        return UNKNOWN
+    return f"{change:+.2f}" if abs(change) >= 0.005 else "0.00"
 
 
 def plain(number: float) -> str:

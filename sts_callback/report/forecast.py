@@ -56,7 +56,7 @@ def _pictures(story: Story, forecast: Forecast) -> Html:
         "div",
         _panel(
             "Does it move? Transfer",
-            "0 %: no more than random features; 100 %: as much as the training data itself. Hollow: the same with plain prose in "
+            "0%: no more than random features; 100%: as much as the training data itself. Hollow: the same with plain prose in "
             "place of the examples, which is what any context does."
             + (f" Dashed: from {figures.percent(policy.min_transfer)} on it counts." if policy else ""),
             rows,
@@ -126,7 +126,7 @@ def _judged(story: Story) -> Html:
 
 def _all_scores(story: Story, forecast: Forecast) -> Html:
     ordered = [forecast.train, *(forecast.domains[name] for name in story.domains if name in forecast.domains)]
-    titles = ["domain", "transfer", "95 %", "rank", "above next", "NLL change", "95 %", "gradient", "95 %"]
+    titles = ["domain", "transfer", "95%", "rank", "above next", "NLL change", "95%", "gradient", "95%"]
     first = [
         [
             name_row(d.name, story.budgets),
@@ -161,7 +161,7 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
         table(titles, first),
         table(["domain", "cross", "random", "neutral", "rel", "ICL", "act", "shift", "raw", "cosine", "NLL"], scores),
         meanings(
-            ("rank", "between which ranks by transfer the domain lies, at 95 %"),
+            ("rank", "between which ranks by transfer the domain lies, at 95%"),
             ("above next", "how sure it is that the domain moves more than the next one in that order"),
             ("cross", "the score behind transfer: share of the shift that falls on the training data's features"),
             ("random, neutral", "the same over random features; and with plain prose in place of the examples"),
@@ -175,9 +175,14 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
 def _by_sae(story: Story) -> Html:
     if not story.transfers:
         return join()
-    names = list(story.transfers)
-    rows = [[domain(name), *(figures.percent(story.transfers[sae].get(name, _NAN)) for sae in names)] for name in story.domains]
-    return join(say("Transfer by each SAE; the first one decides."), table(["domain", *names], rows))
+    saes = list(story.transfers)
+    numbers = [f"SAE {number}" for number in range(1, len(saes) + 1)]
+    rows = [[domain(name), *(figures.percent(story.transfers[sae].get(name, _NAN)) for sae in saes)] for name in story.domains]
+    return join(
+        tag("h3", "Transfer by each SAE; the first one decides"),
+        table(["domain", *numbers], rows),
+        meanings(*((number, sae.partition(": ")[2]) for number, sae in zip(numbers, saes, strict=True))),
+    )
 
 
 def _place(score: Score) -> Estimate:

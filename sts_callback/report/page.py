@@ -26,6 +26,7 @@ _SECTIONS = {
     "faults": ("Faults", faults_section),
     "reproduce": ("Reproduce", reproduce_section),
 }
+_MOST_REASONS = 4  # unfolded; the table below has the same numbers of all domains
 _NOTHING_LOADED = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -61,6 +62,7 @@ def _top(story: Story) -> list[Html]:
     )
     reasons = [tag("li", domain(name), f" {reason}") for name, reason in headline.reasons.items()]
     others = [tag("li", domain(name), f" {reason}") for name, reason in headline.other_reasons.items()]
+    shown, folded = reasons[:_MOST_REASONS], reasons[_MOST_REASONS:]
     notes = [tag("li", note) for note in headline.notes]
     return [
         tag("p", "STS report", *([": ", tag("bdi", made_with)] if made_with else []), class_="over"),
@@ -69,7 +71,8 @@ def _top(story: Story) -> list[Html]:
             *([badge(headline.decision, headline.step), " "] if headline.decision else []),
             headline.sentence,
         ),
-        tag("ul", *reasons) if reasons else join(),
+        tag("ul", *shown) if shown else join(),
+        more(figures.counted(len(folded), "more reason"), tag("ul", *folded)) if folded else join(),
         more(f"{figures.counted(len(others), 'other protected domain')}", tag("ul", *others)) if others else join(),
         tag("ul", *notes, class_="notes") if notes else join(),
         _two_questions(story),
@@ -96,8 +99,7 @@ def _two_questions(story: Story) -> Html:
             cells[1] = beyond(drift.value, policy.min_drift if policy else math.inf, with_interval(drift, figures.percent_1))
             cells[3] = beyond(change.value, budget, with_interval(change, figures.nats))
         rows.append([name_row(name, story.budgets), *cells, f"{budget:.2f}" if math.isfinite(budget) else ""])
-    last = f"at step {story.drift.steps[-1]}: drift" if story.drift else "drift"
-    titles = ["domain", "expected: transfer", last, "expected: NLL change", "found: NLL change", "budget"]
+    titles = ["domain", "expected: transfer", "found: drift", "expected: NLL change", "found: NLL change", "budget"]
     return join(
         table(titles, rows, groups=[("", 1), ("Does it move?", 2), ("Does it get worse?", 3)]),
         say(

@@ -9,6 +9,8 @@ from sts_callback.records import Decision, Estimate
 from sts_callback.report import figures
 from sts_callback.report.markup import Html, join, shortened, tag
 
+TRAIN = "train"
+"""What records call the training data."""
 _LONGEST_NAME = 60
 _BADGES: dict[Decision, str] = {
     "go": "good",
@@ -88,5 +90,6 @@ def with_interval(estimate: Estimate, form: figures.Form) -> Html:
 
 
 def name_row(name: str, protected: Iterable[str]) -> Html:
-    """A domain's name, with a sign if it is protected."""
-    return join(domain(name), *([tag("small", " protected")] if name in protected else []))
+    """A domain's name, and whether it is protected or the training data itself."""
+    role = " protected" if name in protected else " the training data" if name == TRAIN else ""
+    return join(domain(name), *([tag("small", role)] if role else []))

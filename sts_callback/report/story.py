@@ -169,7 +169,7 @@ def _transfers(logged: Logged) -> dict[str, dict[str, float]]:
     if logged.forecast is None or not logged.other_forecasts:
         return {}
     return {
-        f"{number}: {f.identity.sae_name} at {f.identity.hook_name}": {
+        f"{number}: {f.identity.sae_name} at {f.identity.hook_name}": {  # one SAE may be given twice
             name: d.sts_cross.place(d.sts_cross.value) for name, d in f.domains.items()
         }
         for number, f in enumerate((logged.forecast, *logged.other_forecasts), 1)

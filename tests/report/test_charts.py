@@ -56,7 +56,13 @@ def test_any_values_make_an_axis_with_ticks(values: list) -> None:
 
 @pytest.mark.parametrize(
     ("axis", "ticks"),
-    [(UNIT, [0, 0.5, 1]), (Axis(0, 0.43), [0, 0.2, 0.4]), (Axis(-0.7, 1.1), [0, 1]), (Axis(0, 200), [0, 100, 200])],
+    [
+        (UNIT, [0, 0.5, 1]),
+        (Axis(0, 0.43), [0, 0.2, 0.4]),
+        (Axis(-0.7, 1.1), [-0.5, 0, 0.5, 1]),
+        (Axis(0, 0.64), [0, 0.2, 0.4, 0.6]),
+        (Axis(0, 200), [0, 50, 100, 150, 200]),
+    ],
 )
 def test_ticks_are_round_numbers(axis: Axis, ticks: list[float]) -> None:
     assert axis.ticks(3) == pytest.approx(ticks)
@@ -103,7 +109,7 @@ def test_many_checks_have_a_band_and_only_the_last_dot() -> None:
 def test_levels_and_marks_lie_where_they_are() -> None:
     picture = drawn((0, 0.1), (100, 0.1), levels=[(0.25, "threshold"), (9, "threshold"), (NAN, "x")], marks=[(50, "alarm")])
     assert paths(picture, "level") == ["M0 75.0H100"]
-    assert paths(picture, "mark") == ["M50.0 0V100"]
+    assert paths(picture, "mark") == ["M50.0 90V100"]
 
 
 def test_steps_along_the_axis_are_whole() -> None:

@@ -24,6 +24,7 @@ def test_what_is_unknown_is_a_dash(form: figures.Form) -> None:
         (figures.percent_1(1.0), "100.0%"),
         (figures.nats(0.1), "+0.10"),
         (figures.nats(-2), "-2.00"),
+        (figures.nats(-0.004), "0.00"),
         (figures.plain(0.125), "0.125"),
         (figures.plain(8_081_398.0), "8.08M"),
         (figures.plain(-999.6), "-1k"),
