@@ -709,7 +709,7 @@ FAULTS = [
     ),
     Fault("a domain's name with slashes and dots", named("../../etc/law"), "nothing"),
     Fault("a domain's name of 500 characters", named("law" * 166 + "xy"), "nothing"),
-    Fault("a domain's name with a line break", named("law\nmedicine"), "nothing"),
+    Fault("a domain's name with a line break", named("law\nhealth"), "nothing"),
     Fault(
         "training data of one row",
         lambda s: setattr(s, "train_dataset", s.tokenised(1)),
