@@ -231,7 +231,7 @@ def test_a_failure_is_raised_if_asked(tmp_path: Path) -> None:
 
 def test_a_no_go_forecast_refuses_before_the_first_step_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = Verdict("no-go", ("near",), {"near": "will suffer."}, 0)
-    monkeypatch.setattr("sts_callback.callback.judge_forecast", lambda forecast, policy: verdict)
+    monkeypatch.setattr("sts_callback.run.judge_forecast", lambda forecast, policy: verdict)
     norms = GradNorms()
     trainer = made_trainer("sft", tmp_path, [made_callback(on_forecast="refuse"), norms])
     with pytest.raises(NoGo, match="near: will suffer"):

@@ -298,7 +298,7 @@ def alarming(scene: Scene, action: Callable[[Verdict], object]) -> None:
     """Every check alarms."""
     scene.options["action"] = action
     alarm = Verdict("no-go", ("near",), {"near": "suffers."}, 1)
-    scene.monkeypatch.setattr("sts_callback.callback.judge_drift", lambda history, policy: alarm)
+    scene.monkeypatch.setattr("sts_callback.run.judge_drift", lambda history, policy: alarm)
 
 
 def broken_action(scene: Scene) -> None:
