@@ -174,6 +174,7 @@ class STSCallback(TrainerCallback):
             _require_whole_sequences(AcceleratorState().parallelism_config)
         names = (TRAIN, *settings.domains)
         scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, settings.check_on)
+        _require_kept_checkpoint(args, settings)
         self._run = Run(settings, self._rollouts, ranks, lambda: self._trainer(), args, state, earlier=self._run)
         self._run.begin(args, state, control, **kwargs)
         STSCallback._last_state = weakref.ref(state)
@@ -190,8 +191,10 @@ class STSCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at a save, if that is when."""
-        if self._run is not None and self._settings.check_on == "save":
-            self._run.check(state, control, kwargs["model"])
+        if self._run is not None:
+            if self._settings.check_on == "save":
+                self._run.check(state, control, kwargs["model"])
+            self._run.saved()  # also what an alarm of this check asks for
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at an evaluation, if that is when; its numbers join the evaluation's own."""
@@ -205,8 +208,15 @@ class STSCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift every so many steps, if that is when."""
         every = self._settings.check_on
-        if self._run is not None and isinstance(every, int) and state.global_step % every == 0:
-            self._run.check(state, control, kwargs["model"])
+        if self._run is not None:
+            if isinstance(every, int) and state.global_step % every == 0:
+                self._run.check(state, control, kwargs["model"])
+            self._run.ask_for_checkpoint(control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask again for the checkpoint of an alarm; where training stops, an epoch ends too."""
+        if self._run is not None:
+            self._run.ask_for_checkpoint(control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the final weights, if the last check was not of them."""
@@ -222,6 +232,17 @@ def _require_whole_sequences(parallelism: Any) -> None:
             "attention is then over parts of texts and what it gives on probes is not what the model does. Forecast on one "
             "process with `sts-callback forecast` and train without the callback, or train without context and sequence "
             "parallelism."
+        )
+
+
+def _require_kept_checkpoint(args: TrainingArguments, settings: Settings) -> None:
+    """Refuse to promise an alarm's checkpoint that the trainer drops, where it may do so at the last event of training."""
+    is_dropped = settings.check_on == "evaluate" and args.save_strategy == "best" and args.eval_strategy == "epoch"
+    if is_dropped and settings.action in ("checkpoint", "stop"):
+        raise ConfigError(
+            "save_strategy: got 'best', by which the trainer drops the checkpoint that "
+            f"action={settings.action!r} asks for after an evaluation at the end of an epoch; set save_strategy='epoch', "
+            "eval_strategy='steps', or check_on to a number of steps."
         )
 
 

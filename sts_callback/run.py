@@ -88,7 +88,7 @@ class Run:
         self._monitor: Monitor | None = None
         self._recent: list[DriftSnapshot] = []
         self._last_check = self._last_try = 0
-        self._is_postponed = False
+        self._is_postponed = self._owes_checkpoint = False
         self._alarmed: tuple[str, ...] = ()
 
     def begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -125,6 +125,14 @@ class Run:
             elif not self._is_postponed:  # said once, until a check is made
                 self._is_postponed = True
                 self._postpone(state)
+
+    def ask_for_checkpoint(self, control: TrainerControl) -> None:
+        """Ask for an alarm's until it is made: with `save_strategy="best"` the trainer drops the wish at an evaluation."""
+        control.should_save = control.should_save or self._owes_checkpoint
+
+    def saved(self) -> None:
+        """Take note that the trainer has made a checkpoint."""
+        self._owes_checkpoint = False
 
     def checked_at(self, step: int) -> DriftSnapshot | None:
         """The check made at a step, if it is the newest; nothing is any of this run's once it has ended."""
@@ -307,6 +315,7 @@ class Run:
         """Make the check that a kill may have prevented after the save that is resumed from."""
         if not self._ranks.from_first(lambda: self._log.postponed_since(self._last_check, state.global_step)):
             self.check(state, control, model, always=True)
+            self.saved()  # there is one of these weights: the run is resumed from it
 
     def _postpone(self, state: TrainerState) -> None:
         overhead, limit = self._overhead, self._settings.max_overhead
@@ -359,7 +368,8 @@ class Run:
             action(verdict)
             return
         logger.warning("STS alarm at step %d: %s", verdict.step, verdict.explanation)
-        control.should_save = control.should_save or action in ("checkpoint", "stop")
+        self._owes_checkpoint = action in ("checkpoint", "stop")
+        self.ask_for_checkpoint(control)
         control.should_training_stop = control.should_training_stop or action == "stop"
 
     def _log_scalars(self, state: TrainerState, control: TrainerControl, snapshot: DriftSnapshot) -> None:

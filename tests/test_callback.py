@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps, tokenised
 from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, SaeError
-from sts_callback.records import Verdict
+from sts_callback.records import DriftSnapshot, Verdict
 from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
 
 
@@ -193,6 +193,60 @@ def test_an_alarm_saves_a_checkpoint_and_trains_on_if_asked(tmp_path: Path) -> N
     trainer.train()
     assert trainer.state.global_step == 6
     assert (tmp_path / f"checkpoint-{alarmed_steps(tmp_path)[0]}").is_dir()
+
+
+class Constant(TrainerCallback):
+    """Gives evaluations a metric of which the first value is the best."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_constant"] = 1.0
+
+
+BEST = {"save_strategy": "best", "metric_for_best_model": "constant", "eval_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("alarm_at", "action", "check_on", "options", "saved"),
+    [
+        (4, "checkpoint", "evaluate", BEST, [2, 5]),  # the trainer drops the wish at step 4
+        (4, "checkpoint", 1, BEST, [2, 5]),
+        (3, "checkpoint", 1, BEST, [2, 3]),
+        (2, "checkpoint", "evaluate", BEST, [2]),
+        (2, "checkpoint", "evaluate", {**BEST, "eval_steps": 1}, [1, 6]),
+        (6, "checkpoint", "evaluate", BEST, [2, 6]),
+        (4, "stop", "evaluate", BEST, [2, 4]),
+        (4, "stop", 1, BEST, [2, 4]),
+        (4, "warn", "evaluate", BEST, [2]),
+        (3, "checkpoint", "evaluate", {"save_strategy": "no"}, [3]),
+        (2, "checkpoint", "save", {}, [2, 4, 6]),
+        (3, "checkpoint", 1, {}, [2, 3, 4, 6]),
+    ],
+)
+def test_an_alarms_checkpoint_is_made_once_whatever_else_is_saved(
+    alarm_at: int,
+    action: Any,
+    check_on: Any,
+    options: dict[str, Any],
+    saved: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judged(history: list[DriftSnapshot], policy: PolicyConfig) -> Verdict:
+        step = history[-1].step
+        return Verdict("no-go", ("near",), {"near": "suffers."}, step) if step == alarm_at else Verdict("go", (), {}, step)
+
+    monkeypatch.setattr("sts_callback.run.judge_drift", judged)
+    made_trainer("sft", tmp_path, [Constant(), made_callback(action=action, check_on=check_on)], **options).train()
+    assert sorted(int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.glob("checkpoint-*")) == saved
+
+
+@pytest.mark.parametrize("action", ["checkpoint", "stop"])
+def test_an_alarms_checkpoint_that_the_trainer_may_drop_for_good_is_refused(action: Any, tmp_path: Path) -> None:
+    callback = made_callback(action=action, check_on="evaluate")
+    trainer = made_trainer("sft", tmp_path, [Constant(), callback], **BEST, eval_strategy="epoch")
+    with pytest.raises(ConfigError, match=f"save_strategy: got 'best'.*action='{action}'.*set save_strategy='epoch'"):
+        trainer.train()
+    assert not (tmp_path / "sts").exists()
 
 
 def test_an_alarm_calls_the_users_function_once_while_it_lasts(tmp_path: Path) -> None:
