@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from sts_callback.model.encoder import SaeSource
+
+logger = logging.getLogger(__name__)
 
 
 class STSCallback(TrainerCallback):
@@ -175,6 +178,12 @@ class STSCallback(TrainerCallback):
         names = (TRAIN, *settings.domains)
         scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, settings.check_on)
         _require_kept_checkpoint(args, settings)
+        if args.push_to_hub and state.is_world_process_zero:
+            logger.warning(
+                "push_to_hub: the trainer uploads all of output_dir but checkpoints, also the folder sts, whose features.jsonl "
+                "and rollouts.jsonl quote your texts. To keep it back, leave push_to_hub out and upload by yourself with "
+                "HfApi().upload_folder(..., ignore_patterns=['sts*/*', 'checkpoint-*'])."
+            )
         self._run = Run(settings, self._rollouts, ranks, lambda: self._trainer(), args, state, earlier=self._run)
         self._run.begin(args, state, control, **kwargs)
         STSCallback._last_state = weakref.ref(state)

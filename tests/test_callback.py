@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -300,6 +302,39 @@ def test_a_second_fresh_run_moves_the_first_ones_files_aside(tmp_path: Path) -> 
         made_trainer("sft", tmp_path, [made_callback()]).train()
     assert checked_steps(tmp_path) == [2, 4, 6]
     assert (tmp_path / "sts.1" / "drift.jsonl").is_file()
+
+
+def test_push_to_hub_uploads_the_run_folder_and_that_is_said_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploads: list[set[str]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **kwargs: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path: str, ignore_patterns: list[str], **kwargs: Any) -> Future[None]:
+            assert "features.jsonl and rollouts.jsonl quote your texts" in caplog.text
+            files = [file.relative_to(folder_path).as_posix() for file in Path(folder_path).rglob("*") if file.is_file()]
+            uploads.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+            uploaded: Future[None] = Future()
+            uploaded.set_result(None)
+            return uploaded
+
+    (tmp_path / "sts").mkdir()
+    (tmp_path / "sts" / "features.jsonl").touch()  # an earlier run's, which is moved aside
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    made_trainer("plain", tmp_path, [made_callback()], push_to_hub=True, hub_model_id="me/model").train()
+    of_ours = {"sts/features.jsonl", "sts.1/features.jsonl"}
+    assert uploads[0] >= {"model.safetensors", *of_ours}
+    kept = set(filter_repo_objects(uploads[0], ignore_patterns=["sts*/*", "checkpoint-*"]))  # as the warning has it
+    assert "model.safetensors" in kept
+    assert not any(name.startswith("sts") for name in kept)
+
+
+def test_without_push_to_hub_nothing_is_said_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_trainer("plain", tmp_path, [made_callback()], max_steps=1).train()
+    assert "push_to_hub" not in caplog.text
 
 
 @pytest.mark.parametrize(
