@@ -18,11 +18,11 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from transformers.trainer_callback import TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps, tokenised
+from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps
 from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, SaeError
 from sts_callback.records import DriftSnapshot, Verdict
-from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
+from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 
 def made_callback(**options: Any) -> STSCallback:
@@ -40,28 +40,14 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = Fal
     """A tiny trainer with dropout, accumulation, evaluation and saves."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.save_pretrained(out / "base")
-    shared: dict[str, Any] = {
-        "output_dir": str(out),
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 5e-2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-        "seed": 3,
-        **options,
-    }
+    defaults = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3}
+    shared = tiny_arguments(out, **{**defaults, **evaluation, **options})
     adapters = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
     if kind == "sft":
         return SFTTrainer(
             model=model,
-            args=SFTConfig(**shared, dataloader_pin_memory=False),
+            args=SFTConfig(**shared),
             train_dataset=Dataset.from_list(rows(40)),
             eval_dataset=Dataset.from_list(rows(4, seed=70)),
             processing_class=tokenizer,
@@ -74,7 +60,7 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = Fal
         model = get_peft_model(model, adapters)
     return Trainer(
         model=model,
-        args=TrainingArguments(**shared, dataloader_pin_memory=False),
+        args=TrainingArguments(**shared),
         train_dataset=tokenised(rows(40), tokenizer),
         eval_dataset=tokenised(rows(4, seed=70), tokenizer),
         processing_class=tokenizer,
