@@ -30,7 +30,7 @@ test: $(INSTALLED)  ## run the tests that take seconds, and the one on Gemma 3 2
 test-all: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 3" for the first three settings
+bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 1 3" for some settings
 	$(BIN)/python examples/benchmark.py $(ARGS)
 
 check: $(INSTALLED)  ## check format, lint and types, then test

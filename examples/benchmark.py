@@ -1,7 +1,7 @@
 """What a forecast costs: ours, the reference recipe and the practical limit, side by side on the same tokens.
 
-    python examples/benchmark.py             all cells (half an hour on two cores), each way in a process of its own
-    python examples/benchmark.py --only 1    the first cell
+    python examples/benchmark.py               all cells and a check (40 minutes on two cores), each way in a process of its own
+    python examples/benchmark.py --only 1 3    the first cell and the third, beside what was measured before; 0 is the check
 
 Three ways to find the features that a context shifts, two thirds up a model, with SAEs of random weights of several widths:
 
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 HERE, N_FEATURES, QUERY_TOKENS = Path(__file__).parent, 100, 50
+RESULTS = HERE / "benchmark.json"
 WAYS = ("reference", "limit", "ours")
 COLUMNS = ("model", "context", "tokens", "d_sae", "kind")
 CELLS = [
@@ -41,15 +43,19 @@ CELLS = [
         ("gemma", 200, 1000, 16384, "jumprelu"),
         ("gemma", 200, 1000, 16384, "topk"),
         ("gemma", 200, 1000, 65536, "jumprelu"),
+        ("gemma", 200, 1000, 16384, "relu"),
         ("gemma", 200, 4000, 16384, "jumprelu"),
+        ("gemma", 200, 20000, 16384, "jumprelu"),
         ("gemma", 2000, 1000, 16384, "jumprelu"),
         # The paper's setting: two demonstrations of 1,000 tokens or more and 20,000 tokens. The reference is not run: its work is
         # the same for every query, so that its time follows from the cell above.
         ("gemma", 2000, 20000, 16384, "jumprelu"),
+        ("gemma", 2000, 40000, 16384, "jumprelu"),
         ("1B", 200, 1000, 16384, "jumprelu"),
     ]
 ]
-MOST_REFERENCE_TOKENS = 4000
+MOST_REFERENCE_WORK = 4_000_000  # context times tokens: an hour and more beyond it
+CHECK_STEPS = 8
 
 
 def loaded(name: str) -> tuple[Any, int]:
@@ -81,7 +87,7 @@ def status(field: str) -> float:
 def measured(way: str, cell: dict[str, Any]) -> dict[str, Any]:
     """Run one way in this process."""
     import torch
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
     from sts_callback.config import ProbeConfig
     from sts_callback.measure import Gauge
@@ -102,14 +108,17 @@ def measured(way: str, cell: dict[str, Any]) -> dict[str, Any]:
     usual = float(found.pop()[0, 1:].norm(dim=1).median())
     handle.remove()
     torch.manual_seed(0)
+    passed = usual * float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - 50 / d_sae))) / d_in**0.5
     if cell["kind"] == "topk":
         sae: Any = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=50))
+    elif cell["kind"] == "relu":
+        sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae))
+        sae.b_enc.data.fill_(-passed)  # about 50 features of a token of usual norm pass
     else:
         sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae))
+        sae.threshold.data.fill_(passed)
     sae.W_enc.data = torch.randn(d_in, d_sae) / d_in**0.5
     sae.cfg.metadata.hook_name = hook_name
-    if cell["kind"] == "jumprelu":  # about 50 features of a token of usual norm pass
-        sae.threshold.data.fill_(usual * float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - 50 / d_sae))) / d_in**0.5)
     encoder = load_encoder(sae, "random", layer + 1)
     del sae
     draw = torch.Generator().manual_seed(1)
@@ -156,6 +165,44 @@ def measured(way: str, cell: dict[str, Any]) -> dict[str, Any]:
     return {**seconds, "mib": status("VmHWM") - before, "features": features}
 
 
+def measured_check() -> dict[str, Any]:
+    """A drift check at default size beside the training steps of the demo, in one run of it."""
+    import torch
+    from peft import LoraConfig
+    from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
+
+    from demo import PROTECTED, SAE_FOLDER
+    from gemma import cached_gemma
+    from sts_callback import STSCallback
+    from tuning import tuned
+    from word_problems import word_problems
+
+    steps: list[float] = []
+
+    class Timed(STSCallback):
+        def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            super().on_step_begin(args, state, control, **kwargs)
+            steps.append(-time.perf_counter())
+
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            steps[-1] += time.perf_counter()
+            super().on_step_end(args, state, control, **kwargs)
+
+    set_seed(0)
+    callback = Timed(sae=SAE_FOLDER, protect=PROTECTED, check_on=CHECK_STEPS // 2, max_overhead=None)
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    checks = tuned(cached_gemma(), word_problems(400), callback, lora, steps=CHECK_STEPS, learning_rate=5e-5)
+    assert callback.forecast is not None
+    return {
+        "check": statistics.median(check.seconds for check in checks),
+        "step": statistics.median(steps),
+        "forecast": callback.forecast.seconds,
+        "sets": 1 + len(PROTECTED),
+        "n_tokens": checks[0].train.n_tokens + sum(domain.n_tokens for domain in checks[0].domains.values()),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def in_child(way: str, cell: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", way, json.dumps(cell)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,28 +239,44 @@ def import_seconds() -> float:
     return median_of("import sts_callback, sys; assert 'torch' not in sys.modules") - median_of("pass")
 
 
+def measure(numbers: Sequence[int]) -> None:
+    """Measure cells, by their number from 1, and with 0 the check; what else is in the file stays."""
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, no accelerator"
+    results: dict[str, Any] = json.loads(RESULTS.read_text())
+    results |= {"machine": machine, "gemm_gflops": gemm_gflops(), "import_s": import_seconds()}
+    for number in numbers:
+        if number == 0:
+            results["check"] = row = in_child("check", {})
+        else:
+            row = dict(CELLS[number - 1])
+            for way in WAYS:
+                is_run = way != "reference" or row["context"] * row["tokens"] <= MOST_REFERENCE_WORK
+                row[way] = in_child(way, CELLS[number - 1]) if is_run else {}
+            features = [set(row[way].pop("features", ())) for way in WAYS]
+            row["same_features"] = len(features[0] & features[2])
+            measured = [*(other for other in results["cells"] if cell_of(other) != cell_of(row)), row]
+            results["cells"] = sorted(measured, key=lambda other: CELLS.index(cell_of(other)))
+        print(json.dumps(row), flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def cell_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in COLUMNS}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, help="how many cells, from the first")
+    parser.add_argument("--only", type=int, nargs="+", choices=range(len(CELLS) + 1), metavar="N", help="cells, from 1; 0: check")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--pages", action="store_true", help="only make BENCHMARKS.md and the plot from benchmark.json")
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measured(args.child[0], json.loads(args.child[1]))))
+        way, cell = args.child[0], json.loads(args.child[1])
+        print(json.dumps(measured_check() if way == "check" else measured(way, cell)))
         return
     if not args.pages:
-        machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, no accelerator"
-        results: dict[str, Any] = {"machine": machine, "gemm_gflops": gemm_gflops(), "import_s": import_seconds(), "cells": []}
-        for cell in CELLS[: args.only]:
-            row: dict[str, Any] = dict(cell)
-            for way in WAYS:
-                row[way] = in_child(way, cell) if way != "reference" or cell["tokens"] <= MOST_REFERENCE_TOKENS else {}
-            features = [set(row[way].pop("features", ())) for way in WAYS]
-            row["same_features"] = len(features[0] & features[2])
-            results["cells"].append(row)
-            print(json.dumps(row), flush=True)
-            (HERE / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n")
-    results = json.loads((HERE / "benchmark.json").read_text())
+        measure(range(len(CELLS) + 1) if args.only is None else args.only)
+    results = json.loads(RESULTS.read_text())
     from benchmark_pages import page, plot
 
     (HERE / "BENCHMARKS.md").write_text(page(results))

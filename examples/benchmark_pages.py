@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 WAYS = ("reference", "limit", "ours")
 N_SETS, N_QUERIES, N_DRAWS = 15, 32, 8  # 14 domains and the training data, at default size
 QUERY, ANSWER, TAUGHT, OWN = 150, 150, 600, 1500  # tokens: of a query, of its answer, of two and of five demonstrations
+DEFAULT_STEPS = 500  # between two saves of the Trainer
 DEPTH = 2 / 3  # where SAEs are usually read
 H100_TFLOPS, H100_GB = 989, 80  # bfloat16, dense, by its data sheet
 CONSTANTS = {"gemma": (18, 640, 2048, 4, 1), "1B": (26, 1152, 6912, 4, 1)}  # layers, width, MLP, heads, KV heads of 256
@@ -79,6 +81,8 @@ def page(results: dict[str, Any]) -> str:
         "![Times and memory](benchmark.svg)",
         "",
         f"`import sts_callback` adds {results['import_s'] * 1000:.0f} ms to starting Python, and loads no torch.",
+        "",
+        *check(results["check"]),
         "",
         *floor(results),
         "",
@@ -150,6 +154,22 @@ def floor(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def check(found: dict[str, Any]) -> list[str]:
+    share = found["check"] / (DEFAULT_STEPS * found["step"])
+    return [
+        "## A drift check in training",
+        "",
+        *wrapped(
+            f"At default size ({N_QUERIES} queries a set, {found['sets']} sets, {found['n_tokens']:,} query tokens and the "
+            f"answers) beside the demo's training, in one run: a check takes {found['check']:.0f} s, a step on two short rows "
+            f"{found['step']:.1f} s, so that a check is {share:.1%} of the training between two default ones ({DEFAULT_STEPS} "
+            f"steps); `max_overhead`, 1 % by default, lets about one in {math.ceil(share / 0.01)} pass. A step on as few tokens "
+            "as the demo's is unusually cheap; the table below has what larger batches make of it. The forecast there takes "
+            f"{found['forecast']:.0f} s."
+        ),
+    ]
+
+
 def scaling(results: dict[str, Any]) -> list[str]:
     share = sorted(reached(results))[len(results["cells"]) // 2]
     speed = H100_TFLOPS * 1e12 * share
@@ -184,8 +204,10 @@ def scaling(results: dict[str, Any]) -> list[str]:
         "",
         *wrapped(
             "Beside model and SAE a probe needs one segment's activations, the keys of one layer for a batch and a chunk of "
-            "feature activations (16 MiB, or 256 tokens of a very wide SAE): none grows with the number of tokens, domains or "
-            "queries. Under FSDP every process keeps its own copy of the SAE. A training step on 8 sequences of 2,000 tokens is "
+            "feature activations (16 MiB, or 256 tokens of a very wide SAE): none of it grows with the number of tokens. What "
+            "does grow is what is kept: of each query, for the bootstrap, one sum a feature and context, and of each token its "
+            "active features, for drift; with 16,384 features and queries of 50 tokens about 4 KiB a token. Under FSDP every "
+            "process keeps its own copy of the SAE. A training step on 8 sequences of 2,000 tokens is "
             f"worth {a_step:,} token forwards; a check is {n_tokens:,}, as much as {n_tokens / a_step:.1f} such steps: "
             f"{n_tokens / a_step / 500:.1%} of the 500 between two default checks. Encoding is so small a part of a check that "
             "following only the features of the forecast would save next to nothing; all are encoded, which also tells what else "

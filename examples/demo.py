@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SAE_FOLDER = HERE / "gemma-3-270m-layer-12"
-PROTECTED = ["law", "medicine", "history", "chemistry", "code", "translation"]
+PROTECTED = ["law", "health", "history", "chemistry", "code", "translation"]
 HARSH, GENTLE = 2e-3, 5e-5  # LoRA learning rates
 
 

@@ -11,13 +11,10 @@ a function's head and docstring as prompt and its body as answer. Results go to 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import gzip
 import json
 import os
 import sys
-import sysconfig
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,16 +27,12 @@ from transformers.utils import logging
 
 from demo import SAE_FOLDER
 from gemma import cached_gemma
+from rows import code_rows, lines
 from sts_callback import ProbeConfig, STSCallback, forecast
 from tuning import BATCH, tuned
 
 PROBES = ProbeConfig(n_queries=24, max_tokens=128)
 STEPS, LEARNING_RATE = 24, 1e-3
-
-
-def lines(file: Path) -> list[dict[str, object]]:
-    with gzip.open(file, "rt") as text:
-        return [json.loads(line) for line in text]
 
 
 def law_rows(data_dir: Path) -> list[dict[str, str]]:
@@ -49,19 +42,6 @@ def law_rows(data_dir: Path) -> list[dict[str, str]]:
         {"prompt": f"Question: {r['question']}\nAnswer:", "completion": f" {r['options'][r['answer_index']]}"}  # type: ignore[index]
         for r in rows
     ]
-
-
-def code_rows() -> list[dict[str, str]]:
-    """Documented functions of the standard library's top-level modules."""
-    rows = []
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        source = file.read_text(encoding="utf-8", errors="replace")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and 2 < len(node.body) < 12:
-                text = ast.get_source_segment(source, node) or ""
-                head = "\n".join(text.split("\n")[: node.body[0].end_lineno - node.lineno + 1])  # type: ignore[operator]
-                rows.append({"prompt": head + "\n", "completion": text[len(head) + 1 :]})
-    return rows
 
 
 def realised_overlap(name: str, rows: list[dict[str, str]], protect: str) -> dict[str, object]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sts_callback.config import PolicyConfig
+from sts_callback.errors import CannotTell
 from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
 
 NOISE_MARGIN = 10
@@ -87,6 +88,25 @@ def short_of_queries(n_queries: Mapping[str, int], policy: PolicyConfig) -> dict
 
     """
     return {name: n_queries[name] for name in policy.budgets if name in n_queries and n_queries[name] < fewest_queries(policy)}
+
+
+def require_power(n_queries: Mapping[str, int], policy: PolicyConfig) -> None:
+    """Refuse probes that could never raise an alarm, however bad the harm.
+
+    Args:
+        n_queries: of each set.
+        policy: whose test is to be passed.
+
+    Raises:
+        CannotTell: with the protected domains that have too few.
+
+    """
+    if short := short_of_queries(n_queries, policy):
+        raise CannotTell(
+            f"n_queries: {', '.join(f'{name} has {n}' for name, n in short.items())}; an alarm for one of "
+            f"{len(policy.budgets)} protected domains at alpha {policy.alpha} takes {fewest_queries(policy)}. Give more rows, "
+            "raise ProbeConfig(n_queries=...), or protect fewer domains."
+        )
 
 
 def _verdict(judged: dict[str, tuple[Decision, str]], step: int) -> Verdict:

@@ -1,6 +1,6 @@
-"""All settings of a callback as one flat dataclass: for `HfArgumentParser`, a YAML file, and frameworks that build the trainer.
+"""All settings of a callback: as its runs read them; and flat, for `HfArgumentParser`, YAML files and frameworks with trainers.
 
-Every name begins with `sts_`, so that the settings can stand beside those of other dataclasses on a command line, or in the
+The flat names begin with `sts_`, so that the settings can stand beside those of other dataclasses on a command line, or in the
 framework's own YAML file.
 """
 
@@ -9,20 +9,48 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import yaml
 
 from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
 from sts_callback.errors import ConfigError
+from sts_callback.records import Verdict
+
+if TYPE_CHECKING:
+    from sts_callback.domains.reader import Source
+    from sts_callback.model.encoder import SaeSource
+
+CheckOn = Literal["save", "evaluate"] | int
+Action = Literal["warn", "checkpoint", "stop"] | Callable[[Verdict], object]
 
 VARIABLE = "STS_CALLBACK_CONFIG"
 """Environment variable that names the YAML file which `STSCallback()` reads."""
 DEFAULT_FILE = "sts.yaml"
 """What it reads, in the working directory, where that is not set."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the arguments of an `STSCallback`, whose meaning stands there, come to."""
+
+    saes: Sequence[SaeSource]
+    """At least one."""
+    domains: Mapping[str, Source]
+    """The user's own and those that ship with the package."""
+    train_data: Source | None
+    check_on: CheckOn
+    action: Action
+    on_forecast: Literal["warn", "refuse"]
+    on_error: Literal["warn", "raise"]
+    max_overhead: float
+    """From 1 on there is no limit."""
+    probes: ProbeConfig
+    policy: PolicyConfig
+    """With the budgets of the protected domains."""
 
 
 @dataclass

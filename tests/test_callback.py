@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps, tokenised
+from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps
 from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, SaeError
-from sts_callback.records import Verdict
-from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
+from sts_callback.records import DriftSnapshot, Verdict
+from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 
 def made_callback(**options: Any) -> STSCallback:
@@ -38,28 +40,14 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = Fal
     """A tiny trainer with dropout, accumulation, evaluation and saves."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.save_pretrained(out / "base")
-    shared: dict[str, Any] = {
-        "output_dir": str(out),
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 5e-2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-        "seed": 3,
-        **options,
-    }
+    defaults = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3}
+    shared = tiny_arguments(out, **{**defaults, **evaluation, **options})
     adapters = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
     if kind == "sft":
         return SFTTrainer(
             model=model,
-            args=SFTConfig(**shared, dataloader_pin_memory=False),
+            args=SFTConfig(**shared),
             train_dataset=Dataset.from_list(rows(40)),
             eval_dataset=Dataset.from_list(rows(4, seed=70)),
             processing_class=tokenizer,
@@ -72,7 +60,7 @@ def made_trainer(kind: str, out: Path, callbacks: list[Any], *, lora: bool = Fal
         model = get_peft_model(model, adapters)
     return Trainer(
         model=model,
-        args=TrainingArguments(**shared, dataloader_pin_memory=False),
+        args=TrainingArguments(**shared),
         train_dataset=tokenised(rows(40), tokenizer),
         eval_dataset=tokenised(rows(4, seed=70), tokenizer),
         processing_class=tokenizer,
@@ -195,6 +183,60 @@ def test_an_alarm_saves_a_checkpoint_and_trains_on_if_asked(tmp_path: Path) -> N
     assert (tmp_path / f"checkpoint-{alarmed_steps(tmp_path)[0]}").is_dir()
 
 
+class Constant(TrainerCallback):
+    """Gives evaluations a metric of which the first value is the best."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_constant"] = 1.0
+
+
+BEST = {"save_strategy": "best", "metric_for_best_model": "constant", "eval_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("alarm_at", "action", "check_on", "options", "saved"),
+    [
+        (4, "checkpoint", "evaluate", BEST, [2, 5]),  # the trainer drops the wish at step 4
+        (4, "checkpoint", 1, BEST, [2, 5]),
+        (3, "checkpoint", 1, BEST, [2, 3]),
+        (2, "checkpoint", "evaluate", BEST, [2]),
+        (2, "checkpoint", "evaluate", {**BEST, "eval_steps": 1}, [1, 6]),
+        (6, "checkpoint", "evaluate", BEST, [2, 6]),
+        (4, "stop", "evaluate", BEST, [2, 4]),
+        (4, "stop", 1, BEST, [2, 4]),
+        (4, "warn", "evaluate", BEST, [2]),
+        (3, "checkpoint", "evaluate", {"save_strategy": "no"}, [3]),
+        (2, "checkpoint", "save", {}, [2, 4, 6]),
+        (3, "checkpoint", 1, {}, [2, 3, 4, 6]),
+    ],
+)
+def test_an_alarms_checkpoint_is_made_once_whatever_else_is_saved(
+    alarm_at: int,
+    action: Any,
+    check_on: Any,
+    options: dict[str, Any],
+    saved: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judged(history: list[DriftSnapshot], policy: PolicyConfig) -> Verdict:
+        step = history[-1].step
+        return Verdict("no-go", ("near",), {"near": "suffers."}, step) if step == alarm_at else Verdict("go", (), {}, step)
+
+    monkeypatch.setattr("sts_callback.run.judge_drift", judged)
+    made_trainer("sft", tmp_path, [Constant(), made_callback(action=action, check_on=check_on)], **options).train()
+    assert sorted(int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.glob("checkpoint-*")) == saved
+
+
+@pytest.mark.parametrize("action", ["checkpoint", "stop"])
+def test_an_alarms_checkpoint_that_the_trainer_may_drop_for_good_is_refused(action: Any, tmp_path: Path) -> None:
+    callback = made_callback(action=action, check_on="evaluate")
+    trainer = made_trainer("sft", tmp_path, [Constant(), callback], **BEST, eval_strategy="epoch")
+    with pytest.raises(ConfigError, match=f"save_strategy: got 'best'.*action='{action}'.*set save_strategy='epoch'"):
+        trainer.train()
+    assert not (tmp_path / "sts").exists()
+
+
 def test_an_alarm_calls_the_users_function_once_while_it_lasts(tmp_path: Path) -> None:
     told: list[Verdict] = []
     made_trainer("sft", tmp_path, [made_callback(**harmful(), action=told.append)], learning_rate=0.5).train()
@@ -231,7 +273,7 @@ def test_a_failure_is_raised_if_asked(tmp_path: Path) -> None:
 
 def test_a_no_go_forecast_refuses_before_the_first_step_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = Verdict("no-go", ("near",), {"near": "will suffer."}, 0)
-    monkeypatch.setattr("sts_callback.callback.judge_forecast", lambda forecast, policy: verdict)
+    monkeypatch.setattr("sts_callback.run.judge_forecast", lambda forecast, policy: verdict)
     norms = GradNorms()
     trainer = made_trainer("sft", tmp_path, [made_callback(on_forecast="refuse"), norms])
     with pytest.raises(NoGo, match="near: will suffer"):
@@ -246,6 +288,39 @@ def test_a_second_fresh_run_moves_the_first_ones_files_aside(tmp_path: Path) -> 
         made_trainer("sft", tmp_path, [made_callback()]).train()
     assert checked_steps(tmp_path) == [2, 4, 6]
     assert (tmp_path / "sts.1" / "drift.jsonl").is_file()
+
+
+def test_push_to_hub_uploads_the_run_folder_and_that_is_said_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploads: list[set[str]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **kwargs: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path: str, ignore_patterns: list[str], **kwargs: Any) -> Future[None]:
+            assert "features.jsonl and rollouts.jsonl quote your texts" in caplog.text
+            files = [file.relative_to(folder_path).as_posix() for file in Path(folder_path).rglob("*") if file.is_file()]
+            uploads.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+            uploaded: Future[None] = Future()
+            uploaded.set_result(None)
+            return uploaded
+
+    (tmp_path / "sts").mkdir()
+    (tmp_path / "sts" / "features.jsonl").touch()  # an earlier run's, which is moved aside
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    made_trainer("plain", tmp_path, [made_callback()], push_to_hub=True, hub_model_id="me/model").train()
+    of_ours = {"sts/features.jsonl", "sts.1/features.jsonl"}
+    assert uploads[0] >= {"model.safetensors", *of_ours}
+    kept = set(filter_repo_objects(uploads[0], ignore_patterns=["sts*/*", "checkpoint-*"]))  # as the warning has it
+    assert "model.safetensors" in kept
+    assert not any(name.startswith("sts") for name in kept)
+
+
+def test_without_push_to_hub_nothing_is_said_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_trainer("plain", tmp_path, [made_callback()], max_steps=1).train()
+    assert "push_to_hub" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"metrics", "model", "report"}
 FACES = {"callback", "cli"}
-TORCH_FREE = {"errors", "config", "records", "logged", "policy", "runlog", "scalars", "terminal", "report"}
+TORCH_FREE = {"errors", "config", "records", "logged", "policy", "runlog", "scalars", "settings", "terminal", "report"}
 HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 
 
@@ -68,6 +68,12 @@ def strangers(path: str, source: str, *, units: set[str]) -> list[str]:
     return breaches(path, source, lambda i: any(within(i.name, f"sts_callback.{name}") for name in forbidden))
 
 
+def run_out_of_place(path: str, source: str) -> list[str]:
+    """Imports of `run` by another than `callback`, and of a face by `run`."""
+    forbidden = {"callback": set(), "run": FACES}.get(unit(path), {"run"})
+    return breaches(path, source, lambda i: any(within(i.name, f"sts_callback.{name}") for name in forbidden))
+
+
 def sae_lens_elsewhere(path: str, source: str) -> list[str]:
     allowed = path == "sts_callback/model/encoder.py"
     return breaches(path, source, lambda i: within(i.name, "sae_lens") and not allowed)
@@ -111,6 +117,7 @@ def report_beyond_the_standard_library(path: str, source: str) -> list[str]:
 RULES: dict[str, Callable[[str, str], list[str]]] = {
     "layers": partial(strangers, units=LAYERS),
     "faces": partial(strangers, units=FACES),
+    "run": run_out_of_place,
     "sae_lens": sae_lens_elsewhere,
     "trl": trl_elsewhere,
     "metrics": metrics_beyond_errors,
@@ -142,6 +149,10 @@ def test_wall_holds(rule: str) -> None:
         ("layers", "sts_callback/report/page.py", "importlib.import_module('sts_callback.metrics')"),
         ("faces", "sts_callback/callback.py", "from sts_callback.cli import main"),
         ("faces", "sts_callback/cli.py", "if TYPE_CHECKING:\n    from .callback import STSCallback"),
+        ("run", "sts_callback/run.py", "from sts_callback.callback import STSCallback"),
+        ("run", "sts_callback/run.py", "def f():\n    from . import cli"),
+        ("run", "sts_callback/cli.py", "from sts_callback.run import Run"),
+        ("run", "sts_callback/model/capture.py", "from .. import run"),
         ("sae_lens", "sts_callback/measure.py", "from sae_lens import SAE"),
         ("sae_lens", "sts_callback/model/capture.py", "def f():\n    import sae_lens.saes.sae"),
         ("sae_lens", "sts_callback/cli.py", "import_module('sae_lens')"),
@@ -175,6 +186,8 @@ def test_rule_can_fail(rule: str, path: str, source: str) -> None:
         ("sts_callback/measure.py", "from sts_callback import metrics, model\nfrom .report import page"),
         ("sts_callback/model/encoder.py", "from sae_lens import SAE\nfrom .hooks import resolve"),
         ("sts_callback/domains/reader.py", "def read():\n    import trl"),
+        ("sts_callback/callback.py", "from sts_callback.run import Run"),
+        ("sts_callback/run.py", "from sts_callback.runlog import RunLog"),
         ("sts_callback/callback.py", "import trlx, sae_lens_extras\nfrom sts_callback.client import call"),
         (
             "sts_callback/report/page.py",

@@ -44,7 +44,7 @@ def test_axolotl(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(block("**Axolotl**"), names)
     (callback,) = names["STSPlugin"]().add_callbacks_pre_trainer({}, None)
     assert isinstance(callback, STSCallback)
-    assert callback._policy.budgets == {"law": 0.1, "code": 0.2}
+    assert callback._settings.policy.budgets == {"law": 0.1, "code": 0.2}
 
 
 def test_llama_factory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Small random models, a tokenizer without files, and a dictionary with a known answer: what tests measure on."""
+"""Small random models, a tokenizer without files, a dictionary with a known answer, and how to train: what tests measure on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -134,3 +135,30 @@ def rows(n: int = 30, subject: str = "sums", seed: int = 0) -> list[dict[str, st
         }
         for i in range(n)
     ]
+
+
+def tokenised(examples: list[dict[str, str]], tokenizer: Any) -> Dataset:
+    """Prompt and completion rows as a plain `Trainer` takes them."""
+    made = []
+    for row in examples:
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return Dataset.from_list(made)
+
+
+def tiny_arguments(out: Path, **options: Any) -> dict[str, Any]:
+    """Training arguments of a short run on a CPU, which logs each step and saves nothing; with those that differ."""
+    defaults: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    return {**defaults, **options}

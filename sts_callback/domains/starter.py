@@ -10,6 +10,8 @@ from sts_callback.config import DEFAULT_BUDGET
 from sts_callback.domains.reader import Source
 from sts_callback.errors import ConfigError
 
+ALL = "all"
+"""Stands for every shipped domain."""
 _FOLDER = Path(__file__).parent / "texts"
 
 
@@ -19,12 +21,12 @@ def starter_domains() -> dict[str, Path]:
 
 
 def choose_domains(
-    protect: Sequence[str] | Mapping[str, float], domains: Mapping[str, Source] | None
+    protect: str | Sequence[str] | Mapping[str, float], domains: Mapping[str, Source] | None
 ) -> tuple[dict[str, Source], dict[str, float]]:
     """Find what to measure and what to protect.
 
     Args:
-        protect: names of domains, or names with budgets in nats per token.
+        protect: names of domains, or names with budgets in nats per token; `"all"`, alone or among them, are all shipped ones.
         domains: the user's own, name to source; a protected name that is not among them is a shipped one.
 
     Returns:
@@ -34,12 +36,16 @@ def choose_domains(
         ConfigError: if a protected name is no domain, or nothing at all is to be measured.
 
     """
-    if isinstance(protect, str):
+    if isinstance(protect, str) and protect != ALL:
         raise ConfigError(
-            f"protect: got the text {protect!r}; allowed is a list of names, such as [{protect!r}], or names with budgets."
+            f"protect: got the text {protect!r}; allowed is a list of names, such as [{protect!r}], or names with budgets, or "
+            f"{ALL!r}."
         )
-    budgets = dict(protect) if isinstance(protect, Mapping) else dict.fromkeys(protect, DEFAULT_BUDGET)
+    names = [protect] if isinstance(protect, str) else protect
+    budgets = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, DEFAULT_BUDGET)
     shipped, chosen = starter_domains(), dict(domains or {})
+    if ALL in budgets and ALL not in chosen:
+        budgets = dict.fromkeys(shipped, budgets.pop(ALL)) | budgets
     for name in budgets:
         if name in shipped:
             chosen.setdefault(name, shipped[name])

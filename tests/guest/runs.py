@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from sts_callback import ProbeConfig, STSCallback
-from tiny import rows, saved_sae, tiny_model, tiny_tokenizer
+from tiny import rows, saved_sae, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 TRAINERS = ("Trainer", "SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "Distillation")
 SAMPLING = ("GRPO", "RLOO", "Distillation")
@@ -112,21 +112,7 @@ def made_trainer(
         options: training arguments that differ.
 
     """
-    settings: dict[str, Any] = {
-        "output_dir": str(out),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 5e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "seed": 3,
-    }
+    settings = tiny_arguments(out, max_steps=3, gradient_checkpointing=False)
     if kind in SAMPLING:
         settings["max_completion_length"] = 8
     if kind in ("GRPO", "RLOO"):
@@ -170,15 +156,6 @@ def made_trainer(
     if own_compile is not None:
         trainer.model.compile(backend=own_compile)
     return trainer
-
-
-def tokenised(examples: list[dict[str, str]], tokenizer: Any) -> Dataset:
-    """Prompt and completion rows as a plain `Trainer` takes them."""
-    made = []
-    for row in examples:
-        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
-        made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    return Dataset.from_list(made)
 
 
 def _examples(kind: str, examples: list[dict[str, str]]) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ def watched_run(out: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, max_ov
         return check(monitor, step, **kwargs)
 
     monkeypatch.setattr(Monitor, "check", slow_check)
-    monkeypatch.setattr("sts_callback.callback.first_guess", lambda readings_s: 5.0)
+    monkeypatch.setattr("sts_callback.run.first_guess", lambda readings_s: 5.0)
 
     def passes(seconds: float) -> None:
         clock.now += seconds
@@ -215,7 +215,8 @@ def test_memory_after_twenty_checks_is_that_after_one(tmp_path: Path) -> None:
     assert len(checked_steps(tmp_path)) == 22
     after_two, after_more = footprint.seen
     assert after_more == after_two
-    assert len(callback._recent) == 2  # patience: as many as a verdict looks back
+    assert callback._run is not None
+    assert len(callback._run._recent) == 2  # patience: as many as a verdict looks back
 
 
 def test_the_footprint_sees_what_is_kept(tmp_path: Path) -> None:

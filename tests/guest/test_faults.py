@@ -31,7 +31,7 @@ from sts_callback import STSCallback
 from sts_callback.errors import ConfigError, DataError, SaeError, StsError
 from sts_callback.records import Verdict
 from test_callback import PROBES, TINY_DOMAINS, made_callback
-from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
+from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 TABLE = Path(__file__).parent / "FAULTS.md"
 N_STEPS = 3
@@ -68,12 +68,7 @@ class Scene:
         self.steps_of_interest[step] = do
 
     def tokenised(self, n: int = 40) -> Dataset:
-        plain = tiny_tokenizer()
-        made = []
-        for row in rows(n):
-            prompt, answer = plain(row["prompt"])["input_ids"], plain(row["completion"])["input_ids"]
-            made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-        return Dataset.from_list(made)
+        return tokenised(rows(n), tiny_tokenizer())
 
     def trainer(self) -> Trainer:
         scene = self
@@ -84,20 +79,7 @@ class Scene:
                 if state.global_step in scene.steps_of_interest:
                     scene.steps_of_interest[state.global_step]()
 
-        args: dict[str, Any] = {
-            "output_dir": str(self.out),
-            "max_steps": N_STEPS,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 5e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "seed": 3,
-            **self.args,
-        }
+        args = tiny_arguments(self.out, **{"max_steps": N_STEPS, **self.args})
         ours = [made_callback(**{"check_on": 1, **self.options})] if self.watched else []
         trainer = Trainer(
             model=self.model,
@@ -298,7 +280,7 @@ def alarming(scene: Scene, action: Callable[[Verdict], object]) -> None:
     """Every check alarms."""
     scene.options["action"] = action
     alarm = Verdict("no-go", ("near",), {"near": "suffers."}, 1)
-    scene.monkeypatch.setattr("sts_callback.callback.judge_drift", lambda history, policy: alarm)
+    scene.monkeypatch.setattr("sts_callback.run.judge_drift", lambda history, policy: alarm)
 
 
 def broken_action(scene: Scene) -> None:
@@ -709,7 +691,7 @@ FAULTS = [
     ),
     Fault("a domain's name with slashes and dots", named("../../etc/law"), "nothing"),
     Fault("a domain's name of 500 characters", named("law" * 166 + "xy"), "nothing"),
-    Fault("a domain's name with a line break", named("law\nmedicine"), "nothing"),
+    Fault("a domain's name with a line break", named("law\nhealth"), "nothing"),
     Fault(
         "training data of one row",
         lambda s: setattr(s, "train_dataset", s.tokenised(1)),

@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
@@ -28,7 +27,7 @@ from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell
 from sts_callback.monitor import Monitor
 from sts_callback.runlog import RunLog
-from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
+from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 RANK = int(os.environ.get("RANK", "0"))
 PROBES = ProbeConfig(n_queries=8, n_features=8, batch_tokens=256)
@@ -145,33 +144,15 @@ def arguments(mode: str, out: Path, options: dict[str, Any]) -> TrainingArgument
         },
     }
     shared: dict[str, Any] = {
-        "output_dir": str(out),
         "max_steps": N_STEPS,
-        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "learning_rate": 5e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         "ddp_timeout": 45,  # seconds that one rank waits for another: a hang becomes an error with a place
-        "seed": 3,
     }
-    args = TrainingArguments(**{**shared, **modes[mode], **options})
+    args = TrainingArguments(**tiny_arguments(out, **{**shared, **modes[mode], **options}))
     if mode in ("fsdp2", "tp"):  # accelerate takes these for a thing of GPUs: it would fall back to DDP, or refuse
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         AcceleratorState._reset_state(False)
     return args
-
-
-def tokenised(tokenizer: Any) -> Dataset:
-    made = []
-    for row in rows(40):
-        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
-        made.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    return Dataset.from_list(made)
 
 
 @contextmanager
@@ -250,7 +231,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         trainer = Trainer(
             model=split_model(folder / "model") if case["mode"] == "tp" else made_model(case.get("lora", False)),
             args=args,
-            train_dataset=tokenised(tokenizer),
+            train_dataset=tokenised(rows(40), tokenizer),
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             callbacks=[First(witness, case), *([callback] if callback else []), witness],

@@ -1,0 +1,309 @@
+"""The stages that run the model: forecasts of all fine-tunes in one pass over each domain, then the fine-tunes themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from demo import SAE_FOLDER
+from gemma import cached_gemma
+from sts_callback import ProbeConfig, scoring
+from sts_callback.baseline import SetBaseline
+from sts_callback.measure import Context, Gauge
+from sts_callback.metrics.scores import n_shared
+from sts_callback.metrics.sums import token_mean
+from sts_callback.model.capture import undisturbed
+from sts_callback.model.encoder import load_encoder
+from sts_callback.model.hooks import find_layers
+from sts_callback.model.probes import ProbeSet, Query, bos_tokens, make_completion_set, make_probe_set, neutral_tokens
+from sts_callback.monitor import TRAIN
+from sts_callback.readings import BARE, Reading, Reference
+from sts_callback.records import DriftSnapshot
+from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
+from validation import measure
+from validation.data import CATEGORIES, DOMAINS, Row, deal
+from validation.train import tune
+
+HERE = Path(__file__).parent
+FORECASTS, STEP_ZERO, RUNS, SUMS = (HERE / name for name in ("forecasts.jsonl", "step_zero.json", "runs.jsonl", "sums.npz"))
+SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "settings.yaml").read_text())
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One fine-tune."""
+
+    fine_tune: str
+    setting: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.fine_tune}/{self.setting}/{self.seed}"
+
+
+def planned() -> list[Run]:
+    """All runs: first seeds first, the development half before the other."""
+    fine_tunes = [*SETTINGS["fine_tunes"]["development"], *SETTINGS["fine_tunes"]["held_out"]]
+    first = [Run(name, setting, 0) for setting in ("harsh", "gentle") for name in fine_tunes]
+    second = [Run(name, setting, 1) for setting in ("harsh", "gentle") for name in SETTINGS["second_seed"]]
+    return sorted(first, key=lambda run: run.fine_tune in SETTINGS["fine_tunes"]["held_out"]) + second
+
+
+def stored(file: Path) -> list[dict[str, Any]]:
+    """Lines of results so far."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class Lab:
+    """Model, SAE and all rows."""
+
+    def __init__(self, data_dir: Path, work_dir: Path) -> None:
+        logging.set_verbosity_error()
+        name, self._work_dir = cached_gemma(), work_dir
+        work_dir.mkdir(parents=True, exist_ok=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(name)
+        self._model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        self._bos = bos_tokens(self._tokenizer)
+        self._config = ProbeConfig(**SETTINGS["probes"], seed=SETTINGS["seed"])
+        encoder = load_encoder(SAE_FOLDER, name, len(find_layers(self._model)))
+        self._gauge = Gauge(self._model, [encoder], self._config)
+        (self._lens,) = self._gauge.lenses
+        self._rows = deal(data_dir, SETTINGS["n_measured"], SETTINGS["seed"])
+        self._fine_tunes: list[str] = [*SETTINGS["fine_tunes"]["development"], *SETTINGS["fine_tunes"]["held_out"]]
+        self._taught = {
+            name: self._probes(TRAIN, self._rows[name].training, self._config.n_train_demonstrations) for name in self._fine_tunes
+        }
+        self._asked = {
+            name: self._probes(name, self._rows[name].forecast, self._config.n_domain_demonstrations) for name in DOMAINS
+        }
+
+    def forecast(self) -> None:
+        """Write what is expected of each fine-tune."""
+        self._calibrated()
+        forecasts, means = [], {}
+        for fine_tune in self._fine_tunes:
+            train = self._train_reading(fine_tune)
+            scorer = ForecastScorer(train, self._config.n_features)
+            own = scorer.domain(self._taught[fine_tune], train)
+            found = {name: scorer.domain(self._asked[name], _as_of(self._domain_reading(name), fine_tune)) for name in DOMAINS}
+            line = {"fine_tune": fine_tune, "features": scorer.features, "train": own.to_dict()}
+            forecasts.append(line | {"domains": {name: one.to_dict() for name, one in scorer.ranked(found).items()}})
+            means |= {f"train/{fine_tune}/{key}": value for key, value in _means(train).items()}
+        for name in DOMAINS:
+            means |= {f"{name}/{key}": value for key, value in _means(self._domain_reading(name)).items()}
+        FORECASTS.write_text("".join(json.dumps(line) + "\n" for line in forecasts))
+        np.savez_compressed(SUMS, **means)
+
+    def train(self, part: int, n_parts: int) -> None:
+        """Run the fine-tunes that are not stored yet."""
+        self._calibrated()
+        forecasts = {line["fine_tune"]: tuple(line["features"]) for line in stored(FORECASTS)}
+        if not STEP_ZERO.exists():
+            STEP_ZERO.write_text(json.dumps({name: self._step_zero(name) for name in DOMAINS}) + "\n")
+        runs = planned()[part::n_parts]
+        for run in tqdm(runs, desc="Fine-tunes", unit="run"):
+            if run.name not in {line["run"] for line in stored(RUNS)}:
+                line = self._run(run, forecasts[run.fine_tune])
+                with RUNS.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    def _run(self, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
+        started = time.monotonic()
+        rows = self._queries([row for row in self._rows[run.fine_tune].training])
+        line: dict[str, Any] = {"run": run.name, **dataclasses.asdict(run), "checks": [], "on_the_way": {}}
+        settings = SETTINGS["training"]
+
+        def on_step(step: int) -> None:
+            if step in settings["checks"]:
+                line["checks"].append(_rounded(self._check(run.fine_tune, step, forecast).to_dict()))
+                if step == settings["steps"]:
+                    line["after"] = {name: self._after(name) for name in DOMAINS}
+                else:
+                    line["on_the_way"][step] = {name: self._nll_so_far(name) for name in DOMAINS}
+
+        rate = SETTINGS["learning_rates"][run.setting]
+        line["loss"] = _rounded(tune(self._model, rows, self._bos, settings, learning_rate=rate, seed=run.seed, on_step=on_step))
+        return {**line, "seconds": round(time.monotonic() - started)}
+
+    def _check(self, fine_tune: str, step: int, forecast: tuple[int, ...]) -> DriftSnapshot:
+        """The tool's own check, on the first queries of the forecast's."""
+        started, zero, sets = time.monotonic(), self._check_baselines(fine_tune), self._checked_sets(fine_tune)
+        with undisturbed(self._model):
+            bare = self._context((), with_answers=True)
+            readings = {s.name: self._gauge.read_drift(s, bare, [zero[s.name]])[0] for s in sets}
+        realised = scoring.realised_features(readings[TRAIN], self._config.n_features)
+        drifts = {s.name: scoring.domain_drift(s, readings[s.name], zero[s.name], forecast, realised) for s in sets}
+        shared, seconds = n_shared(realised, forecast), time.monotonic() - started
+        return DriftSnapshot(step, realised, shared, drifts.pop(TRAIN), drifts, seconds)
+
+    def _checked_sets(self, fine_tune: str) -> list[ProbeSet]:
+        whole = [self._taught[fine_tune], *self._asked.values()]
+        return [ProbeSet(s.name, s.queries[: SETTINGS["n_checked"]], ((),), s.n_cut) for s in whole]
+
+    @functools.cache  # noqa: B019  # one lab a process
+    def _check_baselines(self, fine_tune: str) -> dict[str, SetBaseline]:
+        zero = {}
+        for probes in self._checked_sets(fine_tune):
+            is_train = probes.name == TRAIN
+            whole = self._train_reading(fine_tune) if is_train else _as_of(self._domain_reading(probes.name), fine_tune)
+            key = f"checked-{f'train-{fine_tune}' if is_train else probes.name}"
+            bare = self._kept(key, functools.partial(self._bare_reading, probes))
+            fields = ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy")
+            zero[probes.name] = dataclasses.replace(
+                scoring.set_baseline(whole), **{field: getattr(bare, field) for field in fields}, nll=bare.nll[BARE]
+            )
+        return zero
+
+    def _bare_reading(self, probes: ProbeSet) -> Reading:
+        with undisturbed(self._model):
+            return self._gauge.read(probes, self._context((), with_answers=True), {})[0]
+
+    def _step_zero(self, name: str) -> dict[str, list[float]]:
+        """Of the untuned model, what a run's line has of the tuned one."""
+        found, _ = self._before(name)
+        return _answers(found) | {"n": found.counts(), "n_late": found.counts(SETTINGS["n_first"]), **self._wrong(name)}
+
+    def _before(self, name: str) -> tuple[measure.Losses, Reading]:
+        queries = self._measured(name)
+        made: tuple[measure.Losses, Reading] = self._kept(
+            f"measured-{name}", lambda: measure.before(self._model, self._lens, queries, self._bos)
+        )
+        return made
+
+    def _after(self, name: str) -> dict[str, Any]:
+        zero = self._before(name)[1]
+        found, drift = measure.after(self._model, self._lens, self._measured(name), self._bos, zero)
+        # As in a check: means over their own tokens, since some that counted at step 0 may be sinks now.
+        scale = float(zero.n_tokens.sum()) / max(1.0, float(drift.n_tokens.sum()))
+        moved = scoring.estimate(drift.shift.features.sum(dim=1) * scale, zero.energy, torch.arange(len(zero.energy)))
+        raw = float(drift.shift.raw.sum()) * scale / float(zero.raw_energy.sum())
+        unseen = float(drift.shift.unseen.sum() / drift.shift.raw.sum())
+        return _answers(found) | self._wrong(name) | {"drift": moved.to_dict(), "raw_drift": raw, "unseen": unseen}
+
+    def _nll_so_far(self, name: str) -> list[float]:
+        queries = self._measured(name)[: SETTINGS["n_on_the_way"]]
+        sums: list[float] = _rounded(measure.losses(self._model, self._lens, queries, self._bos).sums())
+        return sums
+
+    def _wrong(self, name: str) -> dict[str, list[float]]:
+        """NLL per token of wrong options, where there are such."""
+        if name not in CATEGORIES:
+            return {}
+        rows = self._rows[name].measured[: SETTINGS["n_wrong"]]
+        queries = self._queries([{"prompt": row["prompt"], "completion": row["wrong"]} for row in rows])
+        found = measure.losses(self._model, self._lens, queries, self._bos)
+        return {"wrong": _rounded([total / n for total, n in zip(found.sums(), found.counts(), strict=True)])}
+
+    @functools.cache  # noqa: B019
+    def _measured(self, name: str) -> list[Query]:
+        return self._queries(self._rows[name].measured)
+
+    def _queries(self, rows: Sequence[Row]) -> list[Query]:
+        """Tokens of prompts and completions, cut as in the forecast."""
+        config = dataclasses.replace(self._config, n_queries=len(rows))
+        whole = make_completion_set("rows", rows, self._tokenizer, config, field="rows").queries
+        starts = [q.counts.index(True) for q in whole]
+        return [Query(q.query[:n], q.query[n:], (True,) * n) for q, n in zip(whole, starts, strict=True)]
+
+    def _train_reading(self, fine_tune: str) -> Reading:
+        def read() -> Reading:
+            with undisturbed(self._model):
+                contexts = {TAUGHT: self._taught_contexts[fine_tune], NEUTRAL: [self._neutral]}
+                bare = self._context((), with_answers=True)
+                return self._gauge.read(self._taught[fine_tune], bare, contexts, with_gradients=True)[0]
+
+        return self._kept(f"train-{fine_tune}", read)
+
+    def _domain_reading(self, name: str) -> Reading:
+        """Behind the demonstrations of all fine-tunes, each under its own name."""
+
+        def read() -> Reading:
+            probes = self._asked[name]
+            with undisturbed(self._model):
+                own = [self._context(draw, with_answers=False) for draw in probes.draws]
+                contexts = {**self._taught_contexts, NEUTRAL: [self._neutral], OWN: own}
+                bare = self._context((), with_answers=True)
+                return self._gauge.read(probes, bare, contexts, with_gradients=True)[0]
+
+        return self._kept(f"forecast-{name}", read)
+
+    @functools.cached_property
+    def _taught_contexts(self) -> dict[str, list[Context]]:
+        sets = self._taught.items()
+        return {name: [self._context(draw, with_answers=True) for draw in probes.draws] for name, probes in sets}
+
+    @functools.cached_property
+    def _neutral(self) -> Context:
+        lengths = [len(draw) for probes in self._taught.values() for draw in probes.draws]
+        return self._context(neutral_tokens(self._tokenizer, sum(lengths) // len(lengths)), with_answers=True)
+
+    def _calibrated(self) -> None:
+        def calibrate() -> Reference:
+            with undisturbed(self._model):
+                self._gauge.calibrate(list(self._asked.values()), self._context((), with_answers=True))
+            return self._lens.reference
+
+        self._lens.adopt(self._kept("reference", calibrate))
+
+    def _context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
+        return self._gauge.context((*self._bos, *tokens), with_answers=with_answers)
+
+    def _probes(self, name: str, rows: Sequence[Row], n_demonstrations: int) -> ProbeSet:
+        return make_probe_set(name, rows, self._tokenizer, self._config, n_demonstrations=n_demonstrations, field=name)
+
+    def _kept(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, kept in the work folder."""
+        file = self._work_dir / f"{name}.pt"
+        if not file.exists():
+            started, scratch = time.monotonic(), file.with_suffix(f".{time.time_ns()}")
+            torch.save(make(), scratch)
+            scratch.rename(file)  # whole or not at all
+            tqdm.write(f"{name}: {time.monotonic() - started:.0f} s")
+        made: T = torch.load(file, weights_only=False)
+        return made
+
+
+def _as_of(reading: Reading, fine_tune: str) -> Reading:
+    """A domain's reading as one forecast has it: of the fine-tunes only this one."""
+    shifts, nll = reading.shifts, reading.nll
+    return dataclasses.replace(
+        reading,
+        shifts={TAUGHT: shifts[fine_tune], NEUTRAL: shifts[NEUTRAL], OWN: shifts[OWN]},
+        nll={BARE: nll[BARE], NEUTRAL: nll[NEUTRAL], TAUGHT: nll[fine_tune]},
+    )
+
+
+def _means(reading: Reading) -> dict[str, np.ndarray]:
+    """By feature: activity, gradient and shifts, means over tokens."""
+    sums = {"activity": reading.activity, **{name: shift.features for name, shift in reading.shifts.items()}}
+    means = {key: token_mean(value, reading.n_tokens) for key, value in sums.items()}
+    if reading.gradients is not None:
+        means["gradient"] = reading.gradients.double().sum(dim=0) / float(reading.n_answer.sum())
+    return {key: value.numpy().astype(np.float32) for key, value in means.items()}
+
+
+def _answers(found: measure.Losses) -> dict[str, list[float]]:
+    return {"nll": _rounded(found.sums()), "late": _rounded(found.sums(SETTINGS["n_first"]))}
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits: lines stay short."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

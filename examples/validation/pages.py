@@ -1,0 +1,302 @@
+"""RESULTS.md and its plots, from the lines that the stages left. The held-out half is shown only when it is opened."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from scipy import stats
+
+from sts_callback.config import PolicyConfig
+from sts_callback.policy import holm, judge_drift
+from sts_callback.records import DriftSnapshot
+from validation.data import DOMAINS
+from validation.lab import FORECASTS, HERE, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
+from validation.scores import RIVALS, Scores, correlations, expected, harm, movement, ratio, signed
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+HARM, CLEAR = 0.1, 2.0  # nats per token, and times its standard error
+N_BOOT = 2000
+Table = list[list[str]]
+
+
+def write_report(*, opened: bool) -> None:
+    """Make RESULTS.md and the plots.
+
+    Args:
+        opened: whether the held-out half is shown too.
+
+    """
+    forecasts = {line["fine_tune"]: line for line in stored(FORECASTS)}
+    zero, means = json.loads(STEP_ZERO.read_text()), dict(np.load(SUMS))
+    runs = stored(RUNS)
+    scores = {name: expected(line, means, len(line["features"])) for name, line in forecasts.items()}
+    halves = [("Development half", "development")] + ([("Held-out half", "held_out")] if opened else [])
+    lines = [
+        "# Does the forecast come true?",
+        "",
+        *wrapped(
+            f"Made by `examples/validate.py report` from {len(runs)} of {len(planned())} runs; `PROTOCOL.md` says what is what. "
+            + ("" if opened else "The held-out half has not been opened.")
+        ),
+    ]
+    for title, key in halves:
+        own = [run for run in runs if run["fine_tune"] in SETTINGS["fine_tunes"][key]]
+        if own:
+            lines += ["", f"## {title}: {len(own)} runs", *half(own, scores, forecasts, zero, key)]
+    (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
+
+
+def half(
+    runs: list[dict[str, Any]], scores: Mapping[str, Scores], forecasts: Mapping[str, Any], zero: Mapping[str, Any], key: str
+) -> list[str]:
+    """Tables and plots of one half."""
+    moved = {run["run"]: movement(run) for run in runs}
+    changed = {run["run"]: harm(run, zero) for run in runs}
+    clear = [run for run in runs if np.std(changed[run["run"]][0]) >= CLEAR * changed[run["run"]][1].mean()]
+    absolute = {name: np.abs(value) for name, (value, _) in changed.items()}
+    plot_pairs(runs, scores, moved, absolute, HERE / f"{key}.svg")
+    return [
+        "",
+        "### Movement: which domains' representation moves most?",
+        "",
+        *wrapped("Correlation over the 20 domains of each score with the relative feature drift at the end."),
+        "",
+        *table(ranking(runs, scores, moved)),
+        "",
+        "### Harm: which domains' loss changes most?",
+        "",
+        *wrapped(
+            f"The same with the absolute change of answer NLL, over the {len(clear)} of {len(runs)} runs whose changes spread at "
+            "least twice as far as their mean standard error."
+        ),
+        "",
+        *table(ranking(clear, scores, absolute)),
+        "",
+        *wrapped(
+            "What moved against what changed, after the fact: Spearman "
+            f"{pooled(runs, {r['run']: spearman(moved[r['run']], absolute[r['run']]) for r in runs})} of drift with absolute "
+            "change."
+        ),
+        "",
+        "### Direction",
+        "",
+        *table(directions(runs, forecasts, changed)),
+        "",
+        "### Run by run",
+        "",
+        *table(run_by_run(runs, zero, moved, changed)),
+        "",
+        "### Early in the run",
+        "",
+        *wrapped("Spearman of what a check after so many steps sees with what is measured at the end."),
+        "",
+        *table(early(runs, moved, absolute)),
+        "",
+        "### The monitor",
+        "",
+        *wrapped(monitor(runs, zero, changed)),
+        "",
+        f"![Scores against what happened]({key}.svg)",
+    ]
+
+
+def ranking(runs: list[dict[str, Any]], scores: Mapping[str, Scores], realised: Mapping[str, np.ndarray]) -> Table:
+    """Scores by how well they rank, best first."""
+    if not runs:
+        return [["no run"]]
+    found = []
+    for name in scores[runs[0]["fine_tune"]]:
+        ranks, lines = ({} for _ in range(2))
+        for run in runs:
+            score = {name: scores[run["fine_tune"]][name]}
+            ranks[run["run"]] = correlations(score, realised[run["run"]])[name]
+            lines[run["run"]] = correlations(score, realised[run["run"]], stats.pearsonr)[name]
+        by_tune = by_fine_tune(runs, ranks)
+        row = [
+            f"*{name}*" if name in RIVALS else name,
+            pooled(runs, ranks),
+            f"{np.mean(list(by_fine_tune(runs, lines).values())):.2f}",
+        ]
+        found.append((np.mean(list(by_tune.values())), [*row, *(f"{value:.2f}" for value in by_tune.values())]))
+    head = ["score (*rival*)", "Spearman [interval]", "Pearson", *by_fine_tune(runs, {run["run"]: 0.0 for run in runs})]
+    return [head, *(row for _, row in sorted(found, key=lambda pair: -np.nan_to_num(pair[0], nan=-2)))]
+
+
+def by_fine_tune(runs: Iterable[Mapping[str, Any]], values: Mapping[str, float]) -> dict[str, float]:
+    """Means over the runs of each fine-tune."""
+    groups: dict[str, list[float]] = {}
+    for run in runs:
+        groups.setdefault(run["fine_tune"], []).append(values[run["run"]])
+    return {name: float(np.mean(group)) for name, group in groups.items()}
+
+
+def pooled(runs: Iterable[Mapping[str, Any]], values: Mapping[str, float]) -> str:
+    """Mean over fine-tunes, with a bootstrap interval over them."""
+    means = np.array(list(by_fine_tune(runs, values).values()))
+    if len(means) == 0:
+        return "-"
+    draws = np.random.default_rng(0).choice(means, (N_BOOT, len(means))).mean(axis=1)
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return f"{means.mean():.2f} [{low:.2f}, {high:.2f}]"
+
+
+def directions(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed: Mapping[str, Any]) -> Table:
+    """How often a signed score has the sign of a clear change."""
+    hits: dict[str, list[bool]] = {}
+    signs = []
+    for run in runs:
+        value, error = changed[run["run"]]
+        clear = np.abs(value) >= CLEAR * error
+        signs += (value[clear] > 0).tolist()
+        for name, score in signed(forecasts[run["fine_tune"]]).items():
+            hits.setdefault(name, []).extend((np.sign(score[clear]) == np.sign(value[clear])).tolist())
+    worse = float(np.mean(signs)) if signs else math.nan
+    rows = [[name, f"{np.mean(right):.0%} of {len(right)}"] for name, right in hits.items()]
+    side = "worse" if worse >= 0.5 else "better"
+    return [["says", "sign right"], *rows, [f"always {side} (the majority)", f"{max(worse, 1 - worse):.0%} of {len(signs)}"]]
+
+
+def run_by_run(
+    runs: list[dict[str, Any]], zero: Mapping[str, Any], moved: Mapping[str, np.ndarray], changed: Mapping[str, Any]
+) -> Table:
+    head = [
+        "run",
+        "loss, first and last 5 steps",
+        "overlap",
+        "drift, median (most)",
+        "NLL change, median (worst)",
+        "error",
+        "late",
+    ]
+    rows = [head]
+    for run in runs:
+        value, error = changed[run["run"]]
+        drift, late = moved[run["run"]], harm(run, zero, "late")[0]
+        worst, most = int(np.argmax(value)), int(np.argmax(drift))
+        first, last = np.mean(run["loss"][:5]), np.mean(run["loss"][-5:])
+        rows.append(
+            [
+                run["run"],
+                f"{first:.2f}, {last:.2f}",
+                str(run["checks"][-1]["n_shared"]),
+                f"{np.median(drift):.1%} ({DOMAINS[most]} {drift[most]:.1%})",
+                f"{np.median(value):+.2f} ({DOMAINS[worst]} {value[worst]:+.2f})",
+                f"{error.mean():.2f}",
+                f"{np.nanmedian(late):+.2f}",
+            ]
+        )
+    return rows
+
+
+def early(runs: list[dict[str, Any]], moved: Mapping[str, np.ndarray], absolute: Mapping[str, np.ndarray]) -> Table:
+    rows = [["after steps", "drift so far, with movement", "change so far, with harm"]]
+    for i, step in enumerate(SETTINGS["training"]["checks"]):
+        drifts, losses = {}, {}
+        for run in runs:
+            domains = [run["checks"][i]["domains"][name] for name in DOMAINS]
+            drifts[run["run"]] = spearman(np.array([d["relative_drift"]["value"] for d in domains]), moved[run["run"]])
+            so_far = np.abs(np.array([d["nll_change"]["value"] for d in domains]))
+            losses[run["run"]] = spearman(so_far, absolute[run["run"]])
+        rows.append([str(step), pooled(runs, drifts), pooled(runs, losses)])
+    return rows
+
+
+def monitor(runs: list[dict[str, Any]], zero: Mapping[str, Any], changed: Mapping[str, Any]) -> str:
+    """Alarms against harm."""
+    policy = PolicyConfig(budgets=dict.fromkeys(DOMAINS, HARM))
+    evidence, harmed, false, leads = [], [], 0, []
+    n_alarms = 0
+    for run in runs:
+        snapshots = [DriftSnapshot.from_dict(check) for check in run["checks"]]
+        alarms: dict[str, int] = {}
+        for i, snapshot in enumerate(snapshots):
+            verdict = judge_drift(snapshots[: i + 1], policy)
+            for name in verdict.threatened if verdict.decision == "no-go" else ():
+                alarms.setdefault(name, snapshot.step)
+        p_values = holm({name: snapshots[-1].domains[name].p_worse for name in DOMAINS})
+        value, error = changed[run["run"]]
+        for place, name in enumerate(DOMAINS):
+            is_harmed = bool(value[place] >= HARM and value[place] >= CLEAR * error[place])
+            has_moved = snapshots[-1].domains[name].relative_drift.value >= policy.min_drift
+            harmed.append(is_harmed)
+            evidence.append(-p_values[name] if has_moved else -1.0)
+            n_alarms += name in alarms
+            false += name in alarms and not is_harmed
+            if name in alarms and is_harmed:
+                leads.append(harmed_at(run, zero, name) - alarms[name])
+    n_harmless = len(harmed) - sum(harmed)
+    text = (
+        f"{sum(harmed)} of {len(harmed)} domains (over all runs) were harmed; {n_alarms} alarms were raised, {false} of them for "
+    )
+    text += f"one of the {n_harmless} not harmed ({false / max(1, n_harmless):.1%}). "
+    if 0 < sum(harmed) < len(harmed):
+        text += f"AUROC of the last check's evidence: {auroc(np.array(evidence), np.array(harmed)):.3f}. "
+    if leads:
+        text += f"Lead of the {len(leads)} right alarms over the first checkpoint at which the measured NLL was up by {HARM}: "
+        text += f"median {np.median(leads):.0f} steps, {min(leads)} to {max(leads)}."
+    return text
+
+
+def harmed_at(run: Mapping[str, Any], zero: Mapping[str, Any], name: str) -> int:
+    """The first checkpoint at which the measured questions' NLL was up."""
+    for step, found in run["on_the_way"].items():
+        nll = np.array(found[name])
+        n = np.array(zero[name]["n"][: len(nll)], dtype=float)
+        if ratio(nll - np.array(zero[name]["nll"][: len(nll)]), n)[0] >= HARM:
+            return int(step)
+    return int(SETTINGS["training"]["steps"])
+
+
+def auroc(evidence: np.ndarray, harmed: np.ndarray) -> float:
+    ranks = stats.rankdata(evidence)
+    n = int(harmed.sum())
+    return float((ranks[harmed].sum() - n * (n + 1) / 2) / (n * (len(harmed) - n)))
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    return float(stats.spearmanr(one, other).statistic)
+
+
+def plot_pairs(
+    runs: list[dict[str, Any]],
+    scores: Mapping[str, Scores],
+    moved: Mapping[str, np.ndarray],
+    absolute: Mapping[str, np.ndarray],
+    file: Path,
+) -> None:
+    """STS_cross against movement, and the NLL change in context against harm, a column a fine-tune."""
+    mpl.rcParams["svg.hashsalt"] = "sts_callback"
+    names = list(by_fine_tune(runs, {run["run"]: 0.0 for run in runs}))
+    figure, axes = plt.subplots(2, len(names), figsize=(3.2 * len(names), 6), layout="constrained", squeeze=False)
+    for column, name in enumerate(names):
+        for run in (run for run in runs if run["fine_tune"] == name):
+            for axis, score, realised in (
+                (axes[0][column], "STS_cross", moved[run["run"]]),
+                (axes[1][column], "NLL change in context", absolute[run["run"]]),
+            ):
+                axis.scatter(scores[name][score], realised, s=12, label=f"{run['setting']} {run['seed']}")
+                axis.set(xlabel=score, yscale="log")
+        axes[0][column].set_title(name)
+        axes[0][column].legend(fontsize=7)
+    axes[0][0].set_ylabel("relative feature drift")
+    axes[1][0].set_ylabel("absolute change of answer NLL")
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def table(rows: Table) -> list[str]:
+    head, *body = rows
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,118 @@
+"""What each score said before training, and what training did: numbers by fine-tune and domain. No model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from validation.data import DOMAINS
+
+Means = Mapping[str, np.ndarray]
+Scores = dict[str, np.ndarray]
+"""By the name of a score, one number for each of `DOMAINS`; for all but signed ones, large says that a domain changes much."""
+
+RIVALS = ("cosine of mean activations", "raw shift", "NLL at step 0")
+"""Scores that need no SAE."""
+
+
+def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scores:
+    """All scores of one fine-tune.
+
+    Args:
+        forecast: its line in `forecasts.jsonl`.
+        means: `sums.npz`.
+        n_features: N.
+
+    """
+    fine_tune, domains = forecast["fine_tune"], [forecast["domains"][name] for name in DOMAINS]
+
+    def field(name: str) -> np.ndarray:
+        return np.array([d[name]["value"] if isinstance(d[name], dict) else d[name] for d in domains], dtype=float)
+
+    def of_domain(key: str) -> np.ndarray:
+        return np.stack([means[f"{name}/{key}"] for name in DOMAINS]).astype(float)
+
+    taught, neutral, own = of_domain(fine_tune), of_domain("neutral"), of_domain("own demonstrations")
+    train = {key: means[f"train/{fine_tune}/{key}"].astype(float) for key in ("training demonstrations", "neutral", "gradient")}
+    chosen = list(forecast["features"][:n_features])
+    contrast = np.argsort(train["neutral"] - train["training demonstrations"])[:n_features]
+    gradients = of_domain("gradient")
+    found = {
+        "STS_act": field("sts_act"),
+        "STS_ICL": field("sts_icl"),
+        "STS_rel": field("sts_rel"),
+        "STS_cross": field("sts_cross"),
+        "STS_cross, features above plain prose": taught[:, contrast].sum(axis=1) / taught.sum(axis=1),
+        "STS_cross less plain prose": (taught - neutral)[:, chosen].sum(axis=1) / taught.sum(axis=1),
+        "STS_rel, features above plain prose": own[:, contrast].sum(axis=1) / own.sum(axis=1),
+        "shift on the features, over activity": field("relative_shift") * field("sts_cross"),
+        "relative shift": field("relative_shift"),
+        "relative shift over that by plain prose": taught.sum(axis=1) / neutral.sum(axis=1),
+        "cosine of shifts": _cosines(np.sqrt(taught), np.sqrt(train["training demonstrations"])),
+        "NLL change in context": np.abs(field("nll_change")),
+        "gradient alignment": np.abs(field("gradient_change")),
+        "cosine of gradients": np.abs(_cosines(gradients, train["gradient"])),
+        "cosine of mean activations": field("cosine"),
+        "raw shift": field("raw_shift"),
+        "NLL at step 0": field("nll"),
+    }
+    for pair in (
+        ("STS_cross", "cosine of mean activations"),
+        ("STS_cross", "relative shift"),
+        ("STS_cross", "NLL change in context"),
+    ):
+        found["ranks of " + " and ".join(pair)] = stats.rankdata(found[pair[0]]) + stats.rankdata(found[pair[1]])
+    return found
+
+
+def signed(forecast: Mapping[str, Any]) -> Scores:
+    """Scores that tell a direction: above 0 is worse."""
+    return {
+        title: np.array([forecast["domains"][name][key]["value"] for name in DOMAINS], dtype=float)
+        for title, key in (("NLL change in context", "nll_change"), ("gradient alignment", "gradient_change"))
+    }
+
+
+def movement(run: Mapping[str, Any]) -> np.ndarray:
+    """Relative feature drift at the end, for each of `DOMAINS`."""
+    return np.array([run["after"][name]["drift"]["value"] for name in DOMAINS], dtype=float)
+
+
+def harm(run: Mapping[str, Any], zero: Mapping[str, Any], kind: str = "nll") -> tuple[np.ndarray, np.ndarray]:
+    """Change of the answers' NLL in nats per token for each of `DOMAINS`, and its standard error over questions.
+
+    Args:
+        run: a line of `runs.jsonl`.
+        zero: `step_zero.json`.
+        kind: `nll`, or `late` for what comes after the first tokens.
+
+    """
+    counts = {"nll": "n", "late": "n_late"}[kind]
+    pairs = [
+        ratio(np.subtract(run["after"][name][kind], zero[name][kind]), np.array(zero[name][counts], dtype=float))
+        for name in DOMAINS
+    ]
+    values, errors = zip(*pairs, strict=True)
+    return np.array(values), np.array(errors)
+
+
+def ratio(change: np.ndarray, n: np.ndarray) -> tuple[float, float]:
+    """A change per token and its standard error, from sums and tokens of questions."""
+    value = float(change.sum() / n.sum())
+    left = change - value * n
+    return value, float(np.sqrt(len(n) / (len(n) - 1) * (left**2).sum()) / n.sum())
+
+
+def correlations(scores: Scores, realised: np.ndarray, correlate: Callable[..., Any] = stats.spearmanr) -> dict[str, float]:
+    """Of each score with what happened, over domains; NaN where a score is the same for all."""
+    return {
+        name: float(correlate(values, realised).statistic) if len(set(values.tolist())) > 1 else float("nan")
+        for name, values in scores.items()
+    }
+
+
+def _cosines(rows: np.ndarray, one: np.ndarray) -> np.ndarray:
+    return rows @ one / (np.linalg.norm(rows, axis=1) * np.linalg.norm(one))

@@ -1,0 +1,400 @@
+"""One training run: its forecast, its baseline and its checks, what has come of them, and what is written and done about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from sts_callback import scalars, terminal
+from sts_callback.config import ProbeConfig
+from sts_callback.distributed import Ranks
+from sts_callback.domains.reader import Source, are_prompts_only
+from sts_callback.errors import CannotTell, ConfigError, DataError, ModelError, NoGo, SaeError, StsError
+from sts_callback.guard import Errors, Guard
+from sts_callback.model.capture import undisturbed
+from sts_callback.monitor import Monitor
+from sts_callback.overhead import Overhead, first_guess
+from sts_callback.policy import judge_drift, judge_forecast, require_power
+from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
+from sts_callback.rollouts import Rollouts, require_enough, require_possible, samples
+from sts_callback.runlog import RunLog
+from sts_callback.scoring import rank_agreement
+from sts_callback.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from sts_callback.model.encoder import SaeSource
+
+logger = logging.getLogger(__name__)
+
+_STATE_KEY = "sts_callback"
+
+
+class Run:
+    """What is known of one run of a trainer, from `begin` to `end`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        rollouts: Rollouts,
+        ranks: Ranks,
+        trainer: Callable[[], Trainer | None],
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        earlier: Run | None,
+    ) -> None:
+        """Find out whether it begins, is resumed or begun again. Nothing is measured or written yet.
+
+        Args:
+            settings: the user's.
+            rollouts: what the tapped reward functions overhear.
+            ranks: the processes of the run.
+            trainer: gives the one that the callback is attached to, if any.
+            args: the trainer's.
+            state: the trainer's.
+            earlier: the callback's run before this one. What it has found stands until this one has found its own.
+
+        """
+        self._settings, self._rollouts, self._ranks, self._trainer = settings, rollouts, ranks, trainer
+        self._is_restart = earlier is not None and earlier._is_begun_again(args, state)
+        self._is_new = state.global_step == 0 and not self._is_restart
+        self._log = RunLog(Path(args.output_dir or ".") / "sts", anew=self._is_new)
+        self._guard = Guard(self._log, ranks, raises=settings.on_error == "raise")
+        self._overhead: Overhead
+        self._bars = state.is_world_process_zero and not args.disable_tqdm
+        self._train_batch_size = state.train_batch_size
+
+        self.forecast: Forecast | None = earlier.forecast if earlier else None
+        self.verdict: Verdict | None = earlier.verdict if earlier else None
+        self._others: list[Forecast] = earlier._others if earlier else []
+        self._step_zero: dict[str, Any] = (
+            earlier._step_zero if earlier and self._is_restart else dict(_kept_with_checkpoints(state).get(_STATE_KEY, {}))
+        )
+        # Step 0 can only be compared with in the batches that it was read in.
+        kept = {} if self._is_new else self._step_zero
+        self._batch_tokens: int = kept.get("batch_tokens", settings.probes.batch_tokens)
+        self._forecasts_from_rollouts, self._awaits_rollouts = False, self._is_new and rollouts.is_tapped
+
+        self._monitor: Monitor | None = None
+        self._recent: list[DriftSnapshot] = []
+        self._last_check = self._last_try = 0
+        self._is_postponed = self._owes_checkpoint = False
+        self._alarmed: tuple[str, ...] = ()
+
+    def begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forecast and take the baseline, unless the rollouts of step 0 must come first; after a resume, take up what is kept."""
+        if not self._is_restart:
+            self._rollouts.forget()
+        if not (self._is_new or self._is_restart):
+            self._guard.run(state, "resume", self._read_rollouts)
+        if self._awaits_rollouts:
+            self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), passes=(StsError,))
+        if not self._forecasts_from_rollouts:
+            self._set_up(state, control, **kwargs)
+
+    def take_rollouts(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take those of step 0, once, and forecast from them if there are no answers: the weights have not moved yet."""
+        if not self._awaits_rollouts:
+            return
+        self._awaits_rollouts = False
+        if not self._guard.run(state, "rollouts", lambda: self._take_rollouts(args)):
+            return
+        if self._forecasts_from_rollouts:
+            self._set_up(state, control, **kwargs)
+        elif self._monitor is not None:
+            self._guard.run(state, "run log", lambda: self._log.write_rollouts(self._rollouts.first), first_only=True)
+
+    def check(self, state: TrainerState, control: TrainerControl, model: nn.Module, *, always: bool = False) -> None:
+        """Measure drift, if it is affordable or is to be made always, and write and do what comes of it. Once a step at most."""
+        if self._monitor is None or state.global_step in (0, self._last_try):
+            return
+        with self._overhead.counted():
+            if always or self._ranks.from_first(lambda: self._overhead.affords_check):  # by one clock
+                monitor = self._monitor
+                self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model))
+            elif not self._is_postponed:  # said once, until a check is made
+                self._is_postponed = True
+                self._postpone(state)
+
+    def ask_for_checkpoint(self, control: TrainerControl) -> None:
+        """Ask for an alarm's until it is made: with `save_strategy="best"` the trainer drops the wish at an evaluation."""
+        control.should_save = control.should_save or self._owes_checkpoint
+
+    def saved(self) -> None:
+        """Take note that the trainer has made a checkpoint."""
+        self._owes_checkpoint = False
+
+    def checked_at(self, step: int) -> DriftSnapshot | None:
+        """The check made at a step, if it is the newest; nothing is any of this run's once it has ended."""
+        return self._recent[-1] if self._monitor is not None and self._recent and self._last_check == step else None
+
+    def end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        """Check the final weights, if the last check was not of them."""
+        if not args.load_best_model_at_end:  # else the weights are no longer those of this step
+            self.check(state, control, model, always=True)
+        self._guard.run(state, "run log", self._log.write_waiting_faults, first_only=True)
+        if self._monitor is not None:
+            self._guard.run(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"), first_only=True)
+        self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
+
+    def _is_begun_again(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether `auto_find_batch_size` begins again in the same call, with weights that have been trained already."""
+        return (
+            args.auto_find_batch_size
+            and self._monitor is not None  # it is let go when training ends
+            and state.global_step == 0
+            and (state.train_batch_size or 0) < (self._train_batch_size or 0)
+        )
+
+    def _set_up(self, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forecast and take the baseline, or take up what was kept of them."""
+        settings, model = self._settings, kwargs["model"]
+        refusals: Errors = (StsError,)
+        if self._forecasts_from_rollouts:  # what they are like is nothing that the user asked for
+            refusals = (CannotTell, ConfigError, ModelError, NoGo, SaeError)
+
+        def prepared(batch_tokens: int) -> Monitor:
+            probes = dataclasses.replace(settings.probes, batch_tokens=batch_tokens)
+            self._batch_tokens = batch_tokens
+            if self._forecasts_from_rollouts:
+                require_enough(self._rollouts.first, probes.n_train_demonstrations)
+            with undisturbed(model):  # loading, tokenising and drawing must not touch the run either
+                monitor = self._made_monitor(settings.saes if self._is_new else settings.saes[:1], probes, **kwargs)
+                if self._is_new:
+                    source: TrainSource = "own rollouts" if self._forecasts_from_rollouts else "reference answers"
+                    # The first process's own for all: on other hardware the last bits may differ, and a decision with them.
+                    made = self._ranks.gathered(monitor.forecasts)[0]
+                    self.forecast, *self._others = (dataclasses.replace(one, train_source=source) for one in made)
+            return monitor
+
+        monitor = None
+        if self._is_new or self._step_zero:
+            monitor = self._guard.measure(
+                state, "forecast" if self._is_new else "resume", prepared, self._batch_tokens, passes=refusals
+            )
+        else:
+            self._guard.run(state, "resume", _refuse_unwatched)
+        if monitor is not None and not (
+            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), passes=refusals)
+            if self._is_new
+            else self._guard.run(state, "resume", lambda: self._resume(monitor, state))
+        ):
+            self._monitor = None  # all processes watch, or none
+        expected_s = 0.0
+        if self._recent:
+            expected_s = self._recent[-1].seconds
+        elif self.forecast is not None:
+            expected_s = first_guess(self.forecast.seconds_by_part.get("readings", self.forecast.seconds))
+        self._overhead = Overhead(settings.max_overhead, expected_s)
+        if settings.check_on == "save" and not self._is_new and self._monitor is not None:
+            self._guard.run(state, "resume", lambda: self._catch_up(state, control, model))
+
+    def _made_monitor(
+        self, saes: Sequence[SaeSource], probes: ProbeConfig, stand_in: Source | None = None, **kwargs: Any
+    ) -> Monitor:
+        tokenizer = kwargs.get("processing_class")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
+        if tokenizer is None:
+            raise ConfigError("processing_class: the trainer has none; give it the model's tokenizer, which the probes need.")
+        monitor = Monitor(
+            kwargs["model"],
+            tokenizer,
+            sae=saes,
+            train_data=self._found_train_data(kwargs.get("train_dataloader")) if stand_in is None else stand_in,
+            domains=self._settings.domains,
+            config=probes,
+            progress=self._bars,
+            ranks=self._ranks,
+        )
+        if self._is_new:
+            require_power({name: len(s.queries) for name, s in monitor.domains.items()}, self._settings.policy)
+        return monitor
+
+    def _found_train_data(self, dataloader: Any) -> Source:
+        """The user's own word first, then the trainer's raw columns, then its tokenised ones."""
+        given, trainer = self._settings.train_data, self._trainer()
+        for found in (given, getattr(trainer, "train_dataset", None), getattr(dataloader, "dataset", None)):
+            if found is not None:
+                if found is given and isinstance(found, (str, Path)):
+                    return found
+                if hasattr(found, "__getitem__") and hasattr(found, "__len__"):
+                    is_theirs = found is given or not (self._rollouts.first and are_prompts_only(found))
+                    return found if is_theirs else self._rollouts.first
+                raise DataError(
+                    "train_data: the trainer's data set is a stream; give a sample of it as STSCallback(train_data=...)."
+                )
+        raise DataError("train_data: the trainer has no training data set; give examples as STSCallback(train_data=...).")
+
+    def _choose_train_data(self, args: TrainingArguments, **kwargs: Any) -> None:
+        """Decide whether the forecast waits for rollouts, and refuse by now what could not be measured then."""
+        settings = self._settings
+        if settings.train_data is not None:
+            return
+        found, model = self._found_train_data(kwargs.get("train_dataloader")), kwargs["model"]
+        self._forecasts_from_rollouts = self._ranks.from_first(lambda: are_prompts_only(found))
+        if self._forecasts_from_rollouts:
+            require_possible(args, model, settings.probes.n_train_demonstrations)
+            with undisturbed(model):  # a domain stands in for what is not written yet, to see whether all else is in order
+                stand_in = next(iter(settings.domains.values()))
+                self._made_monitor(settings.saes, settings.probes, stand_in, **kwargs)
+
+    def _take_rollouts(self, args: TrainingArguments) -> None:
+        self._rollouts.first = self._rollouts.rows(self._ranks, getattr(args, "reward_weights", None))
+
+    def _read_rollouts(self) -> None:
+        self._rollouts.first = self._ranks.from_first(self._log.read_rollouts)
+
+    def _begin(self, monitor: Monitor, state: TrainerState) -> None:
+        assert self.forecast is not None and monitor.baseline is not None
+        forecast = self.forecast
+        self.verdict = self._ranks.from_first(lambda: judge_forecast(forecast, self._settings.policy))
+        self._monitor = monitor
+        self._step_zero = {"baseline": monitor.baseline.digest, "batch_tokens": self._batch_tokens}
+        # Into `trainer_state.json`: a checkpoint then tells whose baseline it goes with. Not a class name, see `ExportableState`.
+        _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
+        self._guard.run(state, "run log", self._write_step_zero, first_only=True)
+        self._guard.run(state, "screen", self._show_forecast, first_only=True)
+        if self.verdict.decision == "no-go" and self._settings.on_forecast == "refuse":
+            raise NoGo(
+                f"on_forecast='refuse': the forecast threatens {', '.join(self.verdict.threatened)}. "
+                f"{self.verdict.explanation} Change the data, raise the budget, or take on_forecast='warn'."
+            )
+
+    def _write_step_zero(self) -> None:
+        assert self._monitor is not None and self._monitor.baseline is not None and self.forecast is not None
+        self._log.write_forecast(self.forecast, judge_forecast(self.forecast, self._settings.policy), self._others)
+        self._log.write_rollouts(self._rollouts.first)
+        self._log.append_words(self._monitor.words())
+        self._monitor.baseline.save(self._log.baseline_file)
+
+    def _show_forecast(self) -> None:
+        assert self.forecast is not None and self.verdict is not None
+        tqdm.write(terminal.forecast_table(self.forecast, self.verdict))
+        if self._others:
+            forecasts = [self.forecast, *self._others]
+            tqdm.write(terminal.layers_table(forecasts, [rank_agreement(self.forecast, f) for f in forecasts]))
+
+    def _resume(self, monitor: Monitor, state: TrainerState) -> None:
+        forecast = self._ranks.from_first(self._log.read_forecast)
+        monitor.restore(self._log.baseline_file, forecast)
+        assert monitor.baseline is not None
+        if monitor.baseline.digest != self._step_zero["baseline"]:
+            raise CannotTell(
+                f"baseline: {self._log.baseline_file} was made at step 0 of another run than this checkpoint's; put back the "
+                "folder sts of this run, or start the run anew."
+            )
+        if n_damaged := self._ranks.from_first(lambda: self._log.take_up(state.global_step)):
+            self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
+        checks = self._ranks.from_first(lambda: self._log.judged_checks(state.global_step))
+        self.forecast, self.verdict = forecast, judge_forecast(forecast, self._settings.policy)
+        if checks:
+            self._recent = [snapshot for snapshot, _ in checks][-self._settings.policy.patience :]
+            self._last_check = self._last_try = self._recent[-1].step
+            self.verdict = checks[-1][1]
+            self._alarmed = self.verdict.threatened if self.verdict.decision == "no-go" else ()
+            if self._last_check == state.global_step and not any(
+                row.get("step") == state.global_step and scalars.N_SHARED in row for row in state.log_history
+            ):  # the check came after the save, so its row is not in the checkpoint
+                state.log_history.append(
+                    {"step": state.global_step, "epoch": state.epoch or 0.0, **scalars.log_row(self._recent[-1])}
+                )
+        self._monitor = monitor
+        _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
+
+    def _catch_up(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        """Make the check that a kill may have prevented after the save that is resumed from."""
+        if not self._ranks.from_first(lambda: self._log.postponed_since(self._last_check, state.global_step)):
+            self.check(state, control, model, always=True)
+            self.saved()  # there is one of these weights: the run is resumed from it
+
+    def _postpone(self, state: TrainerState) -> None:
+        overhead, limit = self._overhead, self._settings.max_overhead
+        reason = (
+            f"a check takes about {overhead.check_s:.1f} s and {overhead.spent_s:.1f} s went into checks so far, more than "
+            f"max_overhead={limit:g} allows after {overhead.training_s:.1f} s of training; it is made when one is "
+            "due and affordable, at the latest when training ends. max_overhead=None checks whenever asked."
+        )
+        logger.warning("STS check at step %d is postponed: %s", state.global_step, reason)
+        self._guard.run(state, "run log", lambda: self._log.append_postponed(state.global_step, reason), first_only=True)
+
+    def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        self._last_try = step = state.global_step
+        before_s = self._overhead.spent_s
+        written = samples(self._rollouts.first), samples(self._rollouts.rows(self._ranks))
+
+        def measured(batch_tokens: int) -> DriftSnapshot:
+            if not monitor.watches(model):
+                raise CannotTell("model: the trainer has another one now than at step 0; train() anew to have it watched.")
+            self._batch_tokens = batch_tokens  # where memory did not suffice once, later checks need not try again
+            check = functools.partial(monitor.check, step, batch_tokens=batch_tokens, rollouts=written)
+            return self._ranks.gathered(check)[0]  # as for the forecast
+
+        snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
+        if snapshot is None:
+            return
+        self._recent = [*self._recent, snapshot][-self._settings.policy.patience :]
+        self._last_check, self._is_postponed = step, False
+        self.verdict = verdict = self._ranks.from_first(lambda: judge_drift(self._recent, self._settings.policy))
+        alarmed = verdict.threatened if verdict.decision == "no-go" else ()
+        is_new, self._alarmed = set(alarmed) - set(self._alarmed), alarmed
+        self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict), first_only=True)
+        n_features = self._settings.probes.n_features
+        self._guard.run(state, "screen", lambda: tqdm.write(terminal.check_lines(snapshot, verdict, n_features)), first_only=True)
+        self._overhead.learn(self._overhead.spent_s - before_s)
+        self._guard.run(state, "trainer's log", lambda: self._log_scalars(state, control, snapshot))
+        if is_new:
+            self._guard.run(state, "action", lambda: self._act(verdict, control), first_only=callable(self._settings.action))
+
+    def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
+        """The line of the check comes last: where it stands, all of the check has been written."""
+        if not self._log.baseline_file.exists():  # deleted, or the disk was full
+            self._write_step_zero()
+        self._log.append_words(monitor.words(snapshot.train.top_features))
+        self._log.append_check(snapshot, verdict)
+
+    def _act(self, verdict: Verdict, control: TrainerControl) -> None:
+        action = self._settings.action
+        if callable(action):
+            action(verdict)
+            return
+        logger.warning("STS alarm at step %d: %s", verdict.step, verdict.explanation)
+        self._owes_checkpoint = action in ("checkpoint", "stop")
+        self.ask_for_checkpoint(control)
+        control.should_training_stop = control.should_training_stop or action == "stop"
+
+    def _log_scalars(self, state: TrainerState, control: TrainerControl, snapshot: DriftSnapshot) -> None:
+        """A row of its own in the trainer's log: drift and NLL change a domain, in Python floats."""
+        ours = {"sts/overhead_s": self._overhead.spent_s, "sts/overhead_share": self._overhead.share}
+        row = scalars.log_row(snapshot) | ours
+        trainer = self._trainer()
+        if trainer is None:
+            state.log_history.append({"step": state.global_step, "epoch": state.epoch or 0.0, **row})
+            return
+        should_log = control.should_log
+        try:
+            Trainer.log(trainer, row)  # the base method: TRL's own would flush its running means early
+        finally:
+            control.should_log = should_log  # logging clears it, and the step's loss row would vanish
+
+
+def _refuse_unwatched() -> None:
+    raise CannotTell(
+        "baseline: the run was begun without this callback, and drift can be measured only from step 0. Training goes on "
+        "unwatched; to have it watched, start the run anew."
+    )
+
+
+def _kept_with_checkpoints(state: TrainerState) -> dict[str, Any]:
+    kept: Any = state.stateful_callbacks  # annotated as what it is made from
+    assert isinstance(kept, dict)
+    return kept

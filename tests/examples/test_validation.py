@@ -1,0 +1,163 @@
+"""The validation: who may see which rows, what a fine-tune leaves behind, and the arithmetic of its tables."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sts_callback.config import ProbeConfig
+from sts_callback.lens import Lens
+from sts_callback.measure import Gauge
+from sts_callback.model.capture import undisturbed
+from sts_callback.model.encoder import load_encoder
+from sts_callback.model.hooks import resolve
+from sts_callback.model.probes import ProbeSet, Query
+from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
+from validation import measure
+from validation.data import CATEGORIES, DOMAINS, deal
+from validation.pages import auroc, harmed_at
+from validation.scores import ratio
+from validation.train import tune
+
+BOS = (1,)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name: str, rows: list[dict[str, object]]) -> None:
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    write(
+        "mmlu_pro",
+        [
+            {"question_id": i, "category": c, "question": f"{c} {i}?", "options": [f"right {i}", f"wrong {i}"], "answer_index": 0}
+            for i, c in enumerate(c for c in CATEGORIES for _ in range(40))
+        ],
+    )
+    for name in ("gsm8k", "translate", "instruct"):
+        write(name, [{"prompt": f"{name} {i}", "completion": f"answer {i}"} for i in range(1600)])
+    talk = [("human", "Weather in {}?"), ("function_call", '{{"name": "w{}"}}'), ("observation", "rain"), ("gpt", "It rains.")]
+    write("toolcall", [{"conversations": [{"from": a, "value": b.format(i)} for a, b in talk]} for i in range(60)])
+    prose = [" ".join(f"word{i}x{j}" for j in range(100)) for i in range(40)]
+    write("corpus", [{"text": text} for text in (*prose, "Question: what? " * 60, "  indented\n  lines " * 60)])
+    return folder
+
+
+def test_no_row_is_dealt_twice_and_training_sees_nothing_that_is_measured(data_dir: Path) -> None:
+    dealt = deal(data_dir, n_measured=10, seed=0)
+    assert tuple(dealt) == DOMAINS
+    for name, parts in dealt.items():
+        prompts = [{row["prompt"] for row in part} for part in (parts.measured, parts.forecast, parts.training)]
+        assert len(parts.measured) == 10 and len(prompts[1]) >= 5, name
+        assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2]), name
+    assert deal(data_dir, n_measured=10, seed=0) == dealt
+    assert deal(data_dir, n_measured=10, seed=1) != dealt
+
+
+def test_mmlu_pro_is_measured_where_the_sae_has_not_seen_it(data_dir: Path) -> None:
+    for category in CATEGORIES:
+        dealt = deal(data_dir, n_measured=10, seed=0)[category]
+        number = [int(row["prompt"].split()[-2].rstrip("?\nAnswer:")) for row in dealt.measured + dealt.forecast]
+        assert all(n % 4 != 2 for n in number)
+        assert all(row["wrong"].startswith(" wrong") for row in dealt.measured)
+
+
+def test_web_is_prose_and_gsm8k_rows_that_the_sae_has_seen_are_for_training(data_dir: Path) -> None:
+    dealt = deal(data_dir, n_measured=10, seed=0)
+    assert all(row["prompt"].startswith("word") for row in dealt["web"].measured)
+    assert {int(row["completion"].split()[1]) for row in dealt["gsm8k"].training} == set(range(1500))
+
+
+def queries(n: int, seed: int = 0) -> list[Query]:
+    draw = random.Random(seed)
+
+    def some(fewest: int, most: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, VOCAB) for _ in range(draw.randint(fewest, most)))
+
+    return [Query(q, some(2, 6), (True,) * len(q)) for q in (some(4, 12) for _ in range(n))]
+
+
+def lens_on(model: torch.nn.Module) -> Lens:
+    encoder = load_encoder(rotated_sae(), "tiny", N_LAYERS)
+    gauge = Gauge(model, [encoder], ProbeConfig(n_queries=4, n_features=8))
+    with undisturbed(model):
+        gauge.calibrate([ProbeSet("some", tuple(queries(8)), ((),), 0)], gauge.context(BOS, with_answers=True))
+    assert gauge.lenses[0].point == resolve(model, encoder.hook_name)
+    return gauge.lenses[0]
+
+
+def test_untouched_weights_have_not_drifted_and_losses_are_those_of_a_plain_forward() -> None:
+    model = tiny_model("gemma3")
+    lens, asked = lens_on(model), queries(9)
+    found, zero = measure.before(model, lens, asked, BOS)
+    again, drift = measure.after(model, lens, asked, BOS, zero)
+    assert again == found
+    assert float(drift.shift.features.abs().sum()) == 0.0
+    for query, tokens in zip(asked, found.tokens, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*BOS, *query.tokens]])).logits[0, -len(query.answer) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(query.answer), reduction="none")
+        assert tokens == pytest.approx(expected.tolist(), abs=1e-4)
+    assert found.sums(2) == [pytest.approx(sum(tokens[2:])) for tokens in found.tokens]
+    assert found.counts(2) == [max(0, len(query.answer) - 2) for query in asked]
+
+
+SETTINGS = {"steps": 12, "rows": 4, "warmup": 2, "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}}
+
+
+def test_a_fine_tune_learns_moves_features_and_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("gemma3")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    lens, asked = lens_on(model), queries(9)
+    zero = measure.before(model, lens, asked, BOS)[1]
+    moved: list[float] = []
+
+    def on_step(step: int) -> None:
+        if step in (1, 12):
+            moved.append(float(measure.after(model, lens, asked, BOS, zero)[1].shift.features.sum()))
+
+    rows = queries(8, seed=1)
+    curve = tune(model, rows, BOS, SETTINGS, learning_rate=1e-2, seed=0, on_step=on_step)
+    assert np.mean(curve[-4:]) < np.mean(curve[:4]) - 0.1
+    assert 0 < moved[0] < moved[1]
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert float(measure.after(model, lens, asked, BOS, zero)[1].shift.features.sum()) == 0.0
+    quiet = tune(model, rows, BOS, SETTINGS, learning_rate=1e-2, seed=0, on_step=lambda step: None)
+    assert quiet == curve  # measuring changes nothing
+    assert tune(model, rows, BOS, SETTINGS, learning_rate=1e-2, seed=1, on_step=lambda step: None) != curve
+
+
+def test_the_standard_error_of_a_change_is_that_of_repeated_draws() -> None:
+    rng = np.random.default_rng(0)
+    values, errors = [], []
+    for _ in range(400):
+        n = rng.integers(3, 20, size=60).astype(float)
+        value, error = ratio(0.2 * n + rng.normal(0, 1, 60) * n, n)
+        values.append(value)
+        errors.append(error)
+    assert np.mean(values) == pytest.approx(0.2, abs=0.02)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.1)
+
+
+def test_auroc_counts_ties_by_half() -> None:
+    assert auroc(np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, False, True, True])) == 1.0
+    assert auroc(np.array([4.0, 3.0, 2.0, 1.0]), np.array([False, False, True, True])) == 0.0
+    assert auroc(np.array([1.0, 1.0, 1.0, 1.0]), np.array([False, True, True, False])) == 0.5
+
+
+def test_harm_is_dated_by_the_first_checkpoint_that_shows_it() -> None:
+    zero = {"law": {"nll": [10.0, 10.0, 10.0], "n": [10, 10, 10]}}
+    run = {"on_the_way": {"5": {"law": [10.0, 10.5]}, "20": {"law": [12.0, 11.0]}}}
+    assert harmed_at(run, zero, "law") == 20
+    assert harmed_at({"on_the_way": {"5": {"law": [10.0, 10.5]}}}, zero, "law") == 40
