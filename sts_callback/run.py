@@ -18,11 +18,13 @@ from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Source, are_prompts_only
 from sts_callback.errors import CannotTell, ConfigError, DataError, ModelError, NoGo, SaeError, StsError
 from sts_callback.guard import Errors, Guard
+from sts_callback.logged import RunSettings, TimeSpent
 from sts_callback.model.capture import undisturbed
 from sts_callback.monitor import Monitor
 from sts_callback.overhead import Overhead, first_guess
 from sts_callback.policy import judge_drift, judge_forecast, require_power
 from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
+from sts_callback.report import write_report
 from sts_callback.rollouts import Rollouts, require_enough, require_possible, samples
 from sts_callback.runlog import RunLog
 from sts_callback.scoring import rank_agreement
@@ -144,8 +146,11 @@ class Run:
             self.check(state, control, model, always=True)
         self._guard.run(state, "run log", self._log.write_waiting_faults, first_only=True)
         if self._monitor is not None:
-            self._guard.run(state, "screen", lambda: tqdm.write(f"STS files of this run: {self._log.folder}"), first_only=True)
+            self._guard.run(state, "report", self._write_report, first_only=True)
         self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
+
+    def _write_report(self) -> None:
+        tqdm.write(f"STS report of this run: {write_report(self._log)}")
 
     def _is_begun_again(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether `auto_find_batch_size` begins again in the same call, with weights that have been trained already."""
@@ -272,10 +277,17 @@ class Run:
 
     def _write_step_zero(self) -> None:
         assert self._monitor is not None and self._monitor.baseline is not None and self.forecast is not None
+        self._write_settings()
         self._log.write_forecast(self.forecast, judge_forecast(self.forecast, self._settings.policy), self._others)
         self._log.write_rollouts(self._rollouts.first)
         self._log.append_words(self._monitor.words())
         self._monitor.baseline.save(self._log.baseline_file)
+
+    def _write_settings(self) -> None:
+        one = self._settings
+        self._log.write_settings(
+            RunSettings.of(one.policy, one.probes, check_on=one.check_on, action=one.action, max_overhead=one.max_overhead)
+        )
 
     def _show_forecast(self) -> None:
         assert self.forecast is not None and self.verdict is not None
@@ -295,6 +307,7 @@ class Run:
             )
         if n_damaged := self._ranks.from_first(lambda: self._log.take_up(state.global_step)):
             self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
+        self._guard.run(state, "run log", self._write_settings, first_only=True)
         checks = self._ranks.from_first(lambda: self._log.judged_checks(state.global_step))
         self.forecast, self.verdict = forecast, judge_forecast(forecast, self._settings.policy)
         if checks:
@@ -360,7 +373,7 @@ class Run:
         if not self._log.baseline_file.exists():  # deleted, or the disk was full
             self._write_step_zero()
         self._log.append_words(monitor.words(snapshot.train.top_features))
-        self._log.append_check(snapshot, verdict)
+        self._log.append_check(snapshot, verdict, TimeSpent(self._overhead.spent_s, self._overhead.training_s))
 
     def _act(self, verdict: Verdict, control: TrainerControl) -> None:
         action = self._settings.action

@@ -42,7 +42,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
             Text(("! " if row.name in verdict.threatened else "  ") + row.name),
             f"{cross.place(cross.value):.0%}",
             f"{cross.place(cross.low):.0%} to {cross.place(cross.high):.0%}",
-            f"{row.rank[0]} to {row.rank[1]}" if row.rank[0] else "",
+            f"{row.rank[0]}-{row.rank[1]}" if row.rank[0] else "",
             f"{change.value:+.2f}",
             f"{change.low:+.2f} to {change.high:+.2f}",
             f"{row.gradient_change.value:+.2f}",

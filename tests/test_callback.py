@@ -114,7 +114,15 @@ def test_attached_it_logs_through_the_trainer_and_keeps_the_loss_rows(tmp_path: 
 def test_the_run_folder_holds_forecast_baseline_and_checks(tmp_path: Path) -> None:
     made_trainer("plain", tmp_path, [made_callback()]).train()
     folder = tmp_path / "sts"
-    assert {file.name for file in folder.iterdir()} == {"forecast.json", "baseline.safetensors", "features.jsonl", "drift.jsonl"}
+    assert {file.name for file in folder.iterdir()} == {
+        "settings.json",
+        "forecast.json",
+        "baseline.safetensors",
+        "features.jsonl",
+        "drift.jsonl",
+        "report.html",
+        "report.json",
+    }
     content = json.loads((folder / "forecast.json").read_text())
     assert set(content["forecast"]["domains"]) == {"near", "far"}
     assert content["verdict"]["decision"] in ("go", "no-go", "not covered", "cannot tell")

@@ -116,7 +116,7 @@ def test_missing_numbers_are_shown_as_such() -> None:
     text = forecast_table(record, _judged(record), colour=False)
     _assert_narrow(text)
     (row,) = [r for r in _rows(text) if "law" in r]
-    assert " ".join(row.split()) == "! law nan% nan% to nan% 1 to 1 +nan +nan to +nan +nan"
+    assert " ".join(row.split()) == "! law nan% nan% to nan% 1-1 +nan +nan to +nan +nan"
 
 
 def test_training_data_come_first_then_the_domains_that_move_most() -> None:
@@ -142,7 +142,7 @@ def test_a_row_holds_the_numbers_of_its_domain() -> None:
     record = forecast(law)
     text = forecast_table(record, _judged(record), colour=False)
     (row,) = [r for r in _rows(text) if "law" in r]
-    assert " ".join(row.split()) == "! law 25% 15% to 75% 2 to 3 -0.25 -0.50 to +0.12 +0.75"
+    assert " ".join(row.split()) == "! law 25% 15% to 75% 2-3 -0.25 -0.50 to +0.12 +0.75"
     (row,) = [r for r in _rivals(text) if "law" in r]
     assert " ".join(row.split()) == "law 0.250 0.125 0.062 0.250 0.5 3.25 0.031 0.50 2.50 25%"
 
