@@ -146,11 +146,10 @@ class Run:
             self.check(state, control, model, always=True)
         self._guard.run(state, "run log", self._log.write_waiting_faults, first_only=True)
         if self._monitor is not None:
-            self._guard.run(state, "report", self._write_report, first_only=True)
+            self._guard.run(state, "report", lambda: write_report(self._log), first_only=True)
+            files = f"STS files of this run: {self._log.folder}; report.html is the one to read"
+            self._guard.run(state, "screen", lambda: tqdm.write(files), first_only=True)
         self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
-
-    def _write_report(self) -> None:
-        tqdm.write(f"STS report of this run: {write_report(self._log)}")
 
     def _is_begun_again(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether `auto_find_batch_size` begins again in the same call, with weights that have been trained already."""

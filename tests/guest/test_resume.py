@@ -57,7 +57,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def timeless(value: Any) -> Any:
     """The same without what the clock decides, and what the trainers themselves count anew after a resume."""
     if isinstance(value, dict):
-        clock = ("seconds", "seconds_by_part", "sts/check_s", "sts/overhead_s", "sts/overhead_share")
+        clock = ("seconds", "seconds_by_part", "time", "sts/check_s", "sts/overhead_s", "sts/overhead_share")
         ends = ("_runtime", "_per_second", "train_loss", "num_tokens")
         return {k: timeless(v) for k, v in value.items() if k not in clock and not k.endswith(ends)}
     return [timeless(v) for v in value] if isinstance(value, list) else value
