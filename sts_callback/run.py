@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from sts_callback import scalars, terminal
 from sts_callback.config import ProbeConfig
@@ -392,10 +392,14 @@ class Run:
         if trainer is None:
             state.log_history.append({"step": state.global_step, "epoch": state.epoch or 0.0, **row})
             return
-        should_log = control.should_log
+        handler, should_log = trainer.callback_handler, control.should_log
+        everyone = handler.callbacks
+        # Not to those that print a row as it is: the check has its own lines on the screen.
+        handler.callbacks = [c for c in everyone if not isinstance(c, (ProgressCallback, PrinterCallback))]
         try:
             Trainer.log(trainer, row)  # the base method: TRL's own would flush its running means early
         finally:
+            handler.callbacks = everyone
             control.should_log = should_log  # logging clears it, and the step's loss row would vanish
 
 

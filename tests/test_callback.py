@@ -96,7 +96,7 @@ def test_without_attach_everything_is_in_the_log_and_the_train_data_is_found(tmp
     assert callback.forecast.train.n_queries == PROBES.n_queries
 
 
-def test_attached_it_logs_through_the_trainer_and_keeps_the_loss_rows(tmp_path: Path) -> None:
+def test_attached_it_logs_through_the_trainer_and_keeps_the_loss_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[dict[str, float]] = []
 
     class Tracker(TrainerCallback):
@@ -106,9 +106,15 @@ def test_attached_it_logs_through_the_trainer_and_keeps_the_loss_rows(tmp_path: 
     callback = made_callback(check_on=1)
     trainer = made_trainer("sft", tmp_path, [Tracker(), callback])
     callback.attach(trainer)
+    listening = list(trainer.callback_handler.callbacks)
     trainer.train()
     assert sum("sts/near/drift" in row for row in seen) == 6
     assert sum("loss" in row for row in seen) == 6
+    assert trainer.callback_handler.callbacks == listening
+    shown = capsys.readouterr().out
+    assert "'loss'" in shown
+    assert "STS step 1" in shown
+    assert "sts/near/drift" not in shown  # the check's own lines say it better
 
 
 def test_the_run_folder_holds_forecast_baseline_and_checks(tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def test_all_ranks_decide_alike_and_run_as_many_forwards(mode: str, lora: bool, 
 @pytest.mark.parametrize("mode", MODES)
 def test_only_the_first_rank_writes(mode: str, runs: Runs) -> None:
     one, other = seen(runs(mode, "plain"), "with")
-    assert one["ours"] == [f"sts/{name}" for name in ("baseline.safetensors", "drift.jsonl", "features.jsonl", "forecast.json")]
+    read = ("baseline.safetensors", "drift.jsonl", "features.jsonl", "forecast.json")
+    assert one["ours"] == [f"sts/{name}" for name in (*read, "report.html", "report.json", "settings.json")]
     assert other["ours"] == []
 
 
