@@ -1,4 +1,4 @@
-"""The command line: `sts-callback doctor`, `forecast`, `report` and `saes`. The only module that prints.
+"""The command line: `sts-callback doctor`, `forecast`, `report`, `ledger` and `saes`. The only module that prints.
 
 Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
 """
@@ -19,7 +19,9 @@ from sts_callback.errors import CannotTell, StsError
 
 if TYPE_CHECKING:
     from sts_callback.config import PolicyConfig
+    from sts_callback.ledger import Expectations
     from sts_callback.monitor import Monitor
+    from sts_callback.records import Forecast
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
 _EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
@@ -113,6 +115,15 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     report.add_argument("run_dir", metavar="RUN_DIR", help="the trainer's output_dir, or the folder sts in it")
 
+    ledger = commands.add_parser(
+        "ledger",
+        help="show how good past forecasts were",
+        description="Show how good the forecasts of finished runs were, for each model and SAE by itself. "
+        "Exit code: 0 shown, also if there are none; 2 the ledger cannot be read.",
+    )
+    ledger.set_defaults(run=_ledger)
+    ledger.add_argument("--json", action="store_true", help="print JSON, no table")
+
     saes = commands.add_parser(
         "saes", help="list the SAEs that SAELens has for a model", description="List SAELens' SAEs for a model."
     )
@@ -144,22 +155,37 @@ def _forecast(args: argparse.Namespace) -> int:
 
     from sts_callback.policy import judge_forecast
     from sts_callback.scoring import rank_agreement
-    from sts_callback.terminal import forecast_table, layers_table, words_lines
+    from sts_callback.terminal import expectations_table, forecast_table, layers_table, words_lines
 
     monitor = made_monitor(sae=args.sae)
     forecasts = monitor.forecasts()
     verdict = judge_forecast(forecasts[0], policy)
+    expected = _expectations(forecasts[0])
     if args.json:
         made = [forecast.to_dict() for forecast in forecasts]
-        print(json.dumps({"forecast": made[0], "verdict": verdict.to_dict(), "other_saes": made[1:]}))
+        past = expected.to_dict() if expected else None
+        print(json.dumps({"forecast": made[0], "verdict": verdict.to_dict(), "other_saes": made[1:], "expectations": past}))
     else:
         print(forecast_table(forecasts[0], verdict))
+        if expected:
+            print(expectations_table(expected))
         if len(forecasts) > 1:
             print(layers_table(forecasts, [rank_agreement(forecasts[0], forecast) for forecast in forecasts]))
         if args.words:
             print("\nWhere the features that training is expected to shift fire most:")
             print(words_lines(monitor.words()))
     return _EXIT_CODES[verdict.decision]
+
+
+def _expectations(forecast: Forecast) -> Expectations | None:
+    """What past runs say beside the forecast, which must not fail for want of them."""
+    from sts_callback import hindsight, ledger
+
+    try:
+        return hindsight.expectations(ledger.read().entries, forecast)
+    except OSError as error:
+        print(f"sts-callback: past runs are left out, the ledger cannot be read ({error}).", file=sys.stderr)
+        return None
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:
@@ -219,6 +245,30 @@ def _report(args: argparse.Namespace) -> int:
         print(write_report(RunLog(folder)))
     except OSError as error:
         raise DataError(f"report: {folder} cannot be read or written ({error}).") from error
+    return GO
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    from sts_callback.errors import DataError
+    from sts_callback.hindsight import track_records
+    from sts_callback.ledger import ledger_file, read
+    from sts_callback.terminal import ledger_table
+
+    file = ledger_file()
+    try:
+        found = read()
+    except OSError as error:
+        raise DataError(f"ledger: {file} cannot be read ({error}); set STS_LEDGER to a file that can.") from error
+    records = track_records(found.entries)
+    if args.json:
+        made = [record.to_dict() for record in records]
+        print(json.dumps({"file": str(file) if file else None, "n_unreadable": found.n_unreadable, "groups": made}))
+        return GO
+    if file is None:
+        print("No ledger is kept: STS_LEDGER is empty, or there is no home folder to keep one in.")
+    else:
+        print(ledger_table(records) if records else "No finished run is in the ledger yet.")
+        print(f"{file}" + (f"\nLines in it that cannot be read: {found.n_unreadable}" if found.n_unreadable else ""))
     return GO
 
 

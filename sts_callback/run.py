@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from sts_callback import scalars, terminal
+from sts_callback import hindsight, ledger, scalars, terminal
 from sts_callback.config import ProbeConfig
 from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Source, are_prompts_only
@@ -146,6 +146,7 @@ class Run:
             self.check(state, control, model, always=True)
         self._guard.run(state, "run log", self._log.write_waiting_faults, first_only=True)
         if self._monitor is not None:
+            self._guard.run(state, "ledger", self._enter_outcome, first_only=True)
             self._guard.run(state, "report", lambda: write_report(self._log), first_only=True)
             files = f"STS files of this run: {self._log.folder}; report.html is the one to read"
             self._guard.run(state, "screen", lambda: tqdm.write(files), first_only=True)
@@ -268,6 +269,7 @@ class Run:
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
         self._guard.run(state, "run log", self._write_step_zero, first_only=True)
         self._guard.run(state, "screen", self._show_forecast, first_only=True)
+        self._guard.run(state, "ledger", self._show_expectations, first_only=True)
         if self.verdict.decision == "no-go" and self._settings.on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(self.verdict.threatened)}. "
@@ -294,6 +296,16 @@ class Run:
         if self._others:
             forecasts = [self.forecast, *self._others]
             tqdm.write(terminal.layers_table(forecasts, [rank_agreement(self.forecast, f) for f in forecasts]))
+
+    def _show_expectations(self) -> None:
+        assert self.forecast is not None
+        expected = hindsight.expectations(ledger.read().entries, self.forecast)
+        if expected is not None:
+            tqdm.write(terminal.expectations_table(expected))
+
+    def _enter_outcome(self) -> None:
+        if self.forecast is not None and self._recent:
+            ledger.append(ledger.Entry.of(self.forecast, self._recent[-1]))
 
     def _resume(self, monitor: Monitor, state: TrainerState) -> None:
         forecast = self._ranks.from_first(self._log.read_forecast)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps
 from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, SaeError
+from sts_callback.ledger import append, read
 from sts_callback.records import DriftSnapshot, Verdict
 from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
@@ -147,6 +149,41 @@ def test_resuming_keeps_the_first_baseline(tmp_path: Path) -> None:
     assert (parts / "sts" / "baseline.safetensors").read_bytes() == before
     assert drift_series(parts) == drift_series(whole)
     assert drift_series(whole)[6] > 0
+
+
+def test_a_run_that_ends_twice_is_in_the_ledger_once_with_its_last_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STS_LEDGER", str(tmp_path / "ledger.jsonl"))
+    out = tmp_path / "run"
+    made_trainer("sft", out, [made_callback(), StopAt(4)]).train()
+    callback = made_callback()
+    made_trainer("sft", out, [callback]).train(resume_from_checkpoint=str(out / "checkpoint-4"))
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(line)["steps"] for line in lines] == [4, 6]
+    (entry,) = read().entries
+    assert callback.forecast is not None
+    assert entry.identity == callback.forecast.identity
+    last = last_snapshot(out)["domains"]
+    for name, domain in entry.domains.items():
+        before = callback.forecast.domains[name]
+        assert domain.transfer == pytest.approx(before.sts_cross.place(before.sts_cross.value), nan_ok=True)
+        assert domain.relative_drift.value == last[name]["relative_drift"]["value"]
+        assert domain.nll_change.value == last[name]["nll_change"]["value"]
+    assert not any(text in "".join(lines) for text in (str(tmp_path), "what is"))
+
+
+def test_past_runs_say_what_to_expect_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STS_LEDGER", str(tmp_path / "ledger.jsonl"))
+    made_trainer("sft", tmp_path, [made_callback()], max_steps=2).train()
+    assert "expected from past runs" not in capsys.readouterr().out
+    (entry,) = read().entries
+    for i in range(4):
+        append(replace(entry, identity=replace(entry.identity, probes=f"{i}"), forecast=f"{i}"))
+    made_trainer("sft", tmp_path, [made_callback()], max_steps=2).train()
+    assert "5 runs on 5 training sets of this model and SAE" in capsys.readouterr().out
 
 
 class StopAt(TrainerCallback):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from logs import whole_run, written
+from past import lawful_runs
 from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT, main
+from sts_callback.ledger import Entry, Expectations, TrackRecord, append
 from sts_callback.records import Check, Forecast, Verdict
 from sts_callback.runlog import RunLog
 from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
@@ -194,7 +196,8 @@ def test_a_bug_of_ours_is_told_apart(files: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["doctor", "--help"], ["forecast", "--help"], ["report", "--help"], ["saes", "--help"]]
+    "argv",
+    [["--help"], ["doctor", "--help"], ["forecast", "--help"], ["report", "--help"], ["ledger", "--help"], ["saes", "--help"]],
 )
 def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == GO
@@ -250,3 +253,74 @@ def test_a_report_that_cannot_be_written_is_no_bug(
     monkeypatch.setattr("os.replace", full)
     assert main(["report", str(tmp_path)]) == WRONG_INPUT
     assert "cannot be read or written ([Errno 28]" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "ledger.jsonl"
+    monkeypatch.setenv("STS_LEDGER", str(file))
+    return file
+
+
+def test_the_ledger_is_shown_as_a_table_and_as_json(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for entry in (*lawful_runs(6), *lawful_runs(1, model="another")):
+        append(entry)
+    with ledger.open("a") as lines:
+        lines.write("damage\n")
+    assert main(["ledger"]) == GO
+    shown = capsys.readouterr().out
+    assert "6 runs on 6 training sets" in shown and "1 run on 1 training set" in shown
+    assert shown.endswith(f"{ledger}\nLines in it that cannot be read: 1\n")
+    assert max(len(line) for line in shown.splitlines() if line != str(ledger)) <= 80
+    assert main(["ledger", "--json"]) == GO
+    content = json.loads(capsys.readouterr().out)
+    assert (content["file"], content["n_unreadable"]) == (str(ledger), 1)
+    assert [TrackRecord.from_dict(group).n_runs for group in content["groups"]] == [6, 1]
+
+
+def test_an_empty_ledger_is_told_so(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ledger"]) == GO
+    assert capsys.readouterr().out == f"No finished run is in the ledger yet.\n{ledger}\n"
+    assert main(["ledger", "--json"]) == GO
+    assert json.loads(capsys.readouterr().out) == {"file": str(ledger), "n_unreadable": 0, "groups": []}
+
+
+def test_a_ledger_that_is_switched_off_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("STS_LEDGER", "")
+    assert main(["ledger"]) == GO
+    assert "No ledger is kept" in capsys.readouterr().out
+    assert main(["ledger", "--json"]) == GO
+    assert json.loads(capsys.readouterr().out)["file"] is None
+
+
+def test_a_ledger_that_cannot_be_read_is_no_bug_and_no_forecast_fails_for_it(
+    files: Path, ledger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger.mkdir()
+    assert main(["ledger"]) == WRONG_INPUT
+    assert "set STS_LEDGER to a file that can" in capsys.readouterr().err
+    assert main(command(files)) in (GO, CANNOT_TELL, NO_GO)
+    captured = capsys.readouterr()
+    assert "Verdict:" in captured.out
+    assert "past runs are left out" in captured.err
+
+
+def test_a_forecast_tells_what_past_runs_of_its_own_model_and_sae_let_expect(
+    files: Path, ledger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(files, "--protect", "poems", "--json")) in (GO, CANNOT_TELL, NO_GO)
+    content = json.loads(capsys.readouterr().out)
+    assert content["expectations"] is None
+    identity = content["forecast"]["identity"]
+    for entry in lawful_runs(6):
+        append(entry)
+        own = {**entry.to_dict(), "identity": {**identity, "probes": entry.identity.probes}, "forecast": entry.forecast[::-1]}
+        append(Entry.from_dict(own))
+    assert main(command(files, "--protect", "poems", "--json")) in (GO, CANNOT_TELL, NO_GO)
+    expected = Expectations.from_dict(json.loads(capsys.readouterr().out)["expectations"])
+    assert expected.past.n_runs == 6
+    assert set(expected.relative_drift) == {"poems"}
+    assert main(command(files, "--protect", "poems")) in (GO, CANNOT_TELL, NO_GO)
+    shown = capsys.readouterr().out
+    assert "expected from past runs" in shown
+    assert max(map(len, shown.splitlines())) <= 80

@@ -16,7 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"metrics", "model", "report"}
 FACES = {"callback", "cli"}
-TORCH_FREE = {"errors", "config", "records", "logged", "policy", "runlog", "scalars", "settings", "terminal", "report"}
+TORCH_FREE = {"errors", "config", "records", "logged", "ledger", "policy", "runlog", "scalars", "settings", "terminal", "report"}
+STATISTICS = {"hindsight"}
+"""Numpy and scipy, and nothing heavier."""
 HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 
 
@@ -97,7 +99,7 @@ def metrics_beyond_errors(path: str, source: str) -> list[str]:
 
 
 def torch_in_torch_free(path: str, source: str) -> list[str]:
-    return breaches(path, source, lambda i: unit(path) in TORCH_FREE and within(i.name, "torch"))
+    return breaches(path, source, lambda i: unit(path) in TORCH_FREE | STATISTICS and within(i.name, "torch"))
 
 
 def report_beyond_the_standard_library(path: str, source: str) -> list[str]:
@@ -169,6 +171,7 @@ def test_wall_holds(rule: str) -> None:
         ("torch", "sts_callback/records.py", "def f():\n    from torch import nn"),
         ("torch", "sts_callback/errors.py", "async def f():\n    __import__('torch')"),
         ("torch", "sts_callback/config.py", "import os, torch.cuda"),
+        ("torch", "sts_callback/hindsight.py", "import torch"),
     ],
 )
 def test_rule_can_fail(rule: str, path: str, source: str) -> None:
@@ -222,6 +225,10 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_torch_free_modules_load_nothing_heavy_by_a_detour() -> None:
     present = [f"sts_callback.{name}" for name in sorted(TORCH_FREE)]
     assert heavy_modules_loaded_by(present, ROOT) == set()
+
+
+def test_statistics_of_past_runs_need_no_torch() -> None:
+    assert heavy_modules_loaded_by([f"sts_callback.{name}" for name in sorted(STATISTICS)], ROOT) == {"numpy", "scipy"}
 
 
 @pytest.mark.parametrize("name", sorted(HEAVY))

@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 
+from past import forecast_of, lawful_runs, run
 from samples import domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.domains.starter import starter_domains
+from sts_callback.hindsight import expectations, track_records
 from sts_callback.policy import judge_drift, judge_forecast
 from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Snippet, Verdict
-from sts_callback.terminal import check_lines, doctor_table, forecast_table, layers_table, words_lines
+from sts_callback.terminal import (
+    check_lines,
+    doctor_table,
+    expectations_table,
+    forecast_table,
+    layers_table,
+    ledger_table,
+    words_lines,
+)
 
 NAMES = ("code", "everyday", "law", "medicine", "translation")
 HARM: dict[str, Any] = {"nll_change": 0.5}
@@ -339,6 +349,66 @@ def test_several_saes_stand_side_by_side_with_their_agreement() -> None:
     assert ["code", "50%", "12%"] in lines
     assert ["agreement", "in", "order", "1.00", "-1.00"] in lines
     assert text.count("tiny-sae at blocks.2.hook_resid_post") == 2
+
+
+LONG = {"model_name": "a-model-with-a-long-name-" * 4, "sae_name": "release/" + "layer_12_width_16k_l0_small" * 3}
+
+
+def test_the_ledger_is_a_table_a_group_with_movement_and_harm_apart() -> None:
+    text = ledger_table(track_records([*lawful_runs(7), *lawful_runs(2, **LONG)]), colour=False)
+    _assert_narrow(text)
+    lines = [line.split() for line in text.splitlines()]
+    movement, harm = (next(line for line in lines if line[:1] == [name]) for name in ("movement:", "harm:"))
+    assert movement[:3] == ["movement:", "transfer", "28"] and movement[-1].endswith("%")
+    assert harm[:5] == ["harm:", "NLL", "change", "28", "+1.00"] and harm[-1].endswith("%")
+    assert "7 runs on 7 training sets" in text
+    assert "tiny-llama, tiny-sae\nat blocks.2.hook_resid_post" in text
+    flat = " ".join(text.split())
+    assert flat.count("too few runs to judge by: 2 of the 5 training sets that it takes.") == 2
+    assert "nan" not in text
+
+
+def test_a_ledger_of_one_run_and_of_no_known_number_is_told_plainly() -> None:
+    nothing = run({"law": (NAN, NAN, NAN, NAN, NAN)})
+    text = ledger_table(track_records([nothing]), colour=False)
+    _assert_narrow(text)
+    assert "1 run on 1 training set\n" in text
+    assert "too few runs to judge by: 0 of the 5" in " ".join(text.split())
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("name", ["law", "a domain of a very long name indeed, which goes on and on"])
+def test_expectations_are_a_row_a_domain_with_its_interval(name: str) -> None:
+    expected = expectations(lawful_runs(6), forecast_of({name: (0.5, 0.04, 0.02)}))
+    assert expected is not None
+    text = expectations_table(expected, colour=False)
+    _assert_narrow(text)
+    for shown in ("65.9%", "65.9% to 65.9%", "+0.09", "+0.09 to +0.09", "6 runs on 6 training sets of this model and SAE"):
+        assert shown in text
+    told = r"movement: transfer off by x 1, \d+% inside; harm: NLL change off by 0\.000, \d+% inside"
+    assert re.search(told, " ".join(text.split()))
+
+
+def test_expectations_that_are_but_a_mean_say_so_and_missing_ones_are_left_empty() -> None:
+    alike = [run({"law": (0.5, 0.1, 0.1, 0.1 * 2**i, NAN)}, f"{i}") for i in range(6)]
+    expected = expectations(alike, forecast_of({"law": (0.5, 0.04, 0.02)}))
+    assert expected is not None
+    text = expectations_table(expected, colour=False)
+    _assert_narrow(text)
+    flat = " ".join(text.split())
+    assert "movement: transfer: the forecast says no more than the mean of past outcomes, which is expected instead." in flat
+    assert "harm: NLL change: too few runs to judge by: 0 of the 5" in flat
+    assert "nan" not in text
+
+
+def test_wild_past_runs_keep_the_width() -> None:
+    wild = [
+        run({n: (9.0 * i, 1e-9, 50.0 * i, 1e6 ** (i % 3), -1e3 * i) for i, n in enumerate(NAMES, k)}, f"{k}") for k in range(6)
+    ]
+    expected = expectations(wild, forecast_of({name: (0.5, 1e9, 1e3) for name in NAMES}))
+    assert expected is not None
+    _assert_narrow(expectations_table(expected, colour=False))
+    _assert_narrow(ledger_table(track_records(wild), colour=False))
 
 
 def test_what_the_doctor_warns_of_stands_below_a_forecast() -> None:

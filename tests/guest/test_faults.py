@@ -569,6 +569,13 @@ FAULTS = [
         raises=OSError,
     ),
     Fault(
+        "a ledger that cannot be written",
+        lambda s: s.monkeypatch.setenv("STS_LEDGER", str(s.out)),
+        "the run is not in it",
+        recorded=((0, "ledger", "Is a directory"), (N_STEPS, "ledger", "Is a directory")),
+        raises=OSError,
+    ),
+    Fault(
         "folder sts deleted in mid-run",
         lambda s: s.at(2, lambda: shutil.rmtree(s.out / "sts", ignore_errors=True)),
         "it is made again, with forecast and baseline; checks before are lost",
