@@ -253,7 +253,8 @@ def test_what_is_not_as_it_is_locked_is_refused_before_anything_is_forecast(
     monkeypatch.setattr("sts_callback.monitor.Monitor.forecasts", lambda monitor: pytest.fail("a forecast was made"))
     changed = [str(other) if part == "other" else part for part in change]
     assert main(command(files, *locked, *changed)) == WRONG_INPUT
-    lines = capsys.readouterr().err.splitlines()
+    error = capsys.readouterr().err
+    lines = error[error.index("sts-callback: --lock") :].splitlines()  # behind the bars of loading
     assert len(lines) == len(told) + 2
     assert all(start in line for start, line in zip(told, lines[1:], strict=False))
 
