@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sts_callback.callback import STSCallback as STSCallback
+    from sts_callback.card import add_to_card as add_to_card
     from sts_callback.config import PolicyConfig as PolicyConfig
     from sts_callback.config import ProbeConfig as ProbeConfig
     from sts_callback.monitor import Monitor as Monitor
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "STSCallback": "callback",
+    "add_to_card": "card",
     "STSArguments": "settings",
     "Monitor": "monitor",
     "forecast": "monitor",

@@ -1,4 +1,4 @@
-"""The command line: `sts-callback doctor`, `forecast`, `report`, `ledger` and `saes`. The only module that prints.
+"""The command line: `sts-callback doctor`, `forecast`, `report`, `card`, `ledger` and `saes`. The only module that prints.
 
 Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
 """
@@ -11,7 +11,7 @@ import functools
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sts_callback.config import PolicyConfig
     from sts_callback.ledger import Expectations
     from sts_callback.monitor import Monitor
+    from sts_callback.policy import Judgement
     from sts_callback.records import Forecast
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
@@ -80,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     forecast.set_defaults(run=_forecast)
     forecast.add_argument("--words", action="store_true", help="also show where in the texts the shifted features fire")
+    forecast.add_argument(
+        "--junit", type=Path, metavar="FILE", help="also write JUnit XML for a CI system: a test case for each protected domain"
+    )
+    forecast.add_argument(
+        "--lock", type=Path, metavar="FILE", help="refuse to forecast if anything but the training data is not as in this file"
+    )
+    forecast.add_argument("--write-lock", action="store_true", help="write that file after the forecast instead")
     for command in (doctor, forecast):
         command.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
         command.add_argument(
@@ -113,7 +121,18 @@ def _parser() -> argparse.ArgumentParser:
         "Exit code: 0 made, 2 there is nothing to tell.",
     )
     report.set_defaults(run=_report)
-    report.add_argument("run_dir", metavar="RUN_DIR", help="the trainer's output_dir, or the folder sts in it")
+    card = commands.add_parser(
+        "card",
+        help="tell a run in a section for a model card",
+        description="Print what a run has left as a section of Markdown for a model card. "
+        "Exit code: 0 told, 2 there is nothing to tell.",
+    )
+    card.set_defaults(run=_card)
+    card.add_argument(
+        "--into", type=Path, metavar="FILE", help="put it into this model card instead, in place of the one that is there"
+    )
+    for command in (report, card):
+        command.add_argument("run_dir", metavar="RUN_DIR", help="the trainer's output_dir, or the folder sts in it")
 
     ledger = commands.add_parser(
         "ledger",
@@ -151,16 +170,30 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _forecast(args: argparse.Namespace) -> int:
+    from sts_callback.lock import lock_of, read_lock, require_same, write_lock
+
+    _require_places(args)
+    locked = read_lock(args.lock) if args.lock and not args.write_lock else None
     made_monitor, policy = _prepared(args)
 
-    from sts_callback.policy import judge_forecast
+    from sts_callback.policy import judge_domains, judge_forecast
     from sts_callback.scoring import rank_agreement
     from sts_callback.terminal import expectations_table, forecast_table, layers_table, words_lines
 
     monitor = made_monitor(sae=args.sae)
-    forecasts = monitor.forecasts()
+    lock = lock_of(monitor, policy) if args.lock else None
+    if lock and locked:
+        require_same(locked, lock, args.lock)
+    try:
+        forecasts = monitor.forecasts()
+    except CannotTell as error:
+        _write_junit(args, dict.fromkeys(policy.budgets, ("cannot tell", str(error))), None)
+        raise
     verdict = judge_forecast(forecasts[0], policy)
     expected = _expectations(forecasts[0])
+    _write_junit(args, judge_domains(forecasts[0], policy), forecasts[0])
+    if lock and args.write_lock:
+        write_lock(args.lock, lock)
     if args.json:
         made = [forecast.to_dict() for forecast in forecasts]
         past = expected.to_dict() if expected else None
@@ -186,6 +219,28 @@ def _expectations(forecast: Forecast) -> Expectations | None:
     except OSError as error:
         print(f"sts-callback: past runs are left out, the ledger cannot be read ({error}).", file=sys.stderr)
         return None
+
+
+def _require_places(args: argparse.Namespace) -> None:
+    """Refuse files that could not be written, before the model is loaded."""
+    from sts_callback.errors import ConfigError
+    from sts_callback.files import require_place
+
+    if args.write_lock and not args.lock:
+        raise ConfigError("--write-lock: got no file; name it with --lock, such as --lock sts.lock.")
+    if args.junit and not args.protect:
+        raise ConfigError("--junit: got no protected domain to write a test case for; name one with --protect.")
+    for option, file in (("--junit", args.junit), ("--lock", args.lock if args.write_lock else None)):
+        if file:
+            require_place(file, option)
+
+
+def _write_junit(args: argparse.Namespace, judged: Mapping[str, Judgement], forecast: Forecast | None) -> None:
+    from sts_callback.files import write_asked
+    from sts_callback.junit import junit_xml
+
+    if args.junit:
+        write_asked(args.junit, junit_xml(judged, forecast), "--junit")
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:
@@ -237,14 +292,29 @@ def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # t
 def _report(args: argparse.Namespace) -> int:
     from sts_callback.errors import DataError
     from sts_callback.report import write_report
-    from sts_callback.runlog import RunLog
+    from sts_callback.runlog import run_log_in
 
-    given = Path(args.run_dir)
-    folder = given / "sts" if (given / "sts").is_dir() else given
+    log = run_log_in(Path(args.run_dir))
     try:
-        print(write_report(RunLog(folder)))
+        print(write_report(log))
     except OSError as error:
-        raise DataError(f"report: {folder} cannot be read or written ({error}).") from error
+        raise DataError(f"report: {log.folder} cannot be read or written ({error}).") from error
+    return GO
+
+
+def _card(args: argparse.Namespace) -> int:
+    from sts_callback.card import card_section, put_into
+    from sts_callback.errors import DataError
+    from sts_callback.runlog import run_log_in
+
+    log = run_log_in(Path(args.run_dir))
+    try:
+        section = card_section(log)
+        if args.into:
+            put_into(args.into, section)
+    except OSError as error:
+        raise DataError(f"card: {log.folder} or {args.into} cannot be read or written ({error}).") from error
+    print(args.into or section)
     return GO
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -44,7 +44,8 @@ class RunSettings(Record):
 
         """
         named = str(getattr(action, "__qualname__", action))
-        return cls(policy, probes, str(check_on), named, max_overhead, _versions())
+        versions = {"python": platform.python_version(), **installed_versions(_PACKAGES)}
+        return cls(policy, probes, str(check_on), named, max_overhead, versions)
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,15 @@ class Logged(Record):
         return not (self.forecast or self.checks or self.words or self.postponed or self.faults)
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "sts-callback": __version__}
-    for package in _PACKAGES:
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of this package and of others.
+
+    Args:
+        packages: by the names that they are installed by; what is not installed is left out.
+
+    """
+    found = {"sts-callback": __version__}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -25,6 +25,7 @@ from sts_callback.model.capture import is_sharded, undisturbed
 from sts_callback.model.encoder import SaeEncoder, SaeSource, load_encoder
 from sts_callback.model.hooks import find_layers, text_config
 from sts_callback.model.probes import ProbeSet, bos_tokens, check_lengths, make_completion_set, make_probe_set, neutral_tokens
+from sts_callback.model.weights import Weights, weights_of
 from sts_callback.readings import Fit, Reading
 from sts_callback.records import Check, DomainForecast, DriftSnapshot, Estimate, FeatureInWords, Forecast, Identity
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
@@ -108,6 +109,10 @@ class Monitor:
     def watches(self, model: nn.Module) -> bool:
         """Whether this is the model that it measures."""
         return model is self._model
+
+    def weights(self) -> Weights:
+        """Fingerprint of the model's weights as they are now; the model must be whole on this process."""
+        return weights_of(self._model)
 
     def examine(self, policy: PolicyConfig) -> tuple[Check, ...]:
         """Whether SAE, model and probes allow an answer: what `sts-callback doctor` shows. No forecast is made.

@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import CannotTell
 from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
+
+Judgement: TypeAlias = tuple[Decision, str]
+"""A decision and, in a sentence, why."""
 
 NOISE_MARGIN = 10
 """Drift that is called movement must be this many times what another batch layout makes of unchanged weights."""
@@ -29,7 +33,17 @@ def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
         The gravest of the domains' decisions: `no-go`, `not covered`, `cannot tell`, `go`.
 
     """
-    return _verdict({name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.budgets.items()}, step=0)
+    return _verdict(judge_domains(forecast, policy), step=0)
+
+
+def judge_domains(forecast: Forecast, policy: PolicyConfig) -> dict[str, Judgement]:
+    """Decide before training on each protected domain by itself.
+
+    Returns:
+        For each, what `judge_forecast` makes its verdict of: `go`, `no-go`, `not covered` or `cannot tell`, and why.
+
+    """
+    return {name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.budgets.items()}
 
 
 def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig) -> Verdict:
@@ -109,14 +123,14 @@ def require_power(n_queries: Mapping[str, int], policy: PolicyConfig) -> None:
         )
 
 
-def _verdict(judged: dict[str, tuple[Decision, str]], step: int) -> Verdict:
+def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
     order: tuple[Decision, ...] = ("no-go", "watch", "not covered", "cannot tell", "go")
     decision: Decision = next((d for d in order if any(found == d for found, _ in judged.values())), "go")
     threatened = tuple(name for name, (found, _) in judged.items() if found == decision) if decision != "go" else ()
     return Verdict(decision, threatened, {name: reason for name, (_, reason) in judged.items()}, step)
 
 
-def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> tuple[Decision, str]:
+def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> Judgement:
     domain, score = forecast.domains[name], forecast.domains[name].sts_cross
     masked_share = domain.n_masked / max(1, domain.n_masked + domain.n_tokens)
     if masked_share > policy.max_masked_share:
@@ -143,12 +157,12 @@ def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: Polic
     return _safe(f"may move ({extent}), without harm in context ({sentence})", domain.unseen, policy)
 
 
-def _drift_threats(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, tuple[Decision, str]]:
+def _drift_threats(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, Judgement]:
     p_values = holm({name: snapshot.domains[name].p_worse for name in policy.budgets})
     return {name: _drift_threat(snapshot.domains[name], b, p_values[name], policy) for name, b in policy.budgets.items()}
 
 
-def _drift_threat(domain: DomainDrift, budget: float, p_value: float, policy: PolicyConfig) -> tuple[Decision, str]:
+def _drift_threat(domain: DomainDrift, budget: float, p_value: float, policy: PolicyConfig) -> Judgement:
     drift = domain.relative_drift.value
     if not math.isfinite(drift):
         return "cannot tell", "no token could be compared with step 0."
@@ -170,7 +184,7 @@ def _drift_threat(domain: DomainDrift, budget: float, p_value: float, policy: Po
     return _safe(f"has moved ({extent}) without harm ({sentence})", domain.unseen, policy)
 
 
-def _safe(reason: str, unseen: float, policy: PolicyConfig) -> tuple[Decision, str]:
+def _safe(reason: str, unseen: float, policy: PolicyConfig) -> Judgement:
     """What speaks for no harm holds only for what the SAE can see."""
     if unseen > policy.max_unseen:
         return "not covered", f"{reason}, but {unseen:.0%} of the change is nothing that the SAE can express."

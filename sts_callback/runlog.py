@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sts_callback.errors import CannotTell
+from sts_callback.files import write_whole
 from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
 from sts_callback.records import DriftSnapshot, FeatureInWords, Forecast, Verdict
 
@@ -78,7 +79,7 @@ class RunLog:
     def write_settings(self, settings: RunSettings) -> None:
         """Write what the run was asked to do, whole or not at all; a resumed run's own take the place of the first session's."""
         self._make_ready()
-        _write_whole(self._settings_file, settings.to_json() + "\n")
+        write_whole(self._settings_file, settings.to_json() + "\n")
 
     def write_forecast(self, forecast: Forecast, verdict: Verdict, others: Sequence[Forecast] = ()) -> None:
         """Write forecast and verdict, and the forecasts of further SAEs, whole or not at all."""
@@ -88,7 +89,7 @@ class RunLog:
             "other_saes": [other.to_dict() for other in others],
         }
         self._make_ready()
-        _write_whole(self._forecast_file, json.dumps(content, indent=1) + "\n")
+        write_whole(self._forecast_file, json.dumps(content, indent=1) + "\n")
 
     def read_forecast(self) -> Forecast:
         """Read the forecast of this run.
@@ -197,8 +198,8 @@ class RunLog:
 
         """
         self._make_ready()
-        _write_whole(self._report_file.with_suffix(".json"), content + "\n")
-        _write_whole(self._report_file, page)
+        write_whole(self._report_file.with_suffix(".json"), content + "\n")
+        write_whole(self._report_file, page)
         return self._report_file
 
     def _make_ready(self) -> None:
@@ -216,6 +217,16 @@ class RunLog:
             os.fsync(lines.fileno())
 
 
+def run_log_in(folder: Path) -> RunLog:
+    """The log of a run.
+
+    Args:
+        folder: the trainer's `output_dir`, or the folder `sts` in it.
+
+    """
+    return RunLog(folder / "sts" if (folder / "sts").is_dir() else folder)
+
+
 def _last_byte(file: Path) -> bytes:
     with file.open("rb") as content:
         content.seek(max(0, content.seek(0, os.SEEK_END) - 1))
@@ -230,19 +241,7 @@ def _whole_lines(file: Path) -> list[dict[str, Any]]:
 
 def _write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if rows or file.exists():
-        _write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write_whole(file: Path, text: str) -> None:
-    scratch = file.with_suffix(".part")
-    try:
-        with scratch.open("w", encoding="utf-8") as content:
-            content.write(text)
-            content.flush()
-            os.fsync(content.fileno())
-        os.replace(scratch, file)
-    finally:  # a full disk must not be filled further by half a file
-        scratch.unlink(missing_ok=True)
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

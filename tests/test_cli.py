@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -195,9 +196,130 @@ def test_a_bug_of_ours_is_told_apart(files: Path, monkeypatch: pytest.MonkeyPatc
     assert "bug of ours" in capsys.readouterr().err
 
 
+def test_a_forecast_is_also_written_for_ci_whatever_the_verdict(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "reports" / "forecast.xml"
+    for decision, tag in (("no-go", "failure"), ("cannot tell", "error"), ("go", "system-out")):
+        monkeypatch.setattr("sts_callback.policy._forecast_threat", lambda *args, found=decision: (found, "why."))
+        code = main(command(files, "--protect", "poems", "--junit", str(made)))
+        assert code == {"go": GO, "no-go": NO_GO, "cannot tell": CANNOT_TELL}[decision]
+        (case,) = ElementTree.parse(made).getroot().iter("testcase")
+        assert (case.attrib["name"], [child.tag for child in case]) == ("poems", [tag])
+    assert [file.name for file in made.parent.iterdir()] == ["forecast.xml"]
+
+
+def test_ci_is_also_told_why_there_is_no_forecast(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "forecast.xml"
+    argv = command(files, "--protect", "poems", "--sae", str(files / "noise"), "--junit", str(made))
+    assert main(argv) == CANNOT_TELL
+    (error,) = ElementTree.parse(made).getroot().iter("error")
+    assert error.attrib["message"].removeprefix("cannot tell: ") in capsys.readouterr().err
+
+
+def test_a_lock_is_written_once_and_then_held(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    locked = ("--protect", "poems", "--lock", str(tmp_path / "sts.lock"))
+    decided = (GO, CANNOT_TELL, NO_GO)
+    assert main(command(files, *locked)) == WRONG_INPUT
+    assert "add --write-lock" in capsys.readouterr().err
+    assert main(command(files, *locked, "--write-lock")) in decided
+    before = (tmp_path / "sts.lock").read_bytes()
+    (tmp_path / "new.jsonl").write_text("\n".join(json.dumps(row) for row in rows(30, "something new")))
+    for same in ((), ("--train", str(tmp_path / "new.jsonl"))):
+        assert main(command(files, *locked, *same)) in decided
+    assert (tmp_path / "sts.lock").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("--protect", "poems=0.2"), ["policy.budgets.poems: locked 0.1, here 0.2; give --protect poems=0.1"]),
+        (("--seed", "1", "--n-draws", "2"), ["probes.n_draws: locked 8, here 2", "probes.seed: locked 0, here 1; give --seed 0"]),
+        (("--model", "other"), ["model_weights: locked "]),
+    ],
+)
+def test_what_is_not_as_it_is_locked_is_refused_before_anything_is_forecast(
+    change: tuple[str, ...],
+    told: list[str],
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    locked = ("--protect", "poems", "--lock", str(tmp_path / "sts.lock"))
+    assert main(command(files, *locked, "--write-lock")) in (GO, CANNOT_TELL, NO_GO)
+    other = tmp_path / "other"
+    tiny_model("llama", seed=1).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    capsys.readouterr()
+    monkeypatch.setattr("sts_callback.monitor.Monitor.forecasts", lambda monitor: pytest.fail("a forecast was made"))
+    changed = [str(other) if part == "other" else part for part in change]
+    assert main(command(files, *locked, *changed)) == WRONG_INPUT
+    error = capsys.readouterr().err
+    lines = error[error.index("sts-callback: --lock") :].splitlines()  # behind the bars of loading
+    assert len(lines) == len(told) + 2
+    assert all(start in line for start, line in zip(told, lines[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--junit", "out.xml"], "--junit: got no protected domain"),
+        (["--protect", "poems", "--write-lock"], "--write-lock: got no file; name it with --lock"),
+        (["--protect", "poems", "--junit", "FILE/out.xml"], "--junit: the folder of .* cannot be made"),
+        (["--protect", "poems", "--junit", "FOLDER"], "--junit: .* cannot be written; give a file in a folder"),
+        (["--protect", "poems", "--lock", "FOLDER", "--write-lock"], "--lock: .* cannot be written; give a file in a folder"),
+        (["--protect", "poems", "--lock", "FILE"], "--lock: .* cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused_before_the_model_is_loaded(
+    change: list[str],
+    message: str,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sts_callback.cli._loaded", lambda *args: pytest.fail("the model was loaded"))
+    given = [part.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path)) for part in change]
+    assert main(command(files, *given)) == WRONG_INPUT
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_card_section_is_printed_or_put_into_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(RunLog(tmp_path / "run" / "sts"), whole_run())
+    assert main(["card", str(tmp_path / "run")]) == GO
+    section = capsys.readouterr().out
+    card = tmp_path / "README.md"
+    card.write_text("# Model\n")
+    for _ in range(2):
+        assert main(["card", str(tmp_path / "run" / "sts"), "--into", str(card)]) == GO
+        assert capsys.readouterr().out == f"{card}\n"
+        assert card.read_text() == f"# Model\n\n{section}"
+
+
+@pytest.mark.parametrize(("given", "message"), [("empty", "holds neither a forecast nor a check"), ("run", "there is no file")])
+def test_a_card_that_cannot_be_made_is_wrong_input(
+    given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(RunLog(tmp_path / "run" / "sts"), whole_run())
+    assert main(["card", str(tmp_path / given), "--into", str(tmp_path / "README.md")]) == WRONG_INPUT
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err
+
+
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["doctor", "--help"], ["forecast", "--help"], ["report", "--help"], ["ledger", "--help"], ["saes", "--help"]],
+    [
+        ["--help"],
+        ["doctor", "--help"],
+        ["forecast", "--help"],
+        ["report", "--help"],
+        ["card", "--help"],
+        ["ledger", "--help"],
+        ["saes", "--help"],
+    ],
 )
 def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == GO
