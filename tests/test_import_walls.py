@@ -16,7 +16,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"metrics", "model", "report"}
 FACES = {"callback", "cli"}
-TORCH_FREE = {"errors", "config", "records", "logged", "policy", "runlog", "scalars", "settings", "terminal", "report"}
+TORCH_FREE = {
+    "errors",
+    "config",
+    "records",
+    "logged",
+    "policy",
+    "remedies",
+    "runlog",
+    "scalars",
+    "settings",
+    "terminal",
+    "report",
+}
 HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 
 
