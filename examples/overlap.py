@@ -27,21 +27,12 @@ from transformers.utils import logging
 
 from demo import SAE_FOLDER
 from gemma import cached_gemma
-from rows import code_rows, lines
+from rows import code_rows, law_rows, lines
 from sts_callback import ProbeConfig, STSCallback, forecast
 from tuning import BATCH, tuned
 
 PROBES = ProbeConfig(n_queries=24, max_tokens=128)
 STEPS, LEARNING_RATE = 24, 1e-3
-
-
-def law_rows(data_dir: Path) -> list[dict[str, str]]:
-    """Questions of MMLU-Pro's law category, answered by the text of the right option."""
-    rows = [row for row in lines(data_dir / "mmlu_pro.jsonl.gz") if row["category"] == "law"]
-    return [
-        {"prompt": f"Question: {r['question']}\nAnswer:", "completion": f" {r['options'][r['answer_index']]}"}  # type: ignore[index]
-        for r in rows
-    ]
 
 
 def realised_overlap(name: str, rows: list[dict[str, str]], protect: str) -> dict[str, object]:

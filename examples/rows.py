@@ -16,6 +16,12 @@ def lines(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in text]
 
 
+def law_rows(data_dir: Path) -> list[dict[str, str]]:
+    """Questions of MMLU-Pro's law category, answered by the text of the right option."""
+    rows = [row for row in lines(data_dir / "mmlu_pro.jsonl.gz") if row["category"] == "law"]
+    return [{"prompt": f"Question: {r['question']}\nAnswer:", "completion": f" {r['options'][r['answer_index']]}"} for r in rows]
+
+
 @functools.cache
 def code_rows() -> tuple[dict[str, str], ...]:
     """Documented functions of the standard library's top-level modules."""

@@ -1,4 +1,4 @@
-"""The command line: `sts-callback doctor`, `forecast`, `report`, `card`, `ledger` and `saes`. The only module that prints.
+"""The command line: `sts-callback doctor`, `forecast`, `blame`, `dial`, `report`, `card`, `ledger`, `saes`. Only it prints.
 
 Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
 """
@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING
 from sts_callback.errors import CannotTell, StsError
 
 if TYPE_CHECKING:
-    from sts_callback.config import PolicyConfig
+    from sts_callback.config import PolicyConfig, ProbeConfig
+    from sts_callback.domains.reader import Source
     from sts_callback.ledger import Expectations
     from sts_callback.monitor import Monitor
     from sts_callback.policy import Judgement
     from sts_callback.records import Forecast
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
+_DIAL_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
 _EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
 
 
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sts_callback.config import ProbeConfig
+    from sts_callback.config import ROWS_READ, ROWS_SHOWN, SCALES
 
     parser = argparse.ArgumentParser(prog="sts-callback", description="Which domains will a fine-tune move? Ask before training.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -88,31 +90,45 @@ def _parser() -> argparse.ArgumentParser:
         "--lock", type=Path, metavar="FILE", help="refuse to forecast if anything but the training data is not as in this file"
     )
     forecast.add_argument("--write-lock", action="store_true", help="write that file after the forecast instead")
-    for command in (doctor, forecast):
+    blame = commands.add_parser(
+        "blame",
+        help="rank training rows by how strongly they fire what threatens a protected domain",
+        description="Rank training rows by how strongly they fire the features through which training threatens a protected "
+        "domain: where the features fire, not a proof of cause. Exit code: 0 ranked, 4 cannot tell, 2 wrong input.",
+    )
+    blame.set_defaults(run=_blame)
+    blame.add_argument(
+        "--top", type=int, default=ROWS_SHOWN, metavar="N", help=f"rows shown for each domain (default {ROWS_SHOWN})"
+    )
+    blame.add_argument(
+        "--rows", type=int, default=ROWS_READ, metavar="N", help=f"rows read; of more, a sample (default {ROWS_READ})"
+    )
+    blame.add_argument(
+        "--out", metavar="FILE", help="write the rows that do not stand out here (.jsonl), the others' numbers beside it"
+    )
+    for command in (doctor, forecast, blame):
         command.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
-        command.add_argument(
-            "--sae",
-            required=True,
-            action="append",
-            help="SAELens release/sae_id, a folder, or auto; repeatable: the first decides, all are compared",
-        )
         command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
-        command.add_argument(
-            "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
-        )
-        command.add_argument(
-            "--protect",
-            action="append",
-            default=[],
-            metavar="NAME[=NATS]",
-            help="a domain that must not suffer, your own or a shipped one, with its budget in nats per token; repeatable",
-        )
-        command.add_argument("--json", action="store_true", help="print JSON, no table")
-        command.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
-        defaults = ProbeConfig()
-        for name in ("n_queries", "n_draws", "n_features", "max_tokens", "seed"):
-            option = f"--{name.replace('_', '-')}"
-            command.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
+        _add_measurement(command, several_saes=command is not blame, numbers=_NUMBERS)
+
+    dial = commands.add_parser(
+        "dial",
+        help="find the largest scale of a LoRA adapter that keeps every budget",
+        description="Find, after a LoRA run, the largest scale of the adapter at which every protected domain keeps its budget. "
+        "Exit code: 0 some scale keeps them, 3 none does, 4 cannot tell, 2 wrong input.",
+    )
+    dial.set_defaults(run=_dial)
+    dial.add_argument("--model", required=True, help="folder or hub id of the model that was tuned")
+    dial.add_argument("--adapter", required=True, metavar="DIR", help="folder with the LoRA adapter")
+    dial.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=list(SCALES),
+        metavar="X",
+        help=f"shares of the adapter's own scale (default {' '.join(f'{scale:g}' for scale in SCALES)})",
+    )
+    _add_measurement(dial, several_saes=False, numbers=("n_queries", "max_tokens", "seed"))
 
     report = commands.add_parser(
         "report",
@@ -150,6 +166,45 @@ def _parser() -> argparse.ArgumentParser:
     saes.add_argument("--model", required=True, help="hub id or name of the model")
     saes.add_argument("--json", action="store_true", help="print JSON lines, no table")
     return parser
+
+
+_NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
+
+
+def _add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Sequence[str]) -> None:
+    """Options of all commands that measure.
+
+    Args:
+        command: gets them.
+        several_saes: whether it takes more than one.
+        numbers: of `ProbeConfig` that can be chosen.
+
+    """
+    from sts_callback.config import ProbeConfig
+
+    sae = "SAELens release/sae_id, a folder, or auto"
+    if several_saes:
+        command.add_argument(
+            "--sae", required=True, action="append", help=f"{sae}; repeatable: the first decides, all are compared"
+        )
+    else:
+        command.add_argument("--sae", required=True, help=sae)
+    command.add_argument(
+        "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
+    )
+    command.add_argument(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="NAME[=NATS]",
+        help="a domain that must not suffer, your own or a shipped one, with its budget in nats per token; repeatable",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON, no table")
+    command.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
+    defaults = ProbeConfig()
+    for name in numbers:
+        option = f"--{name.replace('_', '-')}"
+        command.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -243,19 +298,48 @@ def _write_junit(args: argparse.Namespace, judged: Mapping[str, Judgement], fore
         write_asked(args.junit, junit_xml(judged, forecast), "--junit")
 
 
-def _prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:
-    """What doctor and forecast share: the settings checked, then the model loaded; all but the SAEs is given."""
-    from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
-    from sts_callback.domains.starter import choose_domains
-    from sts_callback.settings import named, number
+def _blame(args: argparse.Namespace) -> int:
+    from sts_callback.blame import blame, filter_files, write_filtered
 
-    files = named(args.domain, "--domain", "NAME=FILE")
-    protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
-    domains, budgets = choose_domains({name: number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
-    config = ProbeConfig(
-        n_queries=args.n_queries, n_draws=args.n_draws, n_features=args.n_features, max_tokens=args.max_tokens, seed=args.seed
+    files = filter_files(args.train, args.out) if args.out else None
+    made_monitor, policy = _prepared(args)
+
+    from sts_callback.domains.reader import read_rows
+    from sts_callback.terminal import blame_table
+
+    rows = read_rows(args.train, "train_data")
+    found = blame(made_monitor(sae=args.sae), rows, list(policy.budgets), n_rows=args.rows, n_top=args.top)
+    print(found.to_json() if args.json else blame_table(found))
+    if files is not None:
+        write_filtered(found, rows, *files)
+        print(f"{files[0]}: {len(rows) - len(found.left_out)} rows kept; {files[1]}: which are not.", file=sys.stderr)
+    return GO
+
+
+def _dial(args: argparse.Namespace) -> int:
+    domains, policy, config = _settings(args)
+
+    from sts_callback.dial import dial, with_adapter
+    from sts_callback.terminal import dial_table
+
+    model, tokenizer = _loaded(args.model, args.device)
+    found = dial(
+        with_adapter(model, tokenizer, args.adapter),
+        tokenizer,
+        sae=args.sae,
+        domains=domains,
+        budgets=policy.budgets,
+        scales=args.scales,
+        config=config,
+        progress=sys.stderr.isatty(),
     )
-    policy = PolicyConfig(budgets=budgets)
+    print(json.dumps({**found.to_dict(), "largest": found.largest}) if args.json else dial_table(found))
+    return _DIAL_CODES[found.finding]
+
+
+def _prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:
+    """What doctor, forecast and blame share: the settings checked, then the model loaded; all but the SAEs is given."""
+    domains, policy, config = _settings(args)
 
     from sts_callback.monitor import Monitor
 
@@ -270,6 +354,19 @@ def _prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyC
         progress=sys.stderr.isatty(),
     )
     return made_monitor, policy
+
+
+def _settings(args: argparse.Namespace) -> tuple[dict[str, Source], PolicyConfig, ProbeConfig]:
+    """What to measure, what to protect, and how."""
+    from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
+    from sts_callback.domains.starter import choose_domains
+    from sts_callback.settings import named, number
+
+    files = named(args.domain, "--domain", "NAME=FILE")
+    protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
+    domains, budgets = choose_domains({name: number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
+    numbers = {name: getattr(args, name) for name in _NUMBERS if hasattr(args, name)}
+    return domains, PolicyConfig(budgets=budgets), ProbeConfig(**numbers)
 
 
 def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # transformers types stay out of the fast path

@@ -51,6 +51,12 @@ class ProbeConfig:
 DEFAULT_BUDGET = 0.1
 """Nats per token that a protected domain's answers may lose. Our choice: perplexity up by a tenth is what a reader notices."""
 
+ROWS_READ, ROWS_SHOWN = 2000, 10
+"""Training rows that `blame` reads and shows. Our choice: reading as many short rows takes about as long as a forecast."""
+
+SCALES = 0.25, 0.5, 0.75, 1.0
+"""Shares of an adapter's own scale that `dial` tries. Our choice."""
+
 
 @dataclass(frozen=True)
 class PolicyConfig:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sts_callback.config import PolicyConfig
+from sts_callback.errors import CannotTell
+from sts_callback.measure import Context, Gauge
 from sts_callback.metrics.resample import detectable_rise, resampled_ratios
 from sts_callback.model.encoder import SaeEncoder
 from sts_callback.model.probes import ProbeSet
@@ -25,6 +27,39 @@ DENSE = 0.1
 """Share of the features active at a token from which on a dictionary is not sparse; published SAEs stay under 0.02."""
 OTHER_LAYER = 0.8, 0.02
 """An SAE fits another layer better if it leaves under this multiple of the variance there, and less by this much."""
+
+
+def examined_fits(
+    gauge: Gauge, sets: Sequence[ProbeSet], bare: Context, model_name: str
+) -> tuple[list[Fit], list[tuple[Check, ...]]]:
+    """Calibrate a gauge and see how its SAEs fit.
+
+    Args:
+        gauge: with the model.
+        sets: all probes; the first is read at the other layers too.
+        bare: the context without demonstrations.
+        model_name: of the model that is measured.
+
+    Raises:
+        SaeError: if an SAE has another width than the model.
+
+    """
+    fits = gauge.calibrate(sets, bare)
+    return fits, [
+        fit_checks(lens.encoder, fit, lens.point.layer, gauge.fit_by_layer(sets[0], bare, lens), model_name)
+        for lens, fit in zip(gauge.lenses, fits, strict=True)
+    ]
+
+
+def require_fit(checks: Sequence[Sequence[Check]]) -> None:
+    """Refuse to measure with SAEs that do not fit.
+
+    Raises:
+        CannotTell: with what was found and what to do.
+
+    """
+    if refused := [check for one in checks for check in one if check.status == "refuse"]:
+        raise CannotTell(" ".join(f"{c.name}: {c.found}. {c.remedy}" for c in refused))
 
 
 def fit_checks(encoder: SaeEncoder, fit: Fit, layer: int, by_layer: Mapping[int, float], model_name: str) -> tuple[Check, ...]:

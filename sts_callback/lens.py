@@ -6,6 +6,7 @@ equal shapes give equal last bits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from sts_callback.metrics.sums import QuerySums
 from sts_callback.metrics.tokens import is_ordinary
 from sts_callback.model.encoder import Reconstruction, SaeEncoder
 from sts_callback.model.hooks import HookPoint
-from sts_callback.readings import BARE, DriftReading, Fit, Reading, Reference, Shift, StepZero
+from sts_callback.readings import BARE, DriftReading, Fit, Peaks, Reading, Reference, Shift, StepZero
 
 # Activations encoded at once: few enough for memory that is used again and again, enough tokens for a fast matrix product.
 _CHUNK_ELEMENTS, _FEWEST_TOKENS = 2**22, 256
@@ -244,6 +245,45 @@ class ActivitySums:
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums, `(n_queries, d_sae)`, and tokens that count, `(n_queries,)`."""
         return self._activity.result, self._n_tokens
+
+
+class PeakSums:
+    """Running sums of some features over texts, and where each text fires them most; `add` takes whole texts, token by token."""
+
+    def __init__(self, lens: Lens, n_texts: int, features: Sequence[int]) -> None:
+        device, shape = lens.encoder.sae.device, (n_texts, len(features))
+        self._lens, self._features = lens, torch.tensor(features, device=device)
+        self._activity = QuerySums(*shape, device)
+        self._n_tokens = torch.zeros(n_texts, dtype=torch.int64)
+        self._highest, self._place = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def add(self, x: torch.Tensor, owner: torch.Tensor) -> None:
+        """Add tokens of some texts, those that are no sinks.
+
+        Args:
+            x: their activations, `(n_tokens, d_in)`.
+            owner: the text of each, `(n_tokens,)`, in ascending order.
+
+        """
+        place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
+        ordinary = self._lens.ordinary(x, self._lens.reference.median_norm)
+        x, owner, place = x[ordinary], owner[ordinary.cpu()], place[ordinary.cpu()]
+        self._n_tokens += torch.bincount(owner, minlength=len(self._n_tokens))
+        device = self._lens.encoder.sae.device
+        for chunk in self._lens.chunks(len(x)):
+            acts = self._lens.encoder.encode(x[chunk])[:, self._features]
+            self._activity.add(acts, owner[chunk].to(device))
+            for text, n_tokens in Counter(owner[chunk].tolist()).items():
+                ours, acts = acts[:n_tokens], acts[n_tokens:]
+                places, place = place[:n_tokens].to(device), place[n_tokens:]
+                highest, at = ours.max(dim=0)
+                self._place[text] = torch.where(highest > self._highest[text], places[at], self._place[text])
+                self._highest[text] = torch.maximum(highest, self._highest[text])
+
+    @property
+    def result(self) -> Peaks:
+        """All of it, on the CPU."""
+        return Peaks(self._n_tokens, self._activity.result, self._highest.cpu(), self._place.cpu())
 
 
 class _ShiftSums:

@@ -15,12 +15,12 @@ from torch import nn
 from sts_callback.config import ProbeConfig
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError, SaeError
-from sts_callback.lens import ActivitySums, DriftSums, Lens, ReadingSums
+from sts_callback.lens import ActivitySums, DriftSums, Lens, PeakSums, ReadingSums
 from sts_callback.model.capture import Capture, Prefix, may_differ
 from sts_callback.model.encoder import SaeEncoder
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, text_config
 from sts_callback.model.probes import Candidates, ProbeSet, Query, answer_positions, batches, candidate_rows, segments
-from sts_callback.readings import BARE, DriftReading, Fit, Reading, StepZero
+from sts_callback.readings import BARE, DriftReading, Fit, Peaks, Reading, StepZero
 
 _N_CALIBRATION = 4  # queries of each set that set the median norm
 
@@ -238,6 +238,25 @@ class Gauge:
         sums = ActivitySums(lens, len(probes.queries))
         for segment in segments(probes, self._config.batch_tokens):
             x, _ = self._segment(probes, segment, [bare], lambda n_queries: None, batch_tokens)
+            sums.add(x[lens.point.name], _owner(probes, segment))
+        return sums.result
+
+    def read_peaks(
+        self, probes: ProbeSet, bare: Context, features: Sequence[int], on_batch: OnBatch = lambda n_queries: None
+    ) -> Peaks:
+        """How strongly texts fire some features of the first SAE, and where most.
+
+        Args:
+            probes: the texts.
+            bare: the context without demonstrations and without answers.
+            features: their indices.
+            on_batch: see `OnBatch`.
+
+        """
+        lens = self.lenses[0]
+        sums = PeakSums(lens, len(probes.queries), features)
+        for segment in segments(probes, self._config.batch_tokens):
+            x, _ = self._segment(probes, segment, [bare], on_batch)
             sums.add(x[lens.point.name], _owner(probes, segment))
         return sums.result
 

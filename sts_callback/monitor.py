@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +17,25 @@ from sts_callback.baseline import Baseline, SetBaseline
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Row, Source, read_rows
-from sts_callback.errors import CannotTell, ConfigError
+from sts_callback.errors import ConfigError
+from sts_callback.identity import encoder_for, identity_of, model_name
 from sts_callback.measure import Context, Gauge
 from sts_callback.metrics import scores
 from sts_callback.model.capture import is_sharded, undisturbed
-from sts_callback.model.encoder import SaeEncoder, SaeSource, load_encoder
-from sts_callback.model.hooks import find_layers, text_config
-from sts_callback.model.probes import ProbeSet, bos_tokens, check_lengths, make_completion_set, make_probe_set, neutral_tokens
+from sts_callback.model.encoder import SaeSource
+from sts_callback.model.hooks import text_config
+from sts_callback.model.probes import (
+    ProbeSet,
+    bos_tokens,
+    check_lengths,
+    make_completion_set,
+    make_probe_set,
+    make_row_set,
+    neutral_tokens,
+)
 from sts_callback.model.weights import Weights, weights_of
-from sts_callback.readings import Fit, Reading
-from sts_callback.records import Check, DomainForecast, DriftSnapshot, Estimate, FeatureInWords, Forecast, Identity
+from sts_callback.readings import Fit, Peaks, Reading
+from sts_callback.records import Check, DomainForecast, DriftSnapshot, Estimate, FeatureInWords, Forecast
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
 from sts_callback.words import in_words
 
@@ -79,13 +87,13 @@ class Monitor:
 
         """
         self.config = config or ProbeConfig()
-        self._model, self._tokenizer, self._progress = model, tokenizer, progress
+        self._model, self.tokenizer, self._progress = model, tokenizer, progress
         self._ranks = ranks or Ranks()
         if not domains or TRAIN in domains:
             raise ConfigError(f"domains: got {sorted(domains)}; give at least one, and none by the name of {TRAIN!r}.")
         self._bos = bos_tokens(tokenizer)
         with undisturbed(model):
-            encoders = [_encoder(one, model) for one in (sae if isinstance(sae, (list, tuple)) else [sae])]
+            encoders = [encoder_for(one, model) for one in (sae if isinstance(sae, (list, tuple)) else [sae])]
             train_rows = read_rows(train_data, "train_data")
             self.train = self._probes(TRAIN, train_rows, tokenizer, self.config.n_train_demonstrations, "train_data")
             self.domains = {
@@ -95,8 +103,9 @@ class Monitor:
             self._neutral = neutral_tokens(tokenizer, sum(map(len, self.train.draws)) // len(self.train.draws))
             self._gauge = Gauge(model, encoders, self.config, self._ranks)
         sets = self._sets = [self.train, *self.domains.values()]
-        check_lengths(sets, getattr(text_config(model), "max_position_embeddings", None))
-        self._identities = [_identity(model, encoder, self.config, sets) for encoder in encoders]
+        self._max_positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
+        check_lengths(sets, self._max_positions)
+        self._identities = [identity_of(model, encoder, self.config, sets) for encoder in encoders]
         self.identity = self._identities[0]
         self._fingerprint = hashlib.sha256(
             json.dumps([self.identity.model, self.identity.sae, self.identity.hook_name, self.identity.probes]).encode()
@@ -159,8 +168,7 @@ class Monitor:
             with clock("fit of the SAE"):
                 bare = self._context((), with_answers=True)
                 checks = self._fit_checks(bare)
-            if refused := [check for one in checks for check in one if check.status == "refuse"]:
-                raise CannotTell(" ".join(f"{c.name}: {c.found}. {c.remedy}" for c in refused))
+            doctor.require_fit(checks)
             with clock("contexts"):
                 shared = {
                     TAUGHT: [self._context(draw, with_answers=True) for draw in self.train.draws],
@@ -257,13 +265,29 @@ class Monitor:
     def _text_drift(self, then: Sequence[Row], now: Sequence[Row], batch_tokens: int | None) -> Estimate:
         """Of what the model writes; both texts are read with the weights of now."""
         then_set, now_set = (
-            make_completion_set("rollouts", rows, self._tokenizer, self.config, field="rollouts") for rows in (then, now)
+            make_completion_set("rollouts", rows, self.tokenizer, self.config, field="rollouts") for rows in (then, now)
         )
         if min(len(then_set.queries), len(now_set.queries)) < 2 or then_set == now_set:  # nothing was written since
             return scoring.NAN_ESTIMATE
         bare = self._context((), with_answers=False)
         now_acts, then_acts = (self._gauge.read_activity(s, bare, batch_tokens=batch_tokens) for s in (now_set, then_set))
         return scoring.text_drift(now_acts, then_acts)
+
+    def read_rows(self, rows: Sequence[Row], features: Sequence[int]) -> tuple[ProbeSet, tuple[int, ...], Peaks]:
+        """How strongly whole rows, prompt and answer, fire features of the first SAE. Needs `forecast` or `restore` before.
+
+        Args:
+            rows: training examples, see `domains.reader`.
+            features: indices.
+
+        Returns:
+            The rows' tokens, which of the rows they are (those without text are left out), and what they fire.
+
+        """
+        texts, numbers = make_row_set("rows", rows, self.tokenizer, self.config, field="train_data")
+        check_lengths([texts], self._max_positions)
+        with undisturbed(self._model), self._bar("Training rows", len(numbers)) as bar:
+            return texts, numbers, self._gauge.read_peaks(texts, self._context((), with_answers=False), features, bar.update)
 
     def words(self, features: Sequence[tuple[int, float]] | None = None) -> tuple[FeatureInWords, ...]:
         """Where in the probes features fire most at step 0. Needs `forecast` or `restore` before; runs nothing.
@@ -277,7 +301,7 @@ class Monitor:
             shift = self.baseline.sets[TRAIN].mean_train_shift
             features = [(j, scores.shift_share(shift, (j,))) for j in self._forecast.features[:_N_WORDS]]
         encoder = self._gauge.lenses[0].encoder
-        return in_words(features, self._sets, self.baseline.sets, self._tokenizer, encoder.neuronpedia_id)
+        return in_words(features, self._sets, self.baseline.sets, self.tokenizer, encoder.neuronpedia_id)
 
     def _probes(
         self, name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, n_demonstrations: int, field: str
@@ -288,12 +312,8 @@ class Monitor:
         return self._gauge.context((*self._bos, *tokens), with_answers=with_answers)
 
     def _fit_checks(self, bare: Context) -> list[tuple[Check, ...]]:
-        self.fits = self._gauge.calibrate(self._sets, bare)
-        name = _model_name(self._model)
-        return [
-            doctor.fit_checks(lens.encoder, fit, lens.point.layer, self._gauge.fit_by_layer(self.train, bare, lens), name)
-            for lens, fit in zip(self._gauge.lenses, self.fits, strict=True)
-        ]
+        self.fits, checks = doctor.examined_fits(self._gauge, self._sets, bare, model_name(self._model))
+        return checks
 
     def _noise_floors(self, train: Sequence[Reading | SetBaseline]) -> list[float]:
         """For each SAE, relative drift of the same weights with the training data's batches laid out otherwise."""
@@ -334,31 +354,3 @@ class _Clock:
         started = time.monotonic()
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
-
-
-def _encoder(sae: SaeSource, model: nn.Module) -> SaeEncoder:
-    layers = find_layers(model)
-    encoder = load_encoder(sae, _model_name(model), len(layers))
-    return encoder.to(next(layers.parameters()).device)
-
-
-def _model_name(model: nn.Module) -> str:
-    return str(getattr(text_config(model), "_name_or_path", "") or type(model).__name__.removeprefix("FSDP"))
-
-
-def _identity(model: nn.Module, encoder: SaeEncoder, config: ProbeConfig, sets: Sequence[ProbeSet]) -> Identity:
-    shape = text_config(model).to_dict()  # type: ignore[attr-defined]
-    for volatile in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures"):
-        shape.pop(volatile, None)
-    return Identity(
-        model=_sha256(shape),
-        model_name=Path(_model_name(model)).name,
-        sae=encoder.fingerprint,
-        sae_name=encoder.name,
-        hook_name=encoder.hook_name,
-        probes=_sha256([[s.fingerprint for s in sets], asdict(config)]),
-    )
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import CannotTell
 from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
+from sts_callback.remedies import BudgetFinding
 
 Judgement: TypeAlias = tuple[Decision, str]
 """A decision and, in a sentence, why."""
@@ -121,6 +122,22 @@ def require_power(n_queries: Mapping[str, int], policy: PolicyConfig) -> None:
             f"{len(policy.budgets)} protected domains at alpha {policy.alpha} takes {fewest_queries(policy)}. Give more rows, "
             "raise ProbeConfig(n_queries=...), or protect fewer domains."
         )
+
+
+def judge_budget(change: Estimate, budget: float) -> BudgetFinding:
+    """Whether a change of a domain's NLL keeps its budget: the test of harm by budget and interval alone.
+
+    Args:
+        change: of the NLL of its answers, nats a token, with its 95 % interval.
+        budget: in the same unit.
+
+    Returns:
+        `within` if the interval lies under the budget, `beyond` if the change reaches it and the interval lies above 0, else
+        `cannot tell`.
+
+    """
+    worse, _ = _worsens(change, budget)
+    return "cannot tell" if worse is None else "beyond" if worse else "within"
 
 
 def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:

@@ -82,6 +82,20 @@ class Reading:
     """Of the same tokens' activations and of what the dictionary leaves, `(n_counted, 2, sketch.WIDTH)`."""
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """How strongly each text of a set fires some features, and where most."""
+
+    n_tokens: torch.Tensor
+    """Tokens that count, `(n_texts,)`, int64."""
+    activity: torch.Tensor
+    """Activations summed over them, `(n_texts, n_features)`."""
+    highest: torch.Tensor
+    """The largest of them, `(n_texts, n_features)`."""
+    place: torch.Tensor
+    """The token that has it, numbered from 0 among the text's candidates, `(n_texts, n_features)`, int64."""
+
+
 class StepZero(Protocol):
     """What a drift check compares with: a `Reading`, or what a baseline keeps of one."""
 

@@ -174,21 +174,18 @@ def domain_drift(
 ) -> DomainDrift:
     """Score the drift of one set."""
     mean_drift = token_mean(reading.shift.features, reading.n_tokens)
-    # Drift and activity are means over their own tokens: some that counted at step 0 may be sinks now.
-    scale = float(step_zero.n_tokens.sum()) / max(1.0, float(reading.n_tokens.sum()))
     n_answer = torch.tensor([len(q.answer) for q in probes.queries])
-    nll, change, p_worse, risen = _NAN, NAN_ESTIMATE, _NAN, torch.full((len(n_answer),), _NAN)
+    nll, p_worse, risen = _NAN, _NAN, torch.full((len(n_answer),), _NAN)
     if reading.nll is not None:
         risen = reading.nll - step_zero.nll
-        nll, change = _ratio(reading.nll, n_answer), estimate(risen, n_answer, torch.arange(len(n_answer)))
-        p_worse = p_of_rise(risen)
+        nll, p_worse = _ratio(reading.nll, n_answer), p_of_rise(risen)
     return DomainDrift(
         name=probes.name,
         n_queries=len(probes.queries),
         n_tokens=int(reading.n_tokens.sum()),
         n_masked=reading.n_masked,
-        relative_drift=estimate(reading.shift.features.sum(dim=1) * scale, step_zero.energy, torch.arange(len(n_answer))),
-        raw_drift=_ratio(reading.shift.raw * scale, step_zero.raw_energy),
+        relative_drift=relative_drift(reading, step_zero),
+        raw_drift=_ratio(reading.shift.raw * _token_scale(reading, step_zero), step_zero.raw_energy),
         unseen=_ratio(reading.shift.unseen, reading.shift.raw),
         share_on_forecast=scores.shift_share(mean_drift, forecast_features),
         top_features=tuple((j, scores.shift_share(mean_drift, (j,))) for j in scores.shifted_features(mean_drift, _N_TOP)),
@@ -197,11 +194,37 @@ def domain_drift(
         sts_rel=scores.shift_share(step_zero.mean_own_shift, realised),
         sts_cross=scores.shift_share(step_zero.mean_train_shift, realised),
         nll=nll,
-        nll_change=change,
+        nll_change=nll_change(probes, reading.nll, step_zero.nll),
         p_worse=p_worse,
         query_changes=tuple(risen.tolist()),
         query_answer_tokens=tuple(n_answer.tolist()),
     )
+
+
+def relative_drift(reading: DriftReading, step_zero: Reading | SetBaseline) -> Estimate:
+    """Squared feature drift of a set over its squared activity at step 0."""
+    drift = reading.shift.features.sum(dim=1) * _token_scale(reading, step_zero)
+    return estimate(drift, step_zero.energy, torch.arange(len(drift)))
+
+
+def nll_change(probes: ProbeSet, now: torch.Tensor | None, then: torch.Tensor) -> Estimate:
+    """Change of the answers' NLL, in nats per token.
+
+    Args:
+        probes: with the answers.
+        now: NLL of each answer in nats, `(n_queries,)`; None without a language-model head.
+        then: the same at step 0.
+
+    """
+    if now is None:
+        return NAN_ESTIMATE
+    n_answer = torch.tensor([len(q.answer) for q in probes.queries])
+    return estimate(now - then, n_answer, torch.arange(len(n_answer)))
+
+
+def _token_scale(reading: DriftReading, step_zero: Reading | SetBaseline) -> float:
+    """Drift and activity are means over their own tokens: some that counted at step 0 may be sinks now."""
+    return float(step_zero.n_tokens.sum()) / max(1.0, float(reading.n_tokens.sum()))
 
 
 def text_drift(now: tuple[torch.Tensor, torch.Tensor], then: tuple[torch.Tensor, torch.Tensor]) -> Estimate:

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sts_callback.ledger import FEWEST, LEVEL, Expectations, Skill, TrackRecord
-from sts_callback.records import Check, Decision, DriftSnapshot, Estimate, FeatureInWords, Forecast, Status, Verdict
+from sts_callback.records import Check, Decision, DriftSnapshot, Estimate, FeatureInWords, Forecast, Snippet, Status, Verdict
+from sts_callback.remedies import Blame, BudgetFinding, Dial
 
 _WIDTH = 80
 _COLOURS: dict[Decision, str] = {
@@ -138,13 +139,83 @@ def words_lines(words: Sequence[FeatureInWords], *, colour: bool | None = None) 
         parts.append(Text(f"feature {feature.feature}, {feature.share:.1%}  {feature.link}".rstrip(), style="bold"))
         for name, snippets in feature.snippets.items():
             for snippet in snippets[:1]:
-                before, token, after = (" ".join(part.split()) for part in (snippet.before, snippet.token, snippet.after))
-                line = Text(f"  {name[:12]:<12} ...{before[-32:]} ")
-                line.append(f"[{token or chr(0x2423)}]", style="bold yellow")
-                line.append(f" {after}")
-                line.truncate(_WIDTH, overflow="ellipsis")
-                parts.append(line)
+                parts.append(_marked(f"  {name[:12]:<12} ", snippet, n_before=32))
     return _rendered(parts, colour)
+
+
+def blame_table(found: Blame, *, colour: bool | None = None) -> str:
+    """Training rows to blame: for each protected domain those that score highest, the token that fires in brackets."""
+    parts: list[Text | Table] = []
+    for domain in found.domains.values():
+        parts.append(Text(f"Training rows that fire what threatens {domain.name}", style="bold"))
+        parts.append(Text(f"{'row':>9} {'score':>6} {'feature':>8}  where it fires", style="bold"))
+        for row in domain.rows:
+            head = f"{row.row:>9} {row.score:>6.2f} {row.feature:>8}  "
+            line = _marked(head, row.snippet, n_before=18)
+            line.stylize("red" if row.score > domain.threshold else "", 0, len(head))
+            parts.append(line)
+        stand_out = (
+            f"{domain.n_standing_out} of {found.n_read} rows stand out: above {domain.threshold:.2f}; the median is "
+            f"{domain.median:.2f}, {domain.name}'s own texts score {domain.own_score:.2f}."
+        )
+        if domain.silent_weight >= 0.005:
+            stand_out += f" No row fires the features that make {domain.silent_weight:.0%} of the threat."
+        parts += [Text(line, style="dim") for line in textwrap.wrap(stand_out, _WIDTH - 2)]
+        parts.append(Text())
+    notes = ["A score of 1 is an average row; rows are counted from 0."]
+    if found.n_read < found.n_rows:
+        notes.append(
+            f"{found.n_read} of {found.n_rows} rows were read (a sample, without rows that hold no text); all others stay."
+        )
+    if found.n_cut:
+        notes.append(f"{found.n_cut} were cut.")
+    notes.append(found.meaning)
+    parts += [Text(line, style="dim") for line in textwrap.wrap(" ".join(notes), _WIDTH - 2)]
+    parts.append(Text(f"To leave out: {len(found.left_out)} rows, a tenth of those read at most.", style="bold"))
+    return _rendered(parts, colour)
+
+
+def dial_table(found: Dial, *, colour: bool | None = None) -> str:
+    """An adapter's scales: for each how far the protected domains have moved, and whether they keep their budgets."""
+    colours: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
+    table = _table("domain", "scale", "drift", "NLL change", "95 %", "budget", "finding")
+    for point in found.points:
+        for domain in point.domains.values():
+            change = domain.nll_change
+            table.add_row(
+                Text("  " + domain.name),
+                f"{point.scale:g}",
+                f"{domain.relative_drift.value:.1%}",
+                f"{change.value:+.2f}",
+                f"{change.low:+.2f} to {change.high:+.2f}",
+                f"{domain.budget:.2f}",
+                Text(domain.finding, style=colours[domain.finding]),
+            )
+    legend = (
+        "drift and change of the answers' NLL against the model without the adapter, nats\n"
+        "a token. within: the interval lies under the budget; beyond: the change reaches\n"
+        "the budget and the interval lies above 0.\n"
+    )
+    if found.largest is not None:
+        answer = f"Largest scale that keeps every budget: {found.largest:g}"
+        if found.largest < 1:
+            answer += "\n  to use it, multiply lora_alpha in adapter_config.json by it (alpha_pattern too)"
+    elif found.finding == "beyond":
+        answer = "None of these scales keeps every budget; try smaller ones"
+    else:
+        answer = "Cannot tell: none of these scales is sure to keep every budget; give more queries"
+    heading = Text(f"STS dial: an adapter by its scale ({found.identity.sae_name}, {found.seconds:.0f} s)", style="bold")
+    return _rendered([heading, table, Text(legend, style="dim"), Text(answer, style=colours[found.finding])], colour)
+
+
+def _marked(head: str, snippet: Snippet, n_before: int) -> Text:
+    """A line with a place in a text, the token that fires in brackets."""
+    before, token, after = (" ".join(part.split()) for part in (snippet.before, snippet.token, snippet.after))
+    line = Text(f"{head}...{before[-n_before:]} ")
+    line.append(f"[{token or chr(0x2423)}]", style="bold yellow")
+    line.append(f" {after}")
+    line.truncate(_WIDTH, overflow="ellipsis")
+    return line
 
 
 def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, colour: bool | None = None) -> str:

@@ -64,14 +64,23 @@ def _strongest(
         for entry in at.tolist():
             query, column = places[counted[int(token_of[entry])]]
             if query not in best:
-                best[query] = _snippet(probes.queries[query].query, column, float(acts.values[entry]), tokenizer)
+                best[query] = snippet(probes.queries[query].query, column, float(acts.values[entry]), tokenizer)
             if len(best) == N_SNIPPETS:
                 break
         found[feature] = tuple(best.values())
     return found
 
 
-def _snippet(tokens: tuple[int, ...], column: int, activation: float, tokenizer: PreTrainedTokenizerBase) -> Snippet:
+def snippet(tokens: tuple[int, ...], column: int, activation: float, tokenizer: PreTrainedTokenizerBase) -> Snippet:
+    """A token of a text with what stands around it.
+
+    Args:
+        tokens: of the text.
+        column: which of them fires.
+        activation: how strongly.
+        tokenizer: for reading tokens as text.
+
+    """
     before, after = tokens[max(0, column - _N_BEFORE) : column], tokens[column + 1 : column + 1 + _N_AFTER]
     texts = [str(tokenizer.decode(list(part))) for part in (before, tokens[column : column + 1], after)]
     return Snippet(texts[0], texts[1], texts[2], activation)

@@ -9,12 +9,15 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from logs import whole_run, written
 from past import lawful_runs
+from samples import IDENTITY
 from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT, main
 from sts_callback.ledger import Entry, Expectations, TrackRecord, append
 from sts_callback.records import Check, Forecast, Verdict
+from sts_callback.remedies import Blame, Dial, DialPoint
 from sts_callback.runlog import RunLog
 from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
 
@@ -32,6 +35,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in (noise.W_enc, noise.W_dec):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     noise.save_model(folder / "noise")
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
     return folder
 
 
@@ -175,7 +180,7 @@ def test_each_decision_has_its_exit_code(decision: str, expected: int, files: Pa
         (["--n-draws", "1"], "n_draws: got 1; allowed is 2 or more"),
     ],
 )
-@pytest.mark.parametrize("name", ["forecast", "doctor"])
+@pytest.mark.parametrize("name", ["forecast", "doctor", "blame"])
 def test_wrong_input_is_named_with_its_remedy(
     name: str, change: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,6 +323,9 @@ def test_a_card_that_cannot_be_made_is_wrong_input(
         ["report", "--help"],
         ["card", "--help"],
         ["ledger", "--help"],
+        ["blame", "--help"],
+        ["dial", "--help"],
+        ["report", "--help"],
         ["saes", "--help"],
     ],
 )
@@ -446,3 +454,78 @@ def test_a_forecast_tells_what_past_runs_of_its_own_model_and_sae_let_expect(
     shown = capsys.readouterr().out
     assert "expected from past runs" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_rows_to_blame_are_shown_and_written(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "kept.jsonl"
+    argv = command(files, "--protect", "poems", "--top", "3", "--rows", "20", "--out", str(out), name="blame")
+    assert main(argv) == GO
+    captured = capsys.readouterr()
+    assert len(re.findall(r"^ +\d+ +\d+\.\d\d +\d+  \.\.\.", captured.out, re.MULTILINE)) == 3
+    assert max(map(len, captured.out.splitlines())) <= 80
+    left_out = json.loads((tmp_path / "kept.left_out.json").read_text())
+    assert len(out.read_text().splitlines()) == 30 - len(left_out)
+    assert f"{out}: {30 - len(left_out)} rows kept" in captured.err
+
+
+def test_rows_to_blame_come_as_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(files, "--protect", "poems", "--json", name="blame")) == GO
+    found = Blame.from_json(capsys.readouterr().out)
+    assert (found.n_rows, found.n_read, set(found.domains)) == (30, 30, {"poems"})
+    assert len(found.domains["poems"].rows) == 10
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "protect: got none"),
+        (["--protect", "poems", "--rows", "0"], "rows: got 0"),
+        (["--protect", "poems", "--out", "kept.csv"], "out: got 'kept.csv'"),
+    ],
+)
+def test_what_cannot_be_blamed_is_wrong_input(
+    more: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(files, *more, name="blame")) == WRONG_INPUT
+    assert message in capsys.readouterr().err
+
+
+def dial_command(files: Path, *more: str) -> list[str]:
+    places = ["--model", files / "model", "--adapter", files / "adapter", "--sae", files / "sae"]
+    return ["dial", *map(str, places), "--domain", f"poems={files / 'poems.jsonl'}", "--n-queries", "6", *more]
+
+
+def test_an_adapter_is_dialled(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = dial_command(files, "--protect", "poems=50", "--scales", "0.5", "1")
+    assert main(argv) == GO
+    shown = capsys.readouterr().out
+    assert "Largest scale that keeps every budget: 1" in shown
+    assert len(re.findall(r"^  poems +(0\.5|1) ", shown, re.MULTILINE)) == 2
+    assert main([*argv, "--json"]) == GO
+    content = json.loads(capsys.readouterr().out)
+    assert content.pop("largest") == 1
+    assert [point.scale for point in Dial.from_dict(content).points] == [0.5, 1]
+
+
+@pytest.mark.parametrize(("finding", "expected"), [("within", GO), ("beyond", NO_GO), ("cannot tell", CANNOT_TELL)])
+def test_each_finding_of_a_dial_has_its_exit_code(
+    finding: str, expected: int, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Dial(IDENTITY, (DialPoint(0.5, finding, {}),), 1.0)  # type: ignore[arg-type]
+    monkeypatch.setattr("sts_callback.dial.dial", lambda *args, **options: found)
+    assert main(dial_command(files, "--protect", "poems")) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "protect: got none"),
+        (["--protect", "poems", "--scales", "2"], "scales: got [2.0]"),
+        (["--protect", "poems", "--adapter", "nowhere"], "nowhere holds no adapter_config.json"),
+    ],
+)
+def test_what_cannot_be_dialled_is_wrong_input(
+    more: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(dial_command(files, *more)) == WRONG_INPUT
+    assert message in capsys.readouterr().err

@@ -27,6 +27,7 @@ TORCH_FREE = {
     "logged",
     "policy",
     "records",
+    "remedies",
     "report",
     "runlog",
     "scalars",

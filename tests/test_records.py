@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
-from sts_callback import records
+from sts_callback import records, remedies
 from sts_callback.records import (
     SCHEMA_VERSION,
     Check,
@@ -25,8 +25,13 @@ from sts_callback.records import (
     Snippet,
     Verdict,
 )
+from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame
 
 SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
+BLAMED = BlamedRow(17, 4.5, 7, 0.5, SNIPPET)
+BLAMED_DOMAIN = DomainBlame("law", ((7, 0.75), (3, 0.25)), 0.25, 6.0, 0.875, 3.0, 2, (BLAMED,))
+DIALED = DialedDomain("law", 32, estimate(0.25, 0.125, 0.375), estimate(0.5, 0.25, 0.75), 0.1, "beyond")
+DIAL_POINT = DialPoint(0.5, "beyond", {"law": DIALED})
 ALL: list[Record] = [
     IDENTITY,
     Check("layer", "refuse", "reads layer 2, but fits layer 1 better", "correct hook_name"),
@@ -39,6 +44,12 @@ ALL: list[Record] = [
     domain_drift(),
     snapshot(40, domain_drift("law"), domain_drift("code", top_features=()), text_drift=estimate(0.5, -0.25, 0.75)),
     Verdict("no-go", ("law", "code"), {"law": "has moved ± 0.1.", "code": "« déjà »\nline 2"}, 40, True),
+    BLAMED,
+    BLAMED_DOMAIN,
+    Blame(IDENTITY, 5000, 2000, 3, {"law": BLAMED_DOMAIN}, (17, 4711), 1.5),
+    DIALED,
+    DIAL_POINT,
+    Dial(IDENTITY, (DIAL_POINT,), 1.5),
 ]
 
 
@@ -58,7 +69,8 @@ def test_round_trip_is_exact(record: Record) -> None:
 
 
 def test_every_kind_of_record_is_tried() -> None:
-    kinds = {k for k in vars(records).values() if isinstance(k, type) and issubclass(k, Record) and k is not Record}
+    defined = [*vars(records).values(), *vars(remedies).values()]
+    kinds = {k for k in defined if isinstance(k, type) and issubclass(k, Record) and k is not Record}
     assert kinds == {type(record) for record in ALL}
 
 

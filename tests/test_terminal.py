@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from past import forecast_of, lawful_runs, run
-from samples import domain_drift, domain_forecast, estimate, forecast, score, snapshot
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.domains.starter import starter_domains
 from sts_callback.hindsight import expectations, track_records
 from sts_callback.policy import judge_drift, judge_forecast
 from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Snippet, Verdict
+from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame
 from sts_callback.terminal import (
+    blame_table,
     check_lines,
+    dial_table,
     doctor_table,
     expectations_table,
     forecast_table,
@@ -24,7 +27,7 @@ from sts_callback.terminal import (
     words_lines,
 )
 
-NAMES = ("code", "everyday", "law", "medicine", "translation")
+NAMES = ("code", "everyday", "law", "health", "translation")
 HARM: dict[str, Any] = {"nll_change": 0.5}
 ESCAPE = "\x1b["
 NAN = float("nan")
@@ -417,3 +420,69 @@ def test_what_the_doctor_warns_of_stands_below_a_forecast() -> None:
     text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
     assert "L0: 120 active features a token, 47 nominal; take another" in text
     assert "layer: 12" not in text
+
+
+def _blame(**changes: Any) -> Blame:
+    place = Snippet("a long text that stands before the\n", "court", " and one that stands behind it, which is long too" * 2, 3.5)
+    rows = (BlamedRow(1234567, 104.25, 65535, 0.5, place), BlamedRow(3, 1.25, 7, 1.0, place))
+    law = DomainBlame("law", ((65535, 0.75), (7, 0.25)), 0.25, 6.0, 0.875, 3.0, 1, rows)
+    given: dict[str, Any] = {"n_rows": 2_000_000, "n_read": 2000, "n_cut": 3, "domains": {"law": law}, "left_out": (1234567,)}
+    return Blame(identity=IDENTITY, seconds=1.5, **{**given, **changes})
+
+
+def test_blame_shows_rows_where_they_fire_and_says_what_that_means() -> None:
+    shown = blame_table(_blame(), colour=False)
+    assert max(map(len, shown.splitlines())) <= 80
+    flat = " ".join(shown.split())
+    assert re.search(r"1234567 104\.25 65535 \.\.\..* \[court\] and one", flat)
+    for part in (
+        "1 of 2000 rows stand out: above 3.00; the median is 0.88, law's own texts score 6.00.",
+        "No row fires the features that make 25% of the threat.",
+        "2000 of 2000000 rows were read",
+        "3 were cut.",
+        "not a proof that the rows cause harm",
+        "To leave out: 1 rows",
+    ):
+        assert part in flat
+
+
+def test_blame_marks_what_stands_out() -> None:
+    lines = blame_table(_blame(), colour=True).splitlines()
+    marked = {
+        number: next(line for line in lines if f" {number} " in line or f"{number} " in line) for number in ("1234567", "3 ")
+    }
+    assert ESCAPE + "31m" in marked["1234567"]
+    assert ESCAPE + "31m" not in marked["3 "]
+
+
+def test_blame_of_all_rows_speaks_of_no_sample() -> None:
+    shown = blame_table(_blame(n_rows=2000, n_cut=0), colour=False)
+    assert "were read" not in shown
+    assert "were cut" not in shown
+
+
+def _dial(**findings: Any) -> Dial:
+    def point(scale: float, finding: Any) -> DialPoint:
+        law = DialedDomain("law", 32, estimate(scale, 0.0, 2.0), estimate(0.12, -0.1, 0.3), 0.1, finding)
+        return DialPoint(scale, finding, {"law": law})
+
+    return Dial(IDENTITY, tuple(point(float(scale[1:]) / 100, finding) for scale, finding in findings.items()), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("findings", "answer"),
+    [
+        ({"s25": "within", "s50": "within", "s100": "beyond"}, "Largest scale that keeps every budget: 0.5\n  to use it"),
+        ({"s100": "within"}, "Largest scale that keeps every budget: 1"),
+        ({"s50": "cannot tell", "s100": "beyond"}, "Cannot tell: none"),
+        ({"s50": "beyond", "s100": "beyond"}, "None of these scales keeps every budget"),
+    ],
+)
+def test_a_dial_shows_the_curve_and_answers(findings: dict[str, Any], answer: str) -> None:
+    shown = dial_table(_dial(**findings), colour=False)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert answer in shown
+    assert ("lora_alpha" in shown) == ("to use it" in answer)
+    for scale, finding in findings.items():
+        row = rf"law +{float(scale[1:]) / 100:g} +{float(scale[1:]):.1f}% +\+0\.12 -0\.10 to \+0\.30 +0\.10 +{finding}"
+        assert re.search(row, shown), shown

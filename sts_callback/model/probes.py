@@ -156,6 +156,41 @@ def make_completion_set(
     return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
 
 
+def make_row_set(
+    name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ProbeConfig, *, field: str
+) -> tuple[ProbeSet, tuple[int, ...]]:
+    """Whole rows, prompt and answer, of which all tokens count but special ones; without answers to be read and demonstrations.
+
+    Args:
+        name: of the set.
+        rows: as for `make_probe_set`.
+        tokenizer: the user's; not altered.
+        config: limits.
+        field: what to call the rows in errors.
+
+    Returns:
+        The set, and for each of its texts which of the rows it is: rows without text are left out.
+
+    Raises:
+        DataError: if none holds text.
+
+    """
+    special = set(tokenizer.all_special_ids)
+    texts: list[Query] = []
+    numbers: list[int] = []
+    n_cut = 0
+    with _untouched(tokenizer):
+        for number, row in enumerate(rows):
+            for pair in read_pairs([row], tokenizer, field):
+                encoded, cut = _encode(pair, tokenizer, config.max_tokens)
+                texts.append(Query(encoded.tokens, (), tuple(token not in special for token in encoded.tokens)))
+                numbers.append(number)
+                n_cut += cut
+    if not texts:
+        raise DataError(f"{field}: none of the {len(rows)} rows read holds text.")
+    return ProbeSet(name, tuple(texts), ((),), n_cut), tuple(numbers)
+
+
 def neutral_tokens(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> tuple[int, ...]:
     """Plain prose without question or answer, to stand in a context in place of demonstrations.
 
@@ -190,7 +225,7 @@ def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None) -> None:
         DataError: naming the set, the length and the limit.
 
     """
-    longest_context = max(len(draw) for s in sets if s.name == "train" for draw in s.draws)
+    longest_context = max((len(draw) for s in sets if s.name == "train" for draw in s.draws), default=0)
     for s in sets:
         length = 1 + max(longest_context, *map(len, s.draws)) + max(len(q.tokens) for q in s.queries)
         if max_positions is not None and length > max_positions:

@@ -1,0 +1,120 @@
+"""Records of what may be done about a threat: which rows to look at, how far an adapter may be turned up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sts_callback.records import Estimate, Identity, Record, Snippet
+
+BudgetFinding = Literal["within", "beyond", "cannot tell"]
+
+
+@dataclass(frozen=True)
+class BlamedRow(Record):
+    """A training row, by how strongly it fires what threatens a domain."""
+
+    row: int
+    """Its number in the training data, counted from 0."""
+    score: float
+    """Weighted sum over features of its mean activation over that of an average row: 1 is an average row."""
+    feature: int
+    """The feature that contributes most to it."""
+    feature_share: float
+    """How much of the score that is, in [0, 1]."""
+    snippet: Snippet
+    """Where the row fires that feature most."""
+
+
+@dataclass(frozen=True)
+class DomainBlame(Record):
+    """Through which features training threatens a domain, and which training rows fire them."""
+
+    name: str
+    weights: tuple[tuple[int, float], ...]
+    """The forecast's features with their share of the shift that training is expected to cause in the domain, largest first."""
+    silent_weight: float
+    """Share of that shift on features which no row fires; it is left out of the scores."""
+    own_score: float
+    """What the domain's own texts would score."""
+    median: float
+    """Of all rows' scores."""
+    threshold: float
+    """Above it a row's score stands out (see `metrics.rows`)."""
+    n_standing_out: int
+    rows: tuple[BlamedRow, ...]
+    """The rows with the highest scores, highest first."""
+
+
+@dataclass(frozen=True)
+class Blame(Record):
+    """Which training rows fire the features through which training threatens protected domains."""
+
+    identity: Identity
+    n_rows: int
+    """Rows of the training data."""
+    n_read: int
+    """Rows that were read: all, or a sample, without those that hold no text."""
+    n_cut: int
+    """Of these, rows longer than twice `max_tokens`, or with a prompt or an answer longer than `max_tokens`, cut."""
+    domains: Mapping[str, DomainBlame]
+    left_out: tuple[int, ...]
+    """Rows to leave out: those that stand out for some domain, in the order of the training data, never more than a tenth of
+    those read."""
+    seconds: float
+    """Wall-clock time, without the forecast."""
+    meaning: str = (
+        "These rows fire the features through which the training data is expected to move the domain; that is where the "
+        "features fire, not a proof that the rows cause harm."
+    )
+    """What may be read into it, and what not."""
+
+
+@dataclass(frozen=True)
+class DialedDomain(Record):
+    """One protected domain at one scale of an adapter, against the model without it."""
+
+    name: str
+    n_queries: int
+    relative_drift: Estimate
+    """Squared feature drift over squared activity without the adapter, at least 0."""
+    nll_change: Estimate
+    """Change of the answers' NLL, in nats per token; above 0 is worse."""
+    budget: float
+    """What it may rise, in nats per token."""
+    finding: BudgetFinding
+    """`within`: its interval lies under the budget; `beyond`: the change reaches the budget, and the interval lies above 0."""
+
+
+@dataclass(frozen=True)
+class DialPoint(Record):
+    """One scale of an adapter."""
+
+    scale: float
+    """1 is the adapter as it was trained, 0 the model without it."""
+    finding: BudgetFinding
+    """`within`: every budget is kept; `beyond`: one is not."""
+    domains: Mapping[str, DialedDomain]
+
+
+@dataclass(frozen=True)
+class Dial(Record):
+    """How far an adapter may be turned up."""
+
+    identity: Identity
+    points: tuple[DialPoint, ...]
+    """The smallest scale first."""
+    seconds: float
+    """Wall-clock time."""
+
+    @property
+    def largest(self) -> float | None:
+        """The largest of the scales that keeps every budget; None if none is known to."""
+        return max((point.scale for point in self.points if point.finding == "within"), default=None)
+
+    @property
+    def finding(self) -> BudgetFinding:
+        """`within`: some scale keeps every budget; `beyond`: none does; `cannot tell`: some may."""
+        found = {point.finding for point in self.points}
+        return "within" if "within" in found else "cannot tell" if "cannot tell" in found else "beyond"

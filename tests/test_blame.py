@@ -1,0 +1,217 @@
+"""Rows to blame: found where they were planted, none where none were, and each number against a second computation."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from planted import KINDS, lettered_model, lettered_sae, row_of
+from sts_callback.blame import MOST_LEFT_OUT, blame, filter_files, write_filtered
+from sts_callback.config import ProbeConfig
+from sts_callback.errors import CannotTell, ConfigError, DataError
+from sts_callback.monitor import Monitor
+from sts_callback.records import Forecast
+from sts_callback.remedies import Blame
+from tiny import tiny_tokenizer
+
+CONFIG = ProbeConfig(n_queries=12, n_features=16, n_domain_demonstrations=2, max_tokens=64)
+LOWER, UPPER = range(5), (5, 6)
+N_ROWS, N_PLANTED = 100, 8
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Rows of small letters and digits, some of them planted, and what was measured of them."""
+
+    rows: list[dict[str, str]]
+    planted: frozenset[int]
+    monitor: Monitor
+    forecast: Forecast
+
+    def blame(self, **options: Any) -> Blame:
+        return blame(self.monitor, self.rows, ["law"], forecast=self.forecast, **options)
+
+
+@cache
+def mixture(seed: int, n_planted: int = N_PLANTED, share: float = 0.9, config: ProbeConfig = CONFIG) -> Mixture:
+    """Every row has a capital word here and there; planted ones have a share of them, the protected domain has nothing else."""
+    draw = random.Random(seed)
+    planted = frozenset(draw.sample(range(N_ROWS), n_planted))
+    rows = [
+        row_of(draw, tuple(draw.sample(LOWER, 3)), foreign=UPPER, share=share if i in planted else 0.02) for i in range(N_ROWS)
+    ]
+    law = [row_of(draw, UPPER) for _ in range(30)]
+    sae = lettered_sae()
+    options: dict[str, Any] = {"train_data": rows, "domains": {"law": law}, "config": config, "progress": False}
+    monitor = Monitor(lettered_model(), tiny_tokenizer(), sae=sae, **options)
+    return Mixture(rows, planted, monitor, monitor.forecast())
+
+
+def precision_and_recall(share: float) -> tuple[float, float]:
+    """Over three mixtures."""
+    n_hits = n_left_out = n_planted = 0
+    for seed in range(3):
+        made = mixture(seed, share=share)
+        left_out = made.blame().left_out
+        n_hits += len(made.planted & set(left_out))
+        n_left_out += len(left_out)
+        n_planted += len(made.planted)
+    return n_hits / max(1, n_left_out), n_hits / n_planted
+
+
+def test_planted_rows_are_found_and_hardly_any_others() -> None:
+    precision, recall = precision_and_recall(share=0.9)
+    assert precision >= 0.95
+    assert recall >= 0.95
+
+
+def test_rows_that_are_half_of_the_domains_kind_are_found_in_part() -> None:
+    precision, recall = precision_and_recall(share=0.5)
+    assert precision >= 0.8
+    assert recall >= 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_stands_out_where_nothing_was_planted(seed: int) -> None:
+    found = mixture(seed, n_planted=0).blame()
+    assert found.left_out == ()
+    assert found.domains["law"].n_standing_out == 0
+
+
+def test_scores_are_those_of_a_second_computation_without_sinks() -> None:
+    made = mixture(0, config=ProbeConfig(n_queries=12, n_features=16, n_domain_demonstrations=2, max_norm_multiple=1.15))
+    found = made.blame(n_top=N_ROWS).domains["law"]
+    limit = 1.15 * made.forecast.median_norm
+    features, weights = (torch.tensor(part) for part in zip(*found.weights, strict=True))
+    means, peaks, n_masked = [], [], 0
+    model, sae = lettered_model(), lettered_sae()
+    for row in made.rows:
+        ids = tiny_tokenizer()(row["prompt"] + row["completion"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            x = model(torch.tensor([[1, *ids]]), output_hidden_states=True).hidden_states[3][0, 1:]
+        kept = x.norm(dim=1) < limit
+        n_masked += int((~kept).sum())
+        acts = torch.relu(x @ sae.W_enc)[:, features] * kept.unsqueeze(1)
+        acts = acts.detach()
+        means.append(acts.sum(dim=0) / kept.sum())
+        peaks.append((acts, ids))
+    assert 0 < n_masked < sum(len(ids) for _, ids in peaks) / 2
+    activity = torch.stack(means)
+    parts = weights * activity / activity.mean(dim=0)
+    parts = parts / weights[activity.mean(dim=0) > 0].sum()
+    wanted = parts.nan_to_num().sum(dim=1)
+    assert {row.row for row in found.rows} == set(range(N_ROWS))
+    torch.testing.assert_close(
+        torch.tensor([row.score for row in found.rows]), wanted[[row.row for row in found.rows]], rtol=1e-4, atol=1e-5
+    )
+    assert [row.score for row in found.rows] == sorted((row.score for row in found.rows), reverse=True)
+    assert float(wanted.mean()) == pytest.approx(1, abs=1e-5)
+    for row in found.rows[:5]:
+        column = int(parts[row.row].nan_to_num().argmax())
+        acts, ids = peaks[row.row]
+        assert row.feature == int(features[column])
+        assert row.feature_share == pytest.approx(float(parts[row.row, column] / wanted[row.row]), rel=1e-4)
+        assert row.snippet.activation == pytest.approx(float(acts[:, column].max()), rel=1e-5)
+        assert row.snippet.token == tiny_tokenizer().decode([ids[int(acts[:, column].argmax())]])
+
+
+def test_the_token_that_fires_is_of_the_domains_kind() -> None:
+    found = mixture(0).blame().domains["law"]
+    assert [j for j, _ in found.weights[:2]] in ([5, 6], [6, 5])
+    for row in found.rows[:N_PLANTED]:
+        assert row.snippet.token in KINDS[row.feature]
+
+
+def test_of_many_rows_a_sample_is_read_and_the_rest_stays() -> None:
+    made = mixture(0)
+    found, again = made.blame(n_rows=40), made.blame(n_rows=40)
+    assert (found.n_rows, found.n_read) == (N_ROWS, 40)
+    assert found.domains == again.domains
+    assert len(found.left_out) <= MOST_LEFT_OUT * 40
+    assert {row.row for row in made.blame(n_rows=40, n_top=N_ROWS).domains["law"].rows} != set(range(40))
+
+
+def test_rows_keep_their_numbers_where_others_hold_no_text() -> None:
+    made = mixture(0)
+    rows: list[Row] = [{"prompt": "", "completion": ""}, *made.rows]
+    found = blame(made.monitor, rows, ["law"], forecast=made.forecast)
+    assert (found.n_rows, found.n_read) == (N_ROWS + 1, N_ROWS)
+    assert found.left_out == tuple(i + 1 for i in made.blame().left_out)
+
+
+def test_never_more_than_a_tenth_is_left_out() -> None:
+    made = mixture(0)
+    few = [made.rows[i] for i in sorted(made.planted)[:4]] + [row for i, row in enumerate(made.rows) if i not in made.planted][
+        :26
+    ]
+    found = blame(made.monitor, few, ["law"], forecast=made.forecast)
+    assert found.domains["law"].n_standing_out == 4
+    assert len(found.left_out) == 3
+    assert set(found.left_out) < set(range(4))
+
+
+def test_what_was_cut_is_counted() -> None:
+    made = mixture(0)
+    long = {"prompt": "abc " * 40, "completion": " def"}
+    assert blame(made.monitor, [*made.rows, long], ["law"], forecast=made.forecast).n_cut == made.blame().n_cut + 1
+
+
+def test_what_it_means_is_said_with_it() -> None:
+    assert "not a proof" in json.loads(mixture(0).blame().to_json())["meaning"]
+
+
+@pytest.mark.parametrize(
+    ("protected", "options", "message"),
+    [([], {}, "protect: got none"), (["law"], {"n_rows": 0}, "rows: got 0"), (["law"], {"n_top": 0}, "top: got 0")],
+)
+def test_what_cannot_be_asked_is_refused(protected: list[str], options: dict[str, int], message: str) -> None:
+    made = mixture(0)
+    with pytest.raises(ConfigError, match=message):
+        blame(made.monitor, made.rows, protected, **options)
+
+
+def test_a_domain_in_which_nothing_shifts_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mixture(0)
+    assert made.monitor.baseline is not None
+    still = replace(made.monitor.baseline.sets["law"], mean_train_shift=torch.zeros(64))
+    monkeypatch.setattr(made.monitor, "baseline", replace(made.monitor.baseline, sets={"law": still}))
+    with pytest.raises(CannotTell, match="law: none of the 100 rows"):
+        made.blame()
+
+
+def test_rows_without_text_are_refused() -> None:
+    made = mixture(0)
+    with pytest.raises(DataError, match="none of the 1 rows read holds text"):
+        blame(made.monitor, [{"prompt": "", "completion": ""}], ["law"], forecast=made.forecast)
+
+
+def test_the_rows_kept_and_the_numbers_of_the_others_are_written(tmp_path: Path) -> None:
+    made = mixture(0)
+    found = made.blame()
+    kept, left_out = filter_files("train.jsonl", str(tmp_path / "kept.jsonl"))
+    rows = [*made.rows[:-1], {**made.rows[-1], "note": "« déjà »"}]
+    write_filtered(found, rows, kept, left_out)
+    numbers = json.loads(left_out.read_text())
+    assert numbers == list(found.left_out)
+    assert [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] == [
+        row for i, row in enumerate(rows) if i not in numbers
+    ]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["kept.jsonl", "kept.left_out.json"]
+
+
+@pytest.mark.parametrize("out", ["kept.jsonl.gz", "nowhere/kept.jsonl", "train.jsonl"])
+def test_a_place_that_cannot_be_written_to_is_refused_beforehand(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"out: got '{out}'"):
+        filter_files("./train.jsonl", out)
