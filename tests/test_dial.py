@@ -82,7 +82,7 @@ def test_scale_one_is_the_adapter_as_it_was_trained(adapted: nn.Module, tmp_path
     drift = activity = rise = n_answer = 0.0
     for query in knob._sets[0].queries:
         (then, nll_then), (now, nll_now) = (run_alone(m, list(query.tokens), len(query.query)) for m in (base, adapted))
-        a, b = (torch.relu(x @ sae.W_enc) for x in (then, now))
+        a, b = (torch.relu(x @ sae.W_enc.detach()) for x in (then, now))
         drift, activity = drift + float((b - a).square().sum()), activity + float(a.square().sum())
         rise, n_answer = rise + nll_now - nll_then, n_answer + len(query.answer)
     assert found.relative_drift.value == pytest.approx(drift / activity, rel=1e-4)
