@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sts_callback.records import Forecast
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
+PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
 _DIAL_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
 _EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
 
@@ -50,7 +52,12 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:  # argparse has printed help or a complaint
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # its reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return PIPE_CLOSED
     except CannotTell as error:
         print(f"sts-callback: {error}", file=sys.stderr)
         return CANNOT_TELL

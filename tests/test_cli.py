@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from logs import whole_run, written
 from past import lawful_runs
 from samples import IDENTITY
-from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT, main
+from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, PIPE_CLOSED, WRONG_INPUT, main
 from sts_callback.ledger import Entry, Expectations, TrackRecord, append
 from sts_callback.records import Check, Forecast, Verdict
 from sts_callback.remedies import Blame, Dial, DialPoint
@@ -199,6 +202,16 @@ def test_a_bug_of_ours_is_told_apart(files: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sts_callback.policy.judge_forecast", lambda forecast, policy: 1 / 0)
     assert main(command(files)) == BUG
     assert "bug of ours" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_bug(tmp_path: Path) -> None:
+    written(RunLog(tmp_path / "sts"), whole_run())
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "sts_callback", "card", str(tmp_path)]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (PIPE_CLOSED, "")
 
 
 def test_a_forecast_is_also_written_for_ci_whatever_the_verdict(
