@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import yaml
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -114,6 +116,8 @@ class Lab:
         forecasts = {line["fine_tune"]: tuple(line["features"]) for line in stored(FORECASTS)}
         if not STEP_ZERO.exists():
             STEP_ZERO.write_text(json.dumps({name: self._step_zero(name) for name in DOMAINS}) + "\n")
+        for name in DOMAINS:
+            self._before(name)
         runs = planned()[part::n_parts]
         for run in tqdm(runs, desc="Fine-tunes", unit="run"):
             if run.name not in {line["run"] for line in stored(RUNS)}:
@@ -123,7 +127,8 @@ class Lab:
 
     def _run(self, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
         started = time.monotonic()
-        rows = self._queries([row for row in self._rows[run.fine_tune].training])
+        self._check_baselines(run.fine_tune)  # now: from the first step on the weights are others
+        rows = self._queries(self._rows[run.fine_tune].training)
         line: dict[str, Any] = {"run": run.name, **dataclasses.asdict(run), "checks": [], "on_the_way": {}}
         settings = SETTINGS["training"]
 
@@ -169,6 +174,7 @@ class Lab:
         return zero
 
     def _bare_reading(self, probes: ProbeSet) -> Reading:
+        require_untuned(self._model)
         with undisturbed(self._model):
             return self._gauge.read(probes, self._context((), with_answers=True), {})[0]
 
@@ -178,11 +184,11 @@ class Lab:
         return _answers(found) | {"n": found.counts(), "n_late": found.counts(SETTINGS["n_first"]), **self._wrong(name)}
 
     def _before(self, name: str) -> tuple[measure.Losses, Reading]:
-        queries = self._measured(name)
-        made: tuple[measure.Losses, Reading] = self._kept(
-            f"measured-{name}", lambda: measure.before(self._model, self._lens, queries, self._bos)
-        )
-        return made
+        def read() -> tuple[measure.Losses, Reading]:
+            require_untuned(self._model)
+            return measure.before(self._model, self._lens, self._measured(name), self._bos)
+
+        return self._kept(f"measured-{name}", read)
 
     def _after(self, name: str) -> dict[str, Any]:
         zero = self._before(name)[1]
@@ -275,6 +281,13 @@ class Lab:
             tqdm.write(f"{name}: {time.monotonic() - started:.0f} s")
         made: T = torch.load(file, weights_only=False)
         return made
+
+
+def require_untuned(model: nn.Module) -> None:
+    """What is kept as step 0 must be."""
+    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules()), (
+        "step 0 was asked for in the middle of a run"
+    )
 
 
 def _as_of(reading: Reading, fine_tune: str) -> Reading:

@@ -21,6 +21,7 @@ from sts_callback.model.probes import ProbeSet, Query
 from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
 from validation.data import CATEGORIES, DOMAINS, deal
+from validation.lab import require_untuned
 from validation.pages import auroc, harmed_at
 from validation.scores import ratio
 from validation.train import tune
@@ -122,6 +123,8 @@ def test_a_fine_tune_learns_moves_features_and_leaves_the_model_as_it_was() -> N
     moved: list[float] = []
 
     def on_step(step: int) -> None:
+        with pytest.raises(AssertionError, match="in the middle of a run"):
+            require_untuned(model)
         if step in (1, 12):
             moved.append(float(measure.after(model, lens, asked, BOS, zero)[1].shift.features.sum()))
 
@@ -129,6 +132,7 @@ def test_a_fine_tune_learns_moves_features_and_leaves_the_model_as_it_was() -> N
     curve = tune(model, rows, BOS, SETTINGS, learning_rate=1e-2, seed=0, on_step=on_step)
     assert np.mean(curve[-4:]) < np.mean(curve[:4]) - 0.1
     assert 0 < moved[0] < moved[1]
+    require_untuned(model)
     after = model.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
