@@ -20,12 +20,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from demo import SAE_FOLDER
-from gemma import cached_gemma
+from gemma import loaded_gemma
 from rows import law_rows
 from sts_callback import Monitor, ProbeConfig
 from sts_callback.blame import blame
@@ -76,9 +75,7 @@ def main(argv: list[str]) -> None:
     data_dir = parser.parse_args(argv).data_dir
     logging.set_verbosity_error()
 
-    name = cached_gemma()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    model, tokenizer = loaded_gemma()
     law, problems = law_rows(data_dir), word_problems(N_ROWS)
     results: dict[str, object] = {"settings": {"n_rows": N_ROWS, "n_queries": PROBES.n_queries, "max_tokens": PROBES.max_tokens}}
     for seed in SEEDS:

@@ -65,7 +65,7 @@ def tally(checks: Sequence[DriftSnapshot]) -> dict[str, float]:
 
 def alarmed(*checks: DriftSnapshot) -> tuple[str, ...]:
     verdict = judge_drift(checks, POLICY)
-    return verdict.threatened if verdict.decision == "no-go" else ()
+    return verdict.alarmed
 
 
 def learning_rate_0(name: str) -> list[DriftSnapshot]:

@@ -10,9 +10,22 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 NAME = "gemma-3-270m-q4_k_m"
+
+
+def loaded_gemma() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in float32 and evaluation mode, and its tokenizer; see `cached_gemma`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = cached_gemma()
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def cached_gemma() -> str:

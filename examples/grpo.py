@@ -33,6 +33,7 @@ from demo import SAE_FOLDER
 from gemma import cached_gemma
 from sts_callback import ProbeConfig, STSCallback
 from sts_callback.runlog import RunLog
+from tuning import ON_CPU
 
 STEPS, N_PROMPTS, N_COMPLETIONS, CHECK_ON = 20, 16, 4, 5
 PROBES = ProbeConfig(n_queries=12, max_tokens=48, n_domain_demonstrations=2)
@@ -73,13 +74,8 @@ def main() -> None:
                 max_completion_length=6,
                 learning_rate=1e-3,
                 logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                bf16=False,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                gradient_checkpointing=False,
                 seed=0,
+                **ON_CPU,
             ),
             train_dataset=Dataset.from_list(prompts(400)),
             processing_class=AutoTokenizer.from_pretrained(name),

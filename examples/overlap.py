@@ -20,13 +20,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from demo import SAE_FOLDER
-from gemma import cached_gemma
+from gemma import cached_gemma, loaded_gemma
 from rows import code_rows, law_rows, lines
 from sts_callback import ProbeConfig, STSCallback, forecast
 from tuning import BATCH, tuned
@@ -50,9 +49,7 @@ def main(argv: list[str]) -> None:
     data_dir = parser.parse_args(argv).data_dir
     logging.set_verbosity_error()
 
-    name = cached_gemma()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    model, tokenizer = loaded_gemma()
     law, code = law_rows(data_dir), code_rows()
     made = {
         source: forecast(model, tokenizer, sae=SAE_FOLDER, train_data=rows, domains={"other": other}, config=PROBES)
@@ -67,7 +64,7 @@ def main(argv: list[str]) -> None:
         "unexplained": {s: f.unexplained for s, f in made.items()},
     }
     gsm8k = [{"prompt": str(r["prompt"]), "completion": "\n" + str(r["completion"])} for r in lines(data_dir / "gsm8k.jsonl.gz")]
-    results["gsm8k_forecast_and_realised"] = realised_overlap(name, gsm8k, "law")
+    results["gsm8k_forecast_and_realised"] = realised_overlap(cached_gemma(), gsm8k, "law")
     results["settings"] = {"steps": STEPS, "batch": BATCH, "learning_rate": LEARNING_RATE, "n_queries": PROBES.n_queries}
     (Path(__file__).parent / "overlap.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))

@@ -19,11 +19,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 from sae_lens import SAE
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from demo import PROTECTED, SAE_FOLDER
-from gemma import cached_gemma
+from gemma import loaded_gemma
 from sts_callback import Monitor, PolicyConfig, ProbeConfig
 from sts_callback.config import DEFAULT_BUDGET
 from sts_callback.domains.starter import starter_domains
@@ -71,8 +70,8 @@ def cases() -> Iterator[tuple[str, SAE, ProbeConfig]]:
 
 def main() -> None:
     logging.set_verbosity_error()
-    name, files = cached_gemma(), starter_domains()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(name)
+    model, tokenizer = loaded_gemma()
+    files = starter_domains()
     policy = PolicyConfig(budgets=dict.fromkeys(PROTECTED, DEFAULT_BUDGET))
     results = {}
     for case, sae, probes in cases():

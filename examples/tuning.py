@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,6 +17,15 @@ from sts_callback.records import DriftSnapshot
 from sts_callback.runlog import RunLog
 
 BATCH = 2  # rows
+ON_CPU: dict[str, Any] = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "gradient_checkpointing": False,
+}
+"""Arguments of a TRL trainer for a short run on the CPU that keeps nothing."""
 
 
 def tuned(
@@ -31,12 +41,7 @@ def tuned(
                 per_device_train_batch_size=BATCH,
                 learning_rate=learning_rate,
                 max_length=256,
-                save_strategy="no",
-                report_to="none",
-                bf16=False,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                gradient_checkpointing=False,
+                **ON_CPU,
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(name),

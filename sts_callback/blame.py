@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from sts_callback.baseline import SetBaseline
 from sts_callback.config import ROWS_READ, ROWS_SHOWN
 from sts_callback.domains.reader import Row
 from sts_callback.errors import CannotTell, ConfigError
+from sts_callback.files import write_whole
 from sts_callback.metrics.rows import contributions, limit_of_scores
 from sts_callback.monitor import Monitor
 from sts_callback.records import Forecast, Snippet
@@ -182,12 +182,5 @@ def write_filtered(found: Blame, rows: Sequence[Row], kept: Path, left_out: Path
 
     """
     gone = set(found.left_out)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for i, row in enumerate(rows) if i not in gone)
-    for file, parts in ((kept, lines), (left_out, iter([json.dumps(found.left_out) + "\n"]))):
-        scratch = file.with_name(f"{file.name}.part")
-        try:
-            with scratch.open("w", encoding="utf-8") as opened:
-                opened.writelines(parts)
-            os.replace(scratch, file)
-        finally:  # a full disk must not be filled further by half a file
-            scratch.unlink(missing_ok=True)
+    write_whole(kept, "".join(json.dumps(row, ensure_ascii=False) + "\n" for i, row in enumerate(rows) if i not in gone))
+    write_whole(left_out, json.dumps(found.left_out) + "\n")

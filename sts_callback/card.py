@@ -17,6 +17,7 @@ from sts_callback.files import write_whole
 from sts_callback.logged import Logged
 from sts_callback.records import Decision, DomainDrift, DomainForecast
 from sts_callback.report.figures import UNKNOWN, counted, interval, nats, percent, percent_1
+from sts_callback.report.headline import ended_alarms
 from sts_callback.report.story import Story, tell
 from sts_callback.runlog import RunLog, run_log_in
 
@@ -125,7 +126,7 @@ def add_to_card(trainer: Trainer) -> None:
 
 def _verdicts(logged: Logged) -> str:
     """What was decided before training and after it, the newest with its reasons."""
-    lines, newest = [], logged.checks[-1].verdict if logged.checks else logged.forecast_verdict
+    lines, newest = [], logged.verdict
     if newest is None or not newest.reasons:
         return "No domain was protected, so nothing was judged."
     when = "Before training (no check of drift was made)"
@@ -135,10 +136,8 @@ def _verdicts(logged: Logged) -> str:
     if logged.checks and logged.forecast_verdict is not None and logged.forecast_verdict.reasons:
         lines.append(f"The forecast before training had said: **{logged.forecast_verdict.decision}**.")
     reasons = "\n".join(f"- {_code(name)}: {reason}" for name, reason in newest.reasons.items())
-    alarms = [check.verdict for check in reversed(logged.checks) if check.verdict.decision == "no-go"]
-    alarmed = {name: verdict.step for verdict in alarms for name in verdict.threatened}
-    ended = {name: step for name, step in alarmed.items() if newest.decision != "no-go" or name not in newest.threatened}
-    told = "".join(f" An alarm for {_code(name)} at step {step} has ended since." for name, step in ended.items())
+    ended = ended_alarms([check.verdict for check in logged.checks])
+    told = "".join(f" An alarm for {_code(name)} at step {steps[0]} has ended since." for name, steps in ended.items())
     return f"{' '.join(lines)}{told}\n\n{reasons}"
 
 

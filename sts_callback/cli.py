@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sts_callback.errors import CannotTell, StsError
+from sts_callback.options import NUMBERS, parser
 
 if TYPE_CHECKING:
     from sts_callback.config import PolicyConfig, ProbeConfig
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
     """
     try:
-        args = _parser().parse_args(argv)
+        args = parser(COMMANDS).parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or a complaint
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
@@ -68,150 +69,6 @@ def main(argv: Sequence[str]) -> int:
         traceback.print_exc()
         print("sts-callback: this is a bug of ours; please report it with the lines above.", file=sys.stderr)
         return BUG
-
-
-def _parser() -> argparse.ArgumentParser:
-    from sts_callback.config import ROWS_READ, ROWS_SHOWN, SCALES
-
-    parser = argparse.ArgumentParser(prog="sts-callback", description="Which domains will a fine-tune move? Ask before training.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="check whether SAE, model and data allow an answer",
-        description="Check whether SAE, model and data allow an answer. Exit code: 0 they do, 4 they do not, 2 wrong input.",
-    )
-    doctor.set_defaults(run=_doctor)
-    forecast = commands.add_parser(
-        "forecast",
-        help="forecast what training on a file will move",
-        description="Forecast what training on a file will move. "
-        "Exit code: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input.",
-    )
-    forecast.set_defaults(run=_forecast)
-    forecast.add_argument("--words", action="store_true", help="also show where in the texts the shifted features fire")
-    forecast.add_argument(
-        "--junit", type=Path, metavar="FILE", help="also write JUnit XML for a CI system: a test case for each protected domain"
-    )
-    forecast.add_argument(
-        "--lock", type=Path, metavar="FILE", help="refuse to forecast if anything but the training data is not as in this file"
-    )
-    forecast.add_argument("--write-lock", action="store_true", help="write that file after the forecast instead")
-    blame = commands.add_parser(
-        "blame",
-        help="rank training rows by how strongly they fire what threatens a protected domain",
-        description="Rank training rows by how strongly they fire the features through which training threatens a protected "
-        "domain: where the features fire, not a proof of cause. Exit code: 0 ranked, 4 cannot tell, 2 wrong input.",
-    )
-    blame.set_defaults(run=_blame)
-    blame.add_argument(
-        "--top", type=int, default=ROWS_SHOWN, metavar="N", help=f"rows shown for each domain (default {ROWS_SHOWN})"
-    )
-    blame.add_argument(
-        "--rows", type=int, default=ROWS_READ, metavar="N", help=f"rows read; of more, a sample (default {ROWS_READ})"
-    )
-    blame.add_argument(
-        "--out", metavar="FILE", help="write the rows that do not stand out here (.jsonl), the others' numbers beside it"
-    )
-    for command in (doctor, forecast, blame):
-        command.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
-        command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
-        _add_measurement(command, several_saes=command is not blame, numbers=_NUMBERS)
-
-    dial = commands.add_parser(
-        "dial",
-        help="find the largest scale of a LoRA adapter that keeps every budget",
-        description="Find, after a LoRA run, the largest scale of the adapter at which every protected domain keeps its budget. "
-        "Exit code: 0 some scale keeps them, 3 none does, 4 cannot tell, 2 wrong input.",
-    )
-    dial.set_defaults(run=_dial)
-    dial.add_argument("--model", required=True, help="folder or hub id of the model that was tuned")
-    dial.add_argument("--adapter", required=True, metavar="DIR", help="folder with the LoRA adapter")
-    dial.add_argument(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=list(SCALES),
-        metavar="X",
-        help=f"shares of the adapter's own scale (default {' '.join(f'{scale:g}' for scale in SCALES)})",
-    )
-    _add_measurement(dial, several_saes=False, numbers=("n_queries", "max_tokens", "seed"))
-
-    report = commands.add_parser(
-        "report",
-        help="make a page of what a run has left",
-        description="Make report.html and report.json of what a run has left, also of one that goes on or has died. "
-        "Exit code: 0 made, 2 there is nothing to tell.",
-    )
-    report.set_defaults(run=_report)
-    card = commands.add_parser(
-        "card",
-        help="tell a run in a section for a model card",
-        description="Print what a run has left as a section of Markdown for a model card. "
-        "Exit code: 0 told, 2 there is nothing to tell.",
-    )
-    card.set_defaults(run=_card)
-    card.add_argument(
-        "--into", type=Path, metavar="FILE", help="put it into this model card instead, in place of the one that is there"
-    )
-    for command in (report, card):
-        command.add_argument("run_dir", metavar="RUN_DIR", help="the trainer's output_dir, or the folder sts in it")
-
-    ledger = commands.add_parser(
-        "ledger",
-        help="show how good past forecasts were",
-        description="Show how good the forecasts of finished runs were, for each model and SAE by itself. "
-        "Exit code: 0 shown, also if there are none; 2 the ledger cannot be read.",
-    )
-    ledger.set_defaults(run=_ledger)
-    ledger.add_argument("--json", action="store_true", help="print JSON, no table")
-
-    saes = commands.add_parser(
-        "saes", help="list the SAEs that SAELens has for a model", description="List SAELens' SAEs for a model."
-    )
-    saes.set_defaults(run=_saes)
-    saes.add_argument("--model", required=True, help="hub id or name of the model")
-    saes.add_argument("--json", action="store_true", help="print JSON lines, no table")
-    return parser
-
-
-_NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
-
-
-def _add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Sequence[str]) -> None:
-    """Options of all commands that measure.
-
-    Args:
-        command: gets them.
-        several_saes: whether it takes more than one.
-        numbers: of `ProbeConfig` that can be chosen.
-
-    """
-    from sts_callback.config import ProbeConfig
-
-    sae = "SAELens release/sae_id, a folder, or auto"
-    if several_saes:
-        command.add_argument(
-            "--sae", required=True, action="append", help=f"{sae}; repeatable: the first decides, all are compared"
-        )
-    else:
-        command.add_argument("--sae", required=True, help=sae)
-    command.add_argument(
-        "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
-    )
-    command.add_argument(
-        "--protect",
-        action="append",
-        default=[],
-        metavar="NAME[=NATS]",
-        help="a domain that must not suffer, your own or a shipped one, with its budget in nats per token; repeatable",
-    )
-    command.add_argument("--json", action="store_true", help="print JSON, no table")
-    command.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
-    defaults = ProbeConfig()
-    for name in numbers:
-        option = f"--{name.replace('_', '-')}"
-        command.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -372,7 +229,7 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Source], PolicyConfig
     files = named(args.domain, "--domain", "NAME=FILE")
     protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
     domains, budgets = choose_domains({name: number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
-    numbers = {name: getattr(args, name) for name in _NUMBERS if hasattr(args, name)}
+    numbers = {name: getattr(args, name) for name in NUMBERS if hasattr(args, name)}
     return domains, PolicyConfig(budgets=budgets), ProbeConfig(**numbers)
 
 
@@ -472,3 +329,15 @@ def _saes(args: argparse.Namespace) -> int:
         table.add_row(entry.spec, entry.kind, *("" if cell is None else str(cell) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     return GO
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "doctor": _doctor,
+    "forecast": _forecast,
+    "blame": _blame,
+    "dial": _dial,
+    "report": _report,
+    "card": _card,
+    "ledger": _ledger,
+    "saes": _saes,
+}

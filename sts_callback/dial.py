@@ -6,7 +6,6 @@ batches. Harm is judged by budget and interval (`policy.judge_budget`), without 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,6 @@ from sts_callback.model.encoder import SaeSource
 from sts_callback.model.hooks import text_config
 from sts_callback.model.probes import bos_tokens, check_lengths, make_probe_set, neutral_tokens
 from sts_callback.policy import judge_budget
-from sts_callback.readings import BARE
 from sts_callback.remedies import BudgetFinding, Dial, DialedDomain, DialPoint
 
 if TYPE_CHECKING:
@@ -121,8 +119,7 @@ class AdapterDial:
             for probes in self._sets:
                 step_zero = self._step_zero[probes.name]
                 reading = self._gauge.read_drift(probes, bare, [step_zero])[0]
-                then = step_zero.nll.get(BARE, torch.full((len(probes.queries),), math.nan))
-                change, budget = scoring.nll_change(probes, reading.nll, then), self._budgets[probes.name]
+                change, budget = scoring.nll_change(probes, reading.nll, step_zero.bare_nll), self._budgets[probes.name]
                 found[probes.name] = DialedDomain(
                     name=probes.name,
                     n_queries=len(probes.queries),

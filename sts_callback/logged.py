@@ -106,6 +106,11 @@ class Logged(Record):
     """What is there and cannot be read, with the reason, a sentence a file."""
 
     @property
+    def verdict(self) -> Verdict | None:
+        """The newest: the last check's, else the forecast's."""
+        return self.checks[-1].verdict if self.checks else self.forecast_verdict
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing at all to tell."""
         return not (self.forecast or self.checks or self.words or self.postponed or self.faults)

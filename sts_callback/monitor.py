@@ -247,11 +247,8 @@ class Monitor:
                 for s in self._sets
             }
             text_drift = self._text_drift(*rollouts, batch_tokens)
-        realised = scoring.realised_features(readings[TRAIN], self.config.n_features)
-        drifts = {
-            s.name: scoring.domain_drift(s, readings[s.name], step_zero[s.name], self._forecast.features, realised)
-            for s in self._sets
-        }
+        features, n_features = self._forecast.features, self.config.n_features
+        realised, drifts = scoring.domain_drifts(self._sets, readings, step_zero, features, n_features)
         return DriftSnapshot(
             step=step,
             realised_features=realised,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,6 +81,11 @@ class Reading:
     """Feature activations of the tokens that count."""
     sketches: torch.Tensor
     """Of the same tokens' activations and of what the dictionary leaves, `(n_counted, 2, sketch.WIDTH)`."""
+
+    @property
+    def bare_nll(self) -> torch.Tensor:
+        """NLL of the answers without context in nats, `(n_queries,)`; NaN without a language-model head."""
+        return self.nll.get(BARE, torch.full((len(self.n_tokens),), math.nan))
 
 
 @dataclass(frozen=True)

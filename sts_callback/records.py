@@ -290,9 +290,19 @@ class Verdict(Record):
     of the forecast's."""
 
     @property
+    def alarmed(self) -> tuple[str, ...]:
+        """The threatened domains if it is an alarm, else none."""
+        return self.threatened if self.decision == "no-go" else ()
+
+    @property
     def explanation(self) -> str:
         """The reasons that matter in one text: of the threatened domains if there are any, else of all."""
         return " ".join(f"{name}: {reason}" for name, reason in self.reasons.items() if name in (self.threatened or self.reasons))
+
+
+def in_capitals(decision: Decision, step: int) -> str:
+    """A decision as a word that catches the eye; a no-go in training, at a step above 0, is an alarm."""
+    return "ALARM" if decision == "no-go" and step else decision.upper()
 
 
 def _plain(value: Any) -> Any:

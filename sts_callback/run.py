@@ -325,7 +325,7 @@ class Run:
             self._recent = [snapshot for snapshot, _ in checks][-self._settings.policy.patience :]
             self._last_check = self._last_try = self._recent[-1].step
             self.verdict = checks[-1][1]
-            self._alarmed = self.verdict.threatened if self.verdict.decision == "no-go" else ()
+            self._alarmed = self.verdict.alarmed
             if self._last_check == state.global_step and not any(
                 row.get("step") == state.global_step and scalars.N_SHARED in row for row in state.log_history
             ):  # the check came after the save, so its row is not in the checkpoint
@@ -369,8 +369,7 @@ class Run:
         self._recent = [*self._recent, snapshot][-self._settings.policy.patience :]
         self._last_check, self._is_postponed = step, False
         self.verdict = verdict = self._ranks.from_first(lambda: judge_drift(self._recent, self._settings.policy))
-        alarmed = verdict.threatened if verdict.decision == "no-go" else ()
-        is_new, self._alarmed = set(alarmed) - set(self._alarmed), alarmed
+        is_new, self._alarmed = set(verdict.alarmed) - set(self._alarmed), verdict.alarmed
         self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict), first_only=True)
         n_features = self._settings.probes.n_features
         self._guard.run(state, "screen", lambda: tqdm.write(terminal.check_lines(snapshot, verdict, n_features)), first_only=True)

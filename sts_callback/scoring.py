@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from scipy import stats
@@ -153,7 +153,7 @@ def set_baseline(reading: Reading) -> SetBaseline:
         n_tokens=reading.n_tokens,
         energy=reading.energy,
         raw_energy=reading.raw_energy,
-        nll=reading.nll.get(BARE, torch.full((len(reading.n_tokens),), _NAN)),
+        nll=reading.bare_nll,
         mean_activity=token_mean(reading.activity, reading.n_tokens),
         mean_own_shift=token_mean(own.features, reading.n_tokens),
         mean_train_shift=token_mean(reading.shifts[TAUGHT].features, reading.n_tokens),
@@ -163,6 +163,31 @@ def set_baseline(reading: Reading) -> SetBaseline:
 def realised_features(train: DriftReading, n_features: int) -> tuple[int, ...]:
     """The features that training moved most on the training data."""
     return scores.shifted_features(token_mean(train.shift.features, train.n_tokens), n_features)
+
+
+def domain_drifts(
+    sets: Sequence[ProbeSet],
+    readings: Mapping[str, DriftReading],
+    step_zero: Mapping[str, SetBaseline],
+    forecast_features: tuple[int, ...],
+    n_features: int,
+) -> tuple[tuple[int, ...], dict[str, DomainDrift]]:
+    """Score the drift of all sets.
+
+    Args:
+        sets: that of the training data first.
+        readings: of each set.
+        step_zero: of each set.
+        forecast_features: what the forecast named.
+        n_features: how many features are called those that moved most.
+
+    Returns:
+        These, and the drift of each set by its name.
+
+    """
+    realised = realised_features(readings[sets[0].name], n_features)
+    drifts = {s.name: domain_drift(s, readings[s.name], step_zero[s.name], forecast_features, realised) for s in sets}
+    return realised, drifts
 
 
 def domain_drift(
@@ -185,7 +210,7 @@ def domain_drift(
         n_tokens=int(reading.n_tokens.sum()),
         n_masked=reading.n_masked,
         relative_drift=relative_drift(reading, step_zero),
-        raw_drift=_ratio(reading.shift.raw * _token_scale(reading, step_zero), step_zero.raw_energy),
+        raw_drift=raw_drift(reading, step_zero),
         unseen=_ratio(reading.shift.unseen, reading.shift.raw),
         share_on_forecast=scores.shift_share(mean_drift, forecast_features),
         top_features=tuple((j, scores.shift_share(mean_drift, (j,))) for j in scores.shifted_features(mean_drift, _N_TOP)),
@@ -205,6 +230,11 @@ def relative_drift(reading: DriftReading, step_zero: Reading | SetBaseline) -> E
     """Squared feature drift of a set over its squared activity at step 0."""
     drift = reading.shift.features.sum(dim=1) * _token_scale(reading, step_zero)
     return estimate(drift, step_zero.energy, torch.arange(len(drift)))
+
+
+def raw_drift(reading: DriftReading, step_zero: Reading | SetBaseline) -> float:
+    """The same of raw activations, estimated from sketches."""
+    return _ratio(reading.shift.raw * _token_scale(reading, step_zero), step_zero.raw_energy)
 
 
 def nll_change(probes: ProbeSet, now: torch.Tensor | None, then: torch.Tensor) -> Estimate:

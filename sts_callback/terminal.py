@@ -13,7 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from sts_callback.ledger import FEWEST, LEVEL, Expectations, Skill, TrackRecord
-from sts_callback.records import Check, Decision, DriftSnapshot, Estimate, FeatureInWords, Forecast, Snippet, Status, Verdict
+from sts_callback.records import (
+    Check,
+    Decision,
+    DriftSnapshot,
+    Estimate,
+    FeatureInWords,
+    Forecast,
+    Snippet,
+    Status,
+    Verdict,
+    in_capitals,
+)
 from sts_callback.remedies import Blame, BudgetFinding, Dial
 
 _WIDTH = 80
@@ -87,7 +98,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         f"unexplained; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
         + (f"\n({parts_of_time})" if parts_of_time else "")
     )
-    verdict_line = Text(f"Verdict: {_name(verdict)}", style=_COLOURS[verdict.decision])
+    verdict_line = Text(f"Verdict: {in_capitals(verdict.decision, verdict.step)}", style=_COLOURS[verdict.decision])
     parts: list[Text | Table] = [
         Text(f"STS forecast: what training will move ({held})", style="bold"),
         table,
@@ -222,7 +233,7 @@ def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, c
     """A drift check: a line of how far each domain has moved, and reasons if a protected one is threatened."""
     moved = sorted(snapshot.domains.values(), key=lambda d: _downwards(d.relative_drift.value))
     items = [f"{d.name} {d.relative_drift.value:.1%} ({d.nll_change.value:+.2f})" for d in (snapshot.train, *moved)]
-    head = Text(f"STS step {snapshot.step}: {_name(verdict)}", style=_COLOURS[verdict.decision])
+    head = Text(f"STS step {snapshot.step}: {in_capitals(verdict.decision, verdict.step)}", style=_COLOURS[verdict.decision])
     head.append(f"; drift (change of NLL) since step 0; {snapshot.seconds:.0f} s", style="not bold default")
     # textwrap breaks at plain spaces only, so that an item stays on its line.
     lines = textwrap.wrap("  ".join(item.replace(" ", "\u00a0") for item in items), _WIDTH - 2)
@@ -311,10 +322,6 @@ def _doubts(record: TrackRecord) -> list[str]:
         elif not skill.is_fit_better:
             sentences.append(f"{name}: the forecast says no more than the mean of past outcomes, which is expected instead.")
     return [line for sentence in sentences for line in textwrap.wrap(sentence, _WIDTH)]
-
-
-def _name(verdict: Verdict) -> str:
-    return "ALARM" if verdict.decision == "no-go" and verdict.step else verdict.decision.upper()
 
 
 def _reasons(verdict: Verdict) -> list[Text]:

@@ -25,6 +25,7 @@ TORCH_FREE = {
     "ledger",
     "lock",
     "logged",
+    "options",
     "policy",
     "records",
     "remedies",

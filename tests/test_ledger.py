@@ -51,22 +51,24 @@ def test_a_line_has_numbers_names_and_fingerprints_only(file: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "data", "expected"),
     [
-        ("/there/it.jsonl", "/data", "/there/it.jsonl"),
-        (None, "/data", "/data/sts_callback/ledger.jsonl"),
-        (None, "relative", "/home/of/mine/.local/share/sts_callback/ledger.jsonl"),
-        (None, "", "/home/of/mine/.local/share/sts_callback/ledger.jsonl"),
-        (None, None, "/home/of/mine/.local/share/sts_callback/ledger.jsonl"),
-        ("", "/data", None),
+        ("{}/there/it.jsonl", "{}/data", "{}/there/it.jsonl"),
+        (None, "{}/data", "{}/data/sts_callback/ledger.jsonl"),
+        (None, "relative", "{}/home/.local/share/sts_callback/ledger.jsonl"),
+        (None, "", "{}/home/.local/share/sts_callback/ledger.jsonl"),
+        (None, None, "{}/home/.local/share/sts_callback/ledger.jsonl"),
+        ("", "{}/data", None),
     ],
 )
-def test_where_the_file_is(chosen: str | None, data: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/of/mine")
+def test_where_the_file_is(
+    chosen: str | None, data: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name, value in (("STS_LEDGER", chosen), ("XDG_DATA_HOME", data)):
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
-            monkeypatch.setenv(name, value)
-    assert ledger_file() == (Path(expected) if expected else None)
+            monkeypatch.setenv(name, value.format(tmp_path))
+    assert ledger_file() == (Path(expected.format(tmp_path)) if expected else None)
 
 
 def test_without_a_home_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

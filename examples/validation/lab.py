@@ -16,19 +16,17 @@ import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from demo import SAE_FOLDER
-from gemma import cached_gemma
+from gemma import loaded_gemma
 from sts_callback import ProbeConfig, scoring
 from sts_callback.baseline import SetBaseline
+from sts_callback.identity import encoder_for
 from sts_callback.measure import Context, Gauge
 from sts_callback.metrics.scores import n_shared
 from sts_callback.metrics.sums import token_mean
 from sts_callback.model.capture import undisturbed
-from sts_callback.model.encoder import load_encoder
-from sts_callback.model.hooks import find_layers
 from sts_callback.model.probes import ProbeSet, Query, bos_tokens, make_completion_set, make_probe_set, neutral_tokens
 from sts_callback.monitor import TRAIN
 from sts_callback.readings import BARE, Reading, Reference
@@ -75,14 +73,12 @@ class Lab:
 
     def __init__(self, data_dir: Path, work_dir: Path) -> None:
         logging.set_verbosity_error()
-        name, self._work_dir = cached_gemma(), work_dir
+        self._work_dir = work_dir
         work_dir.mkdir(parents=True, exist_ok=True)
-        self._tokenizer = AutoTokenizer.from_pretrained(name)
-        self._model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        self._model, self._tokenizer = loaded_gemma()
         self._bos = bos_tokens(self._tokenizer)
         self._config = ProbeConfig(**SETTINGS["probes"], seed=SETTINGS["seed"])
-        encoder = load_encoder(SAE_FOLDER, name, len(find_layers(self._model)))
-        self._gauge = Gauge(self._model, [encoder], self._config)
+        self._gauge = Gauge(self._model, [encoder_for(SAE_FOLDER, self._model)], self._config)
         (self._lens,) = self._gauge.lenses
         self._rows = deal(data_dir, SETTINGS["n_measured"], SETTINGS["seed"])
         self._fine_tunes: list[str] = [*SETTINGS["fine_tunes"]["development"], *SETTINGS["fine_tunes"]["held_out"]]
@@ -97,16 +93,17 @@ class Lab:
         """Write what is expected of each fine-tune."""
         self._calibrated()
         forecasts, means = [], {}
+        readings = {name: self._domain_reading(name) for name in DOMAINS}
         for fine_tune in self._fine_tunes:
             train = self._train_reading(fine_tune)
             scorer = ForecastScorer(train, self._config.n_features)
             own = scorer.domain(self._taught[fine_tune], train)
-            found = {name: scorer.domain(self._asked[name], _as_of(self._domain_reading(name), fine_tune)) for name in DOMAINS}
+            found = {name: scorer.domain(self._asked[name], _as_of(readings[name], fine_tune)) for name in DOMAINS}
             line = {"fine_tune": fine_tune, "features": scorer.features, "train": own.to_dict()}
             forecasts.append(line | {"domains": {name: one.to_dict() for name, one in scorer.ranked(found).items()}})
             means |= {f"train/{fine_tune}/{key}": value for key, value in _means(train).items()}
-        for name in DOMAINS:
-            means |= {f"{name}/{key}": value for key, value in _means(self._domain_reading(name)).items()}
+        for name, reading in readings.items():
+            means |= {f"{name}/{key}": value for key, value in _means(reading).items()}
         FORECASTS.write_text("".join(json.dumps(line) + "\n" for line in forecasts))
         np.savez_compressed(SUMS, **means)
 
@@ -150,8 +147,7 @@ class Lab:
         with undisturbed(self._model):
             bare = self._context((), with_answers=True)
             readings = {s.name: self._gauge.read_drift(s, bare, [zero[s.name]])[0] for s in sets}
-        realised = scoring.realised_features(readings[TRAIN], self._config.n_features)
-        drifts = {s.name: scoring.domain_drift(s, readings[s.name], zero[s.name], forecast, realised) for s in sets}
+        realised, drifts = scoring.domain_drifts(sets, readings, zero, forecast, self._config.n_features)
         shared, seconds = n_shared(realised, forecast), time.monotonic() - started
         return DriftSnapshot(step, realised, shared, drifts.pop(TRAIN), drifts, seconds)
 
@@ -169,7 +165,7 @@ class Lab:
             bare = self._kept(key, functools.partial(self._bare_reading, probes))
             fields = ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy")
             zero[probes.name] = dataclasses.replace(
-                scoring.set_baseline(whole), **{field: getattr(bare, field) for field in fields}, nll=bare.nll[BARE]
+                scoring.set_baseline(whole), **{field: getattr(bare, field) for field in fields}, nll=bare.bare_nll
             )
         return zero
 
@@ -193,12 +189,13 @@ class Lab:
     def _after(self, name: str) -> dict[str, Any]:
         zero = self._before(name)[1]
         found, drift = measure.after(self._model, self._lens, self._measured(name), self._bos, zero)
-        # As in a check: means over their own tokens, since some that counted at step 0 may be sinks now.
-        scale = float(zero.n_tokens.sum()) / max(1.0, float(drift.n_tokens.sum()))
-        moved = scoring.estimate(drift.shift.features.sum(dim=1) * scale, zero.energy, torch.arange(len(zero.energy)))
-        raw = float(drift.shift.raw.sum()) * scale / float(zero.raw_energy.sum())
-        unseen = float(drift.shift.unseen.sum() / drift.shift.raw.sum())
-        return _answers(found) | self._wrong(name) | {"drift": moved.to_dict(), "raw_drift": raw, "unseen": unseen}
+        return {
+            **_answers(found),
+            **self._wrong(name),
+            "drift": scoring.relative_drift(drift, zero).to_dict(),
+            "raw_drift": scoring.raw_drift(drift, zero),
+            "unseen": float(drift.shift.unseen.sum() / drift.shift.raw.sum()),
+        }
 
     def _nll_so_far(self, name: str) -> list[float]:
         queries = self._measured(name)[: SETTINGS["n_on_the_way"]]

@@ -220,7 +220,7 @@ def monitor(runs: list[dict[str, Any]], zero: Mapping[str, Any], changed: Mappin
         alarms: dict[str, int] = {}
         for i, snapshot in enumerate(snapshots):
             verdict = judge_drift(snapshots[: i + 1], policy)
-            for name in verdict.threatened if verdict.decision == "no-go" else ():
+            for name in verdict.alarmed:
                 alarms.setdefault(name, snapshot.step)
         p_values = holm({name: snapshots[-1].domains[name].p_worse for name in DOMAINS})
         value, error = changed[run["run"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sts_callback.logged import Logged
@@ -53,7 +53,7 @@ def headline(logged: Logged) -> Headline:
         logged: all that could be read of the run.
 
     """
-    verdict = logged.checks[-1].verdict if logged.checks else logged.forecast_verdict
+    verdict = logged.verdict
     notes = tuple(_notes(logged))
     if verdict is None:
         return Headline(None, 0, _NOTHING_JUDGED, (), {}, {}, notes)
@@ -83,7 +83,8 @@ def _notes(logged: Logged) -> Iterator[str]:
         yield f"Before training, the forecast said: {logged.forecast_verdict.decision}."
     if logged.forecast is not None and not verdicts:
         yield "No drift check can be read: this is what was expected before training, not what training did."
-    yield from _ended_alarms(verdicts)
+    for name, steps in ended_alarms(verdicts).items():
+        yield f"An alarm for {name} stood at step {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " and ended."
     if logged.forecast is not None and logged.forecast.train_source == "own rollouts":
         yield "The forecast stands on the model's own best-rewarded rollouts of the first step, not on reference answers."
     last_step = verdicts[-1].step if verdicts else 0
@@ -94,12 +95,15 @@ def _notes(logged: Logged) -> Iterator[str]:
     yield from logged.unreadable
 
 
-def _ended_alarms(verdicts: list[Verdict]) -> Iterator[str]:
+def ended_alarms(verdicts: Sequence[Verdict]) -> dict[str, list[int]]:
+    """Domains about which there was an alarm and is none now, with the steps of the checks that alarmed.
+
+    Args:
+        verdicts: of all checks, in order.
+
+    """
     alarmed: dict[str, list[int]] = {}
     for verdict in verdicts:
-        for name in verdict.threatened if verdict.decision == "no-go" else ():
+        for name in verdict.alarmed:
             alarmed.setdefault(name, []).append(verdict.step)
-    now = verdicts[-1].threatened if verdicts and verdicts[-1].decision == "no-go" else ()
-    for name, steps in alarmed.items():
-        if name not in now:
-            yield f"An alarm for {name} stood at step {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " and ended."
+    return {name: steps for name, steps in alarmed.items() if name not in verdicts[-1].alarmed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from sts_callback.records import Decision, Estimate
+from sts_callback.records import Decision, Estimate, in_capitals
 from sts_callback.report import figures
 from sts_callback.report.markup import Html, join, shortened, tag
 
@@ -48,8 +48,7 @@ def named(names: Iterable[str]) -> Html:
 
 def badge(decision: Decision, step: int) -> Html:
     """A decision as a word in its colour."""
-    word = "ALARM" if decision == "no-go" and step else decision.upper()
-    return tag("span", word, class_=f"badge {_BADGES[decision]}")
+    return tag("span", in_capitals(decision, step), class_=f"badge {_BADGES[decision]}")
 
 
 def table(
