@@ -1,4 +1,4 @@
-"""The command line: `sts-callback doctor`, `forecast`, `blame`, `dial`, `report`, `card`, `ledger`, `saes`. Only it prints.
+"""The command line of `sts-callback`, a function for each command. Only it prints.
 
 Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
 PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
-_DIAL_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
+_BUDGET_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
 _EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
 
 
@@ -162,6 +162,40 @@ def _write_junit(args: argparse.Namespace, judged: Mapping[str, Judgement], fore
         write_asked(args.junit, junit_xml(judged, forecast), "--junit")
 
 
+def _mix(args: argparse.Namespace) -> int:
+    from sts_callback.files import require_place, write_asked
+    from sts_callback.settings import named, number
+
+    if args.out:
+        require_place(args.out, "--out")
+    domains, policy, config = _settings(args)
+
+    from sts_callback.mix import Caps, mix, plan
+    from sts_callback.monitor import TRAIN
+    from sts_callback.terminal import mix_table
+
+    replay = named(args.replay, "--replay", "NAME=FILE")
+    max_share = {n: number(x, f"--max-share {n}", "a share") for n, x in named(args.max_share, "--max-share", "NAME=X").items()}
+    caps = Caps(args.rows, args.max_replay, args.max_repeats, max_share)
+    model, tokenizer = _loaded(args.model, args.device)
+    found = mix(
+        model,
+        tokenizer,
+        sae=args.sae,
+        train_data=args.train,
+        replay=replay,
+        domains=domains,
+        policy=policy,
+        caps=caps,
+        config=config,
+        progress=sys.stderr.isatty(),
+    )
+    print(found.to_json() if args.json else mix_table(found))
+    if args.out:
+        write_asked(args.out, plan(found, found.nearest, {TRAIN: args.train, **replay}, config.seed), "--out")
+    return _BUDGET_CODES[found.finding]
+
+
 def _blame(args: argparse.Namespace) -> int:
     from sts_callback.blame import blame, filter_files, write_filtered
 
@@ -198,7 +232,7 @@ def _dial(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(json.dumps({**found.to_dict(), "largest": found.largest}) if args.json else dial_table(found))
-    return _DIAL_CODES[found.finding]
+    return _BUDGET_CODES[found.finding]
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:
@@ -334,6 +368,7 @@ def _saes(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "forecast": _forecast,
+    "mix": _mix,
     "blame": _blame,
     "dial": _dial,
     "report": _report,

@@ -57,6 +57,10 @@ ROWS_READ, ROWS_SHOWN = 2000, 10
 SCALES = 0.25, 0.5, 0.75, 1.0
 """Shares of an adapter's own scale that `dial` tries. Our choice."""
 
+MAX_REPLAY, MAX_REPEATS = 0.5, 4.0
+"""Of a mixture, the largest share that is no training data (our choice), and how often a row may come (four times is about as
+good as new rows: Muennighoff et al., NeurIPS 2023, arXiv 2305.16264)."""
+
 
 @dataclass(frozen=True)
 class PolicyConfig:

@@ -27,7 +27,7 @@ from sts_callback.model.encoder import SaeSource
 from sts_callback.model.hooks import text_config
 from sts_callback.model.probes import bos_tokens, check_lengths, make_probe_set, neutral_tokens
 from sts_callback.policy import judge_budget
-from sts_callback.remedies import BudgetFinding, Dial, DialedDomain, DialPoint
+from sts_callback.remedies import Dial, DialedDomain, DialPoint, gravest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,9 +128,7 @@ class AdapterDial:
                     budget=budget,
                     finding=judge_budget(change, budget),
                 )
-        findings = {domain.finding for domain in found.values()}
-        order: tuple[BudgetFinding, ...] = ("beyond", "cannot tell", "within")
-        return DialPoint(scale, next(finding for finding in order if finding in findings), found)
+        return DialPoint(scale, gravest(domain.finding for domain in found.values()), found)
 
     def _bare(self) -> Context:
         return self._gauge.context(self._bos, with_answers=True)

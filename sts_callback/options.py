@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sts_callback.config import ROWS_READ, ROWS_SHOWN, SCALES, ProbeConfig
+from sts_callback.config import MAX_REPEATS, MAX_REPLAY, ROWS_READ, ROWS_SHOWN, SCALES, ProbeConfig
 
 NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
 """Of `ProbeConfig`, what can be chosen."""
@@ -61,10 +61,29 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
     blame.add_argument(
         "--out", metavar="FILE", help="write the rows that do not stand out here (.jsonl), the others' numbers beside it"
     )
-    for command in (doctor, forecast, blame):
+    mix = added(
+        "mix",
+        help="find how much of other data to mix in, so that every budget is kept",
+        description="Find how much of other data to mix into the training data, so that every protected domain keeps its budget. "
+        "Sources are measured, mixtures extrapolated from them. "
+        "Exit code: 0 some mixture keeps them, or the training data alone; 3 none does, 4 cannot tell, 2 wrong input.",
+    )
+    mix.add_argument(
+        "--replay", action="append", default=[], metavar="NAME=FILE", help="what may be mixed in, JSON lines; repeatable"
+    )
+    mix.add_argument("--rows", type=int, metavar="N", help="rows of the mixture (default: as many as --train has)")
+    mix.add_argument(
+        "--max-replay", type=float, default=MAX_REPLAY, metavar="X", help=f"largest share of replay (default {MAX_REPLAY:g})"
+    )
+    mix.add_argument("--max-share", action="append", default=[], metavar="NAME=X", help="largest share of one source; repeatable")
+    mix.add_argument(
+        "--max-repeats", type=float, default=MAX_REPEATS, metavar="X", help=f"how often a row may come (default {MAX_REPEATS:g})"
+    )
+    mix.add_argument("--out", type=Path, metavar="FILE", help="write the mixture here, as datasets.interleave_datasets takes it")
+    for command in (doctor, forecast, blame, mix):
         command.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
         command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
-        _add_measurement(command, several_saes=command is not blame, numbers=NUMBERS)
+        _add_measurement(command, several_saes=command in (doctor, forecast), numbers=NUMBERS)
 
     dial = added(
         "dial",

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import CannotTell
-from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
+from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Verdict
 from sts_callback.remedies import BudgetFinding
 
 Judgement: TypeAlias = tuple[Decision, str]
@@ -140,6 +140,24 @@ def judge_budget(change: Estimate, budget: float) -> BudgetFinding:
     return "cannot tell" if worse is None else "beyond" if worse else "within"
 
 
+def cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | None:
+    """Why a forecast says nothing about one of its domains, in a sentence; None if it does."""
+    domain, score = forecast.domains[name], forecast.domains[name].sts_cross
+    masked_share = domain.n_masked / max(1, domain.n_masked + domain.n_tokens)
+    if masked_share > policy.max_masked_share:
+        return f"{masked_share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}."
+    if forecast.noise_floor * NOISE_MARGIN > policy.min_drift:
+        return f"unchanged weights alone drift by {forecast.noise_floor:.1%}; drift from {policy.min_drift:.0%} counts."
+    if not math.isfinite(score.place(score.value)):
+        return "nothing shifted in context beyond random features, so no transfer can be read off."
+    return None
+
+
+def may_move(domain: DomainForecast, policy: PolicyConfig) -> bool:
+    """Whether training may move a domain, as far as the interval of its transfer says."""
+    return not domain.sts_cross.place(domain.sts_cross.high) < policy.min_transfer
+
+
 def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
     order: tuple[Decision, ...] = ("no-go", "watch", "not covered", "cannot tell", "go")
     decision: Decision = next((d for d in order if any(found == d for found, _ in judged.values())), "go")
@@ -148,23 +166,12 @@ def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
 
 
 def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> Judgement:
+    if doubt := cannot_read(forecast, name, policy):
+        return "cannot tell", doubt
     domain, score = forecast.domains[name], forecast.domains[name].sts_cross
-    masked_share = domain.n_masked / max(1, domain.n_masked + domain.n_tokens)
-    if masked_share > policy.max_masked_share:
-        return (
-            "cannot tell",
-            f"{masked_share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}.",
-        )
-    if forecast.noise_floor * NOISE_MARGIN > policy.min_drift:
-        return (
-            "cannot tell",
-            f"unchanged weights alone drift by {forecast.noise_floor:.1%}; drift from {policy.min_drift:.0%} counts.",
-        )
     place, low, high = (score.place(x) for x in (score.value, score.low, score.high))
-    if not math.isfinite(place):
-        return "cannot tell", "nothing shifted in context beyond random features, so no transfer can be read off."
     extent = f"transfer {place:.0%}, {low:.0%} to {high:.0%}; from {policy.min_transfer:.0%} on it counts"
-    if high < policy.min_transfer:
+    if not may_move(domain, policy):
         return _safe(f"expected to stay ({extent})", domain.unseen, policy)
     worse, sentence = _worsens(domain.nll_change, budget)
     if worse is None:

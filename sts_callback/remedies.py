@@ -1,14 +1,26 @@
-"""Records of what may be done about a threat: which rows to look at, how far an adapter may be turned up."""
+"""Records of what may be done about a threat: which rows to look at, what to mix in, how far an adapter may be turned up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sts_callback.records import Estimate, Identity, Record, Snippet
+from sts_callback.records import Estimate, Forecast, Identity, Record, Snippet
 
 BudgetFinding = Literal["within", "beyond", "cannot tell"]
+
+
+def gravest(findings: Iterable[BudgetFinding]) -> BudgetFinding:
+    """What several domains come to, all of which must keep their budgets."""
+    found = set(findings)
+    return "beyond" if "beyond" in found else "cannot tell" if "cannot tell" in found else "within"
+
+
+def mildest(findings: Iterable[BudgetFinding]) -> BudgetFinding:
+    """What several attempts come to, one of which must keep every budget."""
+    found = set(findings)
+    return "within" if "within" in found else "cannot tell" if "cannot tell" in found else "beyond"
 
 
 @dataclass(frozen=True)
@@ -116,5 +128,70 @@ class Dial(Record):
     @property
     def finding(self) -> BudgetFinding:
         """`within`: some scale keeps every budget; `beyond`: none does; `cannot tell`: some may."""
-        found = {point.finding for point in self.points}
-        return "within" if "within" in found else "cannot tell" if "cannot tell" in found else "beyond"
+        return mildest(point.finding for point in self.points)
+
+
+@dataclass(frozen=True)
+class MixedDomain(Record):
+    """One protected domain under one mixture: extrapolated, not measured."""
+
+    name: str
+    nll_change: Estimate
+    """Mean of what the sources' demonstrations do to its answers' NLL, by their weights, in nats per token; its interval as wide
+    as if all their errors had the same sign."""
+    budget: float
+    """What it may rise, in nats per token."""
+    finding: BudgetFinding
+    """`within` also where no source in the mixture is expected to move the domain."""
+
+
+@dataclass(frozen=True)
+class MixPoint(Record):
+    """Of all mixtures with so much of the training data that whose worst domain stays as far as can be within its budget."""
+
+    weights: Mapping[str, float]
+    """Of each source, the training data first; they sum to 1."""
+    rows: Mapping[str, int]
+    """The same in rows."""
+    finding: BudgetFinding
+    """`within`: every budget is kept; `beyond`: one is not."""
+    domains: Mapping[str, MixedDomain]
+
+    @property
+    def worst(self) -> MixedDomain:
+        """The domain that is, by the upper end of its interval, furthest beyond its budget or nearest to it."""
+        return max(self.domains.values(), key=lambda d: (d.finding == self.finding, d.nll_change.high - d.budget))
+
+
+@dataclass(frozen=True)
+class Mix(Record):
+    """How much of other sources to mix into the training data."""
+
+    forecasts: Mapping[str, Forecast]
+    """Of each source alone, the training data first: what was measured."""
+    n_rows: Mapping[str, int]
+    """Rows that each source has."""
+    points: tuple[MixPoint, ...]
+    """With ever less of the training data, which stands alone in the first: what is extrapolated."""
+    seconds: float
+    """Wall-clock time."""
+    meaning: str = (
+        "Measured: what a few examples of each source, put in context, do to each protected domain. Extrapolated: that a "
+        "mixture does the mean of it by weight, and that training does what the examples do in context."
+    )
+    """What may be read into it, and what not."""
+
+    @property
+    def recommended(self) -> MixPoint | None:
+        """That with the most of the training data of those that keep every budget; None if none is known to."""
+        return next((point for point in self.points if point.finding == "within"), None)
+
+    @property
+    def nearest(self) -> MixPoint:
+        """The recommended one, else that whose worst domain comes nearest to its budget."""
+        return self.recommended or min(self.points, key=lambda p: p.worst.nll_change.high - p.worst.budget)
+
+    @property
+    def finding(self) -> BudgetFinding:
+        """`within`: some mixture keeps every budget; `beyond`: none does; `cannot tell`: some may."""
+        return mildest(point.finding for point in self.points)

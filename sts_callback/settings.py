@@ -159,8 +159,8 @@ def named(items: Any, field_name: str, form: str, default: object = None) -> dic
     return named
 
 
-def number(value: Any, field_name: str) -> float:
-    """A budget.
+def number(value: Any, field_name: str, allowed: str = "a number of nats per token") -> float:
+    """A budget, or another number.
 
     Raises:
         ConfigError: if it is no number.
@@ -169,4 +169,4 @@ def number(value: Any, field_name: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{field_name}: got {value!r}; allowed is a number of nats per token.") from None
+        raise ConfigError(f"{field_name}: got {value!r}; allowed is {allowed}.") from None

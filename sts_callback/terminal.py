@@ -25,7 +25,7 @@ from sts_callback.records import (
     Verdict,
     in_capitals,
 )
-from sts_callback.remedies import Blame, BudgetFinding, Dial
+from sts_callback.remedies import Blame, BudgetFinding, Dial, Mix
 
 _WIDTH = 80
 _COLOURS: dict[Decision, str] = {
@@ -35,7 +35,8 @@ _COLOURS: dict[Decision, str] = {
     "not covered": "magenta",
     "cannot tell": "magenta",
 }
-
+_FINDINGS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
+_BAR = 8  # characters of twice a budget
 
 _FAVOURED = (
     "Evidence so far (5 fine-tunes, one small model): movement is ranked best by\n"
@@ -186,9 +187,63 @@ def blame_table(found: Blame, *, colour: bool | None = None) -> str:
     return _rendered(parts, colour)
 
 
+def mix_table(found: Mix, *, colour: bool | None = None) -> str:
+    """What was measured of each source, the trade-off between training data and its worst domain, and the recommended mixture."""
+    sources = list(found.forecasts)
+    measured = _table("domain", "budget", *sources)
+    for name, domain in found.points[0].domains.items():
+        changes = [found.forecasts[source].domains[name].nll_change.value for source in sources]
+        measured.add_row(Text("  " + name), f"{domain.budget:.2f}", *(f"{change:+.2f}" for change in changes))
+    curve = _table("worst domain", *sources, "NLL change", "95 %", "finding", "of budget")
+    for point in found.points:
+        worst = point.worst
+        filled = 0 if math.isnan(worst.nll_change.high) else round(_BAR / 2 * worst.nll_change.high / worst.budget)
+        curve.add_row(
+            Text("  " + worst.name),
+            *(f"{point.weights[source]:.0%}" for source in sources),
+            f"{worst.nll_change.value:+.2f}",
+            f"{worst.nll_change.low:+.2f} to {worst.nll_change.high:+.2f}",
+            Text(point.finding, style=_FINDINGS[point.finding]),
+            Text(("\u2588" * min(_BAR, max(0, filled))).ljust(_BAR, "\u00b7"), style=_FINDINGS[point.finding]),
+        )
+    legend = (
+        "of budget: the interval's upper end; a full bar is twice the budget. Weights are\n"
+        "the best of each row: the worst domain stays as far within its budget as can be.\n"
+        "An interval is as wide as if the errors of all sources had the same sign.\n"
+    )
+    best = found.nearest
+    shares = ", ".join(f"{n} rows of {source} ({best.weights[source]:.0%})" for source, n in best.rows.items() if n)
+    if found.recommended is found.points[0]:
+        answer = "No replay is needed: the training data alone is expected to keep every budget."
+    elif found.recommended:
+        answer = f"Recommended: {shares}."
+    elif found.finding == "beyond":
+        answer = f"No mixture within these caps keeps every budget. The nearest: {shares}."
+    else:
+        answer = f"Cannot tell: no mixture is sure to keep every budget; give more queries. The nearest: {shares}."
+    moved = [
+        f"  {name}: {alone.nll_change.value:+.2f} alone, {best.domains[name].nll_change.value:+.2f} in this mixture"
+        for name, alone in found.points[0].domains.items()
+        if alone.finding != "within"
+    ]
+    heading = f"STS mix: training data and what may be mixed in ({next(iter(found.forecasts.values())).identity.sae_name}, "
+    return _rendered(
+        [
+            Text(f"{heading}{found.seconds:.0f} s)", style="bold"),
+            Text("Measured: change of the answers' NLL by examples of one source, nats a token"),
+            measured,
+            Text("\nExtrapolated: mixtures, with ever less of the training data"),
+            curve,
+            Text(legend, style="dim"),
+            *(Text(line, style=_FINDINGS[found.finding]) for line in (*textwrap.wrap(answer, _WIDTH), *moved)),
+            Text("\n" + textwrap.fill(found.meaning, _WIDTH), style="dim"),
+        ],
+        colour,
+    )
+
+
 def dial_table(found: Dial, *, colour: bool | None = None) -> str:
     """An adapter's scales: for each how far the protected domains have moved, and whether they keep their budgets."""
-    colours: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
     table = _table("domain", "scale", "drift", "NLL change", "95 %", "budget", "finding")
     for point in found.points:
         for domain in point.domains.values():
@@ -200,7 +255,7 @@ def dial_table(found: Dial, *, colour: bool | None = None) -> str:
                 f"{change.value:+.2f}",
                 f"{change.low:+.2f} to {change.high:+.2f}",
                 f"{domain.budget:.2f}",
-                Text(domain.finding, style=colours[domain.finding]),
+                Text(domain.finding, style=_FINDINGS[domain.finding]),
             )
     legend = (
         "drift and change of the answers' NLL against the model without the adapter, nats\n"
@@ -216,7 +271,7 @@ def dial_table(found: Dial, *, colour: bool | None = None) -> str:
     else:
         answer = "Cannot tell: none of these scales is sure to keep every budget; give more queries"
     heading = Text(f"STS dial: an adapter by its scale ({found.identity.sae_name}, {found.seconds:.0f} s)", style="bold")
-    return _rendered([heading, table, Text(legend, style="dim"), Text(answer, style=colours[found.finding])], colour)
+    return _rendered([heading, table, Text(legend, style="dim"), Text(answer, style=_FINDINGS[found.finding])], colour)
 
 
 def _marked(head: str, snippet: Snippet, n_before: int) -> Text:

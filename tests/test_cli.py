@@ -16,11 +16,11 @@ from peft import LoraConfig, get_peft_model
 
 from logs import whole_run, written
 from past import lawful_runs
-from samples import IDENTITY
+from samples import IDENTITY, domain_forecast, estimate, forecast
 from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, PIPE_CLOSED, WRONG_INPUT, main
 from sts_callback.ledger import Entry, Expectations, TrackRecord, append
 from sts_callback.records import Check, Forecast, Verdict
-from sts_callback.remedies import Blame, Dial, DialPoint
+from sts_callback.remedies import Blame, Dial, DialPoint, Mix, MixedDomain, MixPoint
 from sts_callback.runlog import RunLog
 from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
 
@@ -336,6 +336,7 @@ def test_a_card_that_cannot_be_made_is_wrong_input(
         ["report", "--help"],
         ["card", "--help"],
         ["ledger", "--help"],
+        ["mix", "--help"],
         ["blame", "--help"],
         ["dial", "--help"],
         ["report", "--help"],
@@ -541,4 +542,52 @@ def test_what_cannot_be_dialled_is_wrong_input(
     more: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(dial_command(files, *more)) == WRONG_INPUT
+    assert message in capsys.readouterr().err
+
+
+def mix_command(files: Path, *more: str) -> list[str]:
+    return command(files, "--replay", f"verse={files / 'poems.jsonl'}", *more, name="mix")
+
+
+def test_a_mixture_is_searched_and_written(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mix.json"
+    argv = mix_command(files, "--protect", "poems=50", "--rows", "20", "--out", str(out))
+    assert main(argv) == GO
+    assert "No replay is needed" in capsys.readouterr().out
+    made = json.loads(out.read_text())
+    assert made["files"] == [str(files / "train.jsonl")]
+    assert made["interleave_datasets"]["probabilities"] == [1.0]
+    assert main([*argv, "--json"]) == GO
+    found = Mix.from_json(capsys.readouterr().out)
+    assert list(found.forecasts) == ["train", "verse"]
+    assert found.points[-1].rows == {"train": 10, "verse": 10}
+
+
+@pytest.mark.parametrize(("finding", "expected"), [("within", GO), ("beyond", NO_GO), ("cannot tell", CANNOT_TELL)])
+def test_each_finding_of_a_mix_has_its_exit_code(
+    finding: str, expected: int, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"train": forecast(domain_forecast("poems"))}
+    domain = MixedDomain("poems", estimate(0.0), 0.1, finding)  # type: ignore[arg-type]
+    point = MixPoint({"train": 1.0}, {"train": 30}, finding, {"poems": domain})  # type: ignore[arg-type]
+    monkeypatch.setattr("sts_callback.mix.mix", lambda *args, **options: Mix(made, {"train": 30}, (point,), 1.0))
+    assert main(mix_command(files, "--protect", "poems")) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "protect: got none"),
+        (["--protect", "poems", "--max-replay", "2"], "max_replay: got 2.0"),
+        (["--protect", "poems", "--max-share", "verse=much"], "--max-share verse: got 'much'; allowed is a share"),
+        (["--protect", "poems", "--max-share", "prose=0.5"], "max_share: got ['prose']; allowed are ['verse']"),
+        (["--protect", "poems", "--replay", "verse"], "--replay: got 'verse'; allowed is NAME=FILE"),
+        (["--protect", "poems", "--replay", "verse=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--protect", "poems", "--out", "/"], "--out: /"),
+    ],
+)
+def test_what_cannot_be_mixed_is_wrong_input(
+    more: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(mix_command(files, *more)) == WRONG_INPUT
     assert message in capsys.readouterr().err

@@ -12,9 +12,10 @@ from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast,
 from sts_callback.config import PolicyConfig
 from sts_callback.domains.starter import starter_domains
 from sts_callback.hindsight import expectations, track_records
+from sts_callback.mix import search
 from sts_callback.policy import judge_drift, judge_forecast
 from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Snippet, Verdict
-from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame
+from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame, Mix
 from sts_callback.terminal import (
     blame_table,
     check_lines,
@@ -24,6 +25,7 @@ from sts_callback.terminal import (
     forecast_table,
     layers_table,
     ledger_table,
+    mix_table,
     words_lines,
 )
 
@@ -486,3 +488,38 @@ def test_a_dial_shows_the_curve_and_answers(findings: dict[str, Any], answer: st
     for scale, finding in findings.items():
         row = rf"law +{float(scale[1:]) / 100:g} +{float(scale[1:]):.1f}% +\+0\.12 -0\.10 to \+0\.30 +0\.10 +{finding}"
         assert re.search(row, shown), shown
+
+
+def _mix(train_change: float, replay_change: float, max_replay: float = 0.5) -> Mix:
+    def source(law: float) -> Forecast:
+        return forecast(domain_forecast("law", sts_cross=0.9, nll_change=law), domain_forecast("code", sts_cross=0.9))
+
+    made = {"train": source(train_change), "cases": source(replay_change)}
+    policy = PolicyConfig(budgets={"law": 0.1, "code": 0.1})
+    return Mix(made, {"train": 800, "cases": 90}, search(made, policy, 800, max_replay, dict.fromkeys(made, 1.0)), 2.5)
+
+
+@pytest.mark.parametrize(
+    ("mix", "answer"),
+    [
+        (_mix(0.05, -0.4), "No replay is needed"),
+        (_mix(0.15, -0.4), "Recommended: 720 rows of train (90%), 80 rows of cases (10%)."),
+        (_mix(0.3, 0.2), "No mixture within these caps keeps every budget. The nearest: 400 rows of train"),
+        (_mix(float("nan"), 0.2), "Cannot tell: no mixture is sure"),
+    ],
+    ids=["none", "some", "not enough", "unknown"],
+)
+def test_a_mix_shows_what_was_measured_the_curve_and_an_answer(mix: Mix, answer: str) -> None:
+    shown = mix_table(mix, colour=False)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert answer in " ".join(shown.split())
+    assert len(re.findall(r"%  .*(within|beyond|cannot tell)", shown)) == len(mix.points)
+    assert "Measured: what a few examples" in shown and "Extrapolated: that a mixture" in " ".join(shown.split())
+
+
+def test_a_mix_says_what_becomes_of_each_threatened_domain() -> None:
+    shown = mix_table(_mix(0.15, -0.45), colour=False)
+    assert "  law: +0.15 alone, +0.09 in this mixture" in shown
+    assert "code: " not in shown
+    bars = re.findall("[\u2588\u00b7]{8}", shown)
+    assert bars[0].count("\u2588") == 6 and bars[-1].count("\u2588") == 0  # 1.5 of 2 budgets, and none

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from samples import domain_forecast
 from sts_callback.config import ProbeConfig
 from sts_callback.lens import Lens
 from sts_callback.measure import Gauge
@@ -22,6 +23,7 @@ from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
 from validation.data import CATEGORIES, DOMAINS, deal
 from validation.lab import require_untuned
+from validation.mixtures import additivity, planned
 from validation.pages import auroc, harmed_at
 from validation.scores import ratio
 from validation.train import tune
@@ -165,3 +167,27 @@ def test_harm_is_dated_by_the_first_checkpoint_that_shows_it() -> None:
     run = {"on_the_way": {"5": {"law": [10.0, 10.5]}, "20": {"law": [12.0, 11.0]}}}
     assert harmed_at(run, zero, "law") == 20
     assert harmed_at({"on_the_way": {"5": {"law": [10.0, 10.5]}}}, zero, "law") == 40
+
+
+def test_mixtures_have_the_budget_of_all_runs_and_replay_where_most_is_expected() -> None:
+    settings = {
+        "training": {"steps": 40, "rows": 4},
+        "mixtures": {
+            "halves": [["gsm8k", "law"]],
+            "replay": {"base": "gsm8k", "setting": "harsh", "seeds": [0], "share": 0.25, "domains": ["code", "law", "web"]},
+        },
+    }
+    expected = {name: domain_forecast(name, sts_cross=x).to_dict() for name, x in (("code", 0.2), ("law", 0.9), ("web", 0.5))}
+    found = {mixture.run: dict(mixture.rows) for mixture in planned(settings, {"gsm8k": {"domains": expected}})}
+    assert all(sum(rows.values()) == 160 for rows in found.values())
+    assert found["gsm8k+law/gentle/0"] == {"gsm8k": 80, "law": 80}
+    assert found["gsm8k and replay, even/harsh/0"] == {"gsm8k": 120, "code": 14, "law": 13, "web": 13}
+    assert found["gsm8k and replay, most expected/harsh/0"] == {"gsm8k": 120, "law": 40}
+
+
+def test_what_adds_up_is_told_from_what_does_not() -> None:
+    draw = np.random.default_rng(0)
+    alone = draw.normal(size=(2, 20))
+    same = additivity(alone.mean(axis=0), alone)
+    assert same["r"] == pytest.approx(1) and same["miss"] == pytest.approx(0, abs=1e-12) and same["miss of one source"] > 0.1
+    assert abs(additivity(draw.normal(size=20), alone)["r"]) < 0.5
