@@ -2,6 +2,7 @@
 
     python examples/validate.py forecast --data-dir DIR               what is expected of each fine-tune
     python examples/validate.py train --data-dir DIR [--share 1/2]    the fine-tunes; each is stored as it ends
+    python examples/validate.py mix --data-dir DIR [--share 1/2]      fine-tunes on mixtures of the development half's rows
     python examples/validate.py report [--open]                       tables and plots, with the held-out half if it is opened
 
 `validation/PROTOCOL.md` says what is done and why, `validation/settings.yaml` has the numbers. `DIR` holds `mmlu_pro`, `gsm8k`,
@@ -23,7 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["forecast", "train", "report"])
+    parser.add_argument("stage", choices=["forecast", "train", "mix", "report"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/validation"))
     parser.add_argument("--share", default="1/1", help="of the fine-tunes, which part this process runs")
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
         lab.forecast()
     else:
         part, n_parts = (int(number) for number in args.share.split("/"))
-        lab.train(part - 1, n_parts)
+        (lab.train if args.stage == "train" else lab.mix)(part - 1, n_parts)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,14 @@ from sts_callback.monitor import TRAIN
 from sts_callback.readings import BARE, Reading, Reference
 from sts_callback.records import DriftSnapshot
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
-from validation import measure
+from validation import measure, mixtures
 from validation.data import CATEGORIES, DOMAINS, Row, deal
 from validation.train import tune
 
 HERE = Path(__file__).parent
-FORECASTS, STEP_ZERO, RUNS, SUMS = (HERE / name for name in ("forecasts.jsonl", "step_zero.json", "runs.jsonl", "sums.npz"))
+FORECASTS, STEP_ZERO, RUNS, MIXTURES, SUMS = (
+    HERE / name for name in ("forecasts.jsonl", "step_zero.json", "runs.jsonl", "mixtures.jsonl", "sums.npz")
+)
 SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "settings.yaml").read_text())
 T = TypeVar("T")
 
@@ -121,6 +123,30 @@ class Lab:
                 line = self._run(run, forecasts[run.fine_tune])
                 with RUNS.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+
+    def mix(self, part: int, n_parts: int) -> None:
+        """Run the mixtures that are not stored yet; only their end is measured."""
+        self._calibrated()
+        forecasts = {line["fine_tune"]: line for line in stored(FORECASTS)}
+        settings = SETTINGS["training"]
+        for mixture in tqdm(mixtures.planned(SETTINGS, forecasts)[part::n_parts], desc="Mixtures", unit="run"):
+            if mixture.run in {line["run"] for line in stored(MIXTURES)}:
+                continue
+            for name in DOMAINS:
+                self._before(name)
+            rows = [row for name, n in mixture.rows.items() for row in self._queries(self._rows[name].training[:n])]
+            line: dict[str, Any] = {"run": mixture.run, **dataclasses.asdict(mixture)}
+
+            def on_step(step: int, line: dict[str, Any] = line) -> None:
+                if step == settings["steps"]:
+                    line["after"] = {name: self._after(name) for name in DOMAINS}
+
+            rate = SETTINGS["learning_rates"][mixture.setting]
+            line["loss"] = _rounded(
+                tune(self._model, rows, self._bos, settings, learning_rate=rate, seed=mixture.seed, on_step=on_step)
+            )
+            with MIXTURES.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _run(self, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
         started = time.monotonic()

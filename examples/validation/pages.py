@@ -17,7 +17,8 @@ from sts_callback.config import PolicyConfig
 from sts_callback.policy import holm, judge_drift
 from sts_callback.records import DriftSnapshot
 from validation.data import DOMAINS
-from validation.lab import FORECASTS, HERE, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
+from validation.lab import FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
+from validation.mixtures import additivity
 from validation.scores import RIVALS, Scores, correlations, expected, harm, movement, ratio, signed
 
 mpl.use("svg")
@@ -52,6 +53,9 @@ def write_report(*, opened: bool) -> None:
         own = [run for run in runs if run["fine_tune"] in SETTINGS["fine_tunes"][key]]
         if own:
             lines += ["", f"## {title}: {len(own)} runs", *half(own, scores, forecasts, zero, key)]
+    mixed = stored(MIXTURES)
+    if mixed:
+        lines += ["", f"## Mixtures: {len(mixed)} runs", *mixtures(mixed, {run["run"]: run for run in runs}, zero)]
     (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
 
 
@@ -106,6 +110,48 @@ def half(
         *wrapped(monitor(runs, zero, changed)),
         "",
         f"![Scores against what happened]({key}.svg)",
+    ]
+
+
+def mixtures(mixed: list[dict[str, Any]], runs: Mapping[str, Any], zero: Mapping[str, Any]) -> list[str]:
+    """How far changes add up, and what replay keeps."""
+    adds: Table = [["mixture", "of", "r with the mean of its sources", "typical miss", "miss of the better source alone"]]
+    replay = SETTINGS["mixtures"]["replay"]
+    kept: Table = [["run", "loss, last 5 steps", *replay["domains"], "median of all 20"]]
+    arms: dict[str, list[Mapping[str, Any]]] = {
+        "no replay": [runs[name] for seed in replay["seeds"] if (name := f"{replay['base']}/{replay['setting']}/{seed}") in runs]
+    }
+    for line in mixed:
+        alone = [runs.get(f"{source}/{line['setting']}/{line['seed']}") for source in line["rows"]]
+        if "+" not in line["name"]:
+            arms.setdefault(line["name"].partition(", ")[2], []).append(line)
+        elif all(alone):
+            for title, measured, digits in (("movement", movement, ".1%"), ("harm", lambda run: harm(run, zero)[0], ".2f")):
+                found = additivity(measured(line), np.stack([measured(run) for run in alone]))
+                misses = (f"{found[key]:{digits}}" for key in ("miss", "miss of one source"))
+                adds.append([f"{line['name']}, {line['setting']}", title, f"{found['r']:.2f}", *misses])
+    for name, lines in arms.items():
+        for line in lines:
+            value, error = harm(line, zero)
+            cells = [f"{value[i]:+.2f} ± {error[i]:.2f}" for i in map(DOMAINS.index, replay["domains"])]
+            kept.append([f"{name}, seed {line['seed']}", f"{np.mean(line['loss'][-5:]):.2f}", *cells, f"{np.median(value):+.2f}"])
+    return [
+        "",
+        "### Do changes add up?",
+        "",
+        *wrapped("A mixture's changes against the mean of those that its two sources, each alone, made at the same rate."),
+        "",
+        *table(adds),
+        "",
+        "### Replay by score",
+        "",
+        *wrapped(
+            f"Change of answer NLL, nats per token, where {replay['share']:.0%} of the rows of {replay['setting']} "
+            f"{replay['base']} are replay: of all four domains, or of the two expected to move most or least. The loss is of "
+            "what was trained on, replay included."
+        ),
+        "",
+        *table(kept),
     ]
 
 
