@@ -97,6 +97,7 @@ def main(argv: list[str]) -> None:
     )
     callback.attach(trainer)
     trainer.train()
+    trainer.save_model()  # the adapter, which `sts-callback dial` can turn down
 
 
 if __name__ == "__main__":

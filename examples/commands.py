@@ -1,0 +1,131 @@
+"""Run every command on Gemma 3 270M, one after the other as a new user would, and write down what they say.
+
+    python examples/commands.py [--work-dir DIR]
+
+Takes about a quarter of an hour on two CPU cores; `COMMANDS.md` beside this file is what it wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from demo import SAE_FOLDER
+from gemma import cached_gemma
+from sts_callback.domains.starter import starter_domains
+from word_problems import word_problems
+
+HERE = Path(__file__).parent
+MEASURED = ["--model", "gemma-3-270m", "--sae", "sae"]
+SMALL = ["--n-queries", "12", "--max-tokens", "64"]
+PROTECTED = ["--protect", "law", "--protect", "code"]
+N_PLANTED = 12  # rows of law among the word problems, for blame to find
+MOST_LINES = 60  # of one command's output
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/commands"))
+    folder = parser.parse_args(argv).work_dir.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in (("gemma-3-270m", Path(cached_gemma())), ("sae", SAE_FOLDER.resolve())):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(target)
+    law = [json.loads(line) for line in starter_domains()["law"].read_text().splitlines()]
+    problems = word_problems(400)
+    _write(folder / "train.jsonl", problems)
+    _write(folder / "law.jsonl", law)
+    _write(folder / "mixed.jsonl", _planted(problems, law[:N_PLANTED]))
+
+    told = [__doc__.splitlines()[0].replace("Run every command", "Every command, run"), ""]
+    train = ["--train", "train.jsonl"]
+    for title, argv in (
+        ("Is this the right SAE, and are the probes enough?", ["doctor", *MEASURED, *train, *PROTECTED, *SMALL]),
+        (
+            "What will training on word problems move? And hold all but the training data fixed for the next time.",
+            ["forecast", *MEASURED, *train, *PROTECTED, *SMALL, "--lock", "sts.lock", "--write-lock", "--junit", "forecast.xml"],
+        ),
+        (
+            "The same with other settings than those that were locked.",
+            ["forecast", *MEASURED, *train, *PROTECTED, "--n-queries", "16", "--max-tokens", "64", "--lock", "sts.lock"],
+        ),
+        (
+            f"Which rows are to blame? Here {N_PLANTED} rows of law stand among the word problems, every 26th.",
+            ["blame", *MEASURED, "--train", "mixed.jsonl", "--protect", "law", *SMALL, "--top", "5", "--out", "kept.jsonl"],
+        ),
+        (
+            "What to mix in? The replay is the protected domain's own file: half of its rows are asked, half teach.",
+            [
+                *["mix", *MEASURED, *train, "--domain", "law=law.jsonl", "--replay", "cases=law.jsonl", "--protect", "law=0.1"],
+                *[*SMALL, "--out", "mix.json"],
+            ],
+        ),
+    ):
+        told += _run(folder, title, argv)
+    told += _trained(folder)
+    for title, argv in (
+        (
+            "How far may the adapter that was trained be turned up?",
+            ["dial", *MEASURED, "--adapter", "run", "--protect", "law", *SMALL, "--scales", "0.05", "0.1", "0.25", "1"],
+        ),
+        ("The run as a page.", ["report", "run"]),
+        ("The run as a section of a model card.", ["card", "run"]),
+        ("How good were the forecasts of all runs so far?", ["ledger"]),
+        ("Which SAEs are there for a model?", ["saes", "--model", "google/gemma-3-270m"]),
+    ):
+        told += _run(folder, title, argv)
+    (HERE / "COMMANDS.md").write_text("\n".join(told) + "\n")
+
+
+def _planted(rows: Sequence[dict[str, str]], culprits: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Before every 25th row a culprit."""
+    mixed = []
+    for i, row in enumerate(rows[: 25 * len(culprits)]):
+        mixed += [row] if i % 25 else [culprits[i // 25], row]
+    return mixed
+
+
+def _write(file: Path, rows: Sequence[dict[str, str]]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _run(folder: Path, title: str, argv: Sequence[str]) -> list[str]:
+    print(f"sts-callback {argv[0]} ...", flush=True)
+    done = _done(folder, [sys.executable, "-m", "sts_callback", *argv])
+    return _told(title, f"sts-callback {shlex.join(argv)}", done)
+
+
+def _trained(folder: Path) -> list[str]:
+    """The demo's run, whose end alone is shown."""
+    print("demo.py ...", flush=True)
+    done = _done(folder, [sys.executable, str(HERE / "demo.py"), "--out", "run"])
+    end = done.stdout[done.stdout.rfind("\nSTS") :]
+    title = "Train on word problems at a harsh rate, the callback attached. The last that it says:"
+    return _told(title, "python examples/demo.py --out run", subprocess.CompletedProcess(done.args, done.returncode, end, ""))
+
+
+def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "STS_LEDGER": str(folder / "ledger.jsonl"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def _told(title: str, command: str, done: subprocess.CompletedProcess[str]) -> list[str]:
+    lines = done.stdout.splitlines() + [line for line in done.stderr.splitlines() if line.startswith("sts-callback:")]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES} lines more"]
+    return ["", f"## {title}", "", "```console", f"$ {command}", *lines, f"# exit code {done.returncode}", "```"]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
