@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from sts_callback.ledger import Expectations
     from sts_callback.monitor import Monitor
     from sts_callback.policy import Judgement
-    from sts_callback.records import Forecast
+    from sts_callback.records import Forecast, Identity
+    from sts_callback.remedies import Blame
+    from sts_callback.runlog import RunLog
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
 PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
@@ -200,18 +202,47 @@ def _blame(args: argparse.Namespace) -> int:
     from sts_callback.blame import blame, filter_files, write_filtered
 
     files = filter_files(args.train, args.out) if args.out else None
+    run = _run_with_forecast(args.run_dir) if args.run_dir else None
     made_monitor, policy = _prepared(args)
 
     from sts_callback.domains.reader import read_rows
     from sts_callback.terminal import blame_table
 
-    rows = read_rows(args.train, "train_data")
-    found = blame(made_monitor(sae=args.sae), rows, list(policy.budgets), n_rows=args.rows, n_top=args.top)
+    rows, monitor = read_rows(args.train, "train_data"), made_monitor(sae=args.sae)
+    if run is not None:
+        _require_same_maker(run[1], monitor.identity)
+    found = blame(monitor, rows, list(policy.budgets), n_rows=args.rows, n_top=args.top)
     print(found.to_json() if args.json else blame_table(found))
     if files is not None:
         write_filtered(found, rows, *files)
         print(f"{files[0]}: {len(rows) - len(found.left_out)} rows kept; {files[1]}: which are not.", file=sys.stderr)
+    if run is not None:
+        print(f"{_reported(run[0], 'blame', found)}: has them too.", file=sys.stderr)
     return GO
+
+
+def _run_with_forecast(folder: Path) -> tuple[RunLog, Identity]:
+    """A run, and what its forecast was made with."""
+    from sts_callback.errors import ConfigError
+    from sts_callback.runlog import run_log_in
+
+    log = run_log_in(folder)
+    forecast = log.read_all().forecast
+    if forecast is None:
+        raise ConfigError(f"--run-dir: {log.folder} holds no forecast; give the output_dir of a run with STSCallback.")
+    return log, forecast.identity
+
+
+def _require_same_maker(run: Identity, ours: Identity) -> None:
+    """Refuse rows read by another model or SAE than the run's."""
+    from sts_callback.errors import ConfigError
+
+    for name in ("model", "sae", "hook_name"):
+        if getattr(run, name) != getattr(ours, name):
+            raise ConfigError(
+                f"--run-dir: its forecast was made with {run.model_name}, {run.sae_name} at {run.hook_name}, not with "
+                f"{ours.model_name}, {ours.sae_name} at {ours.hook_name}; give the run's own model and SAE."
+            )
 
 
 def _dial(args: argparse.Namespace) -> int:
@@ -285,16 +316,23 @@ def _loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # t
 
 
 def _report(args: argparse.Namespace) -> int:
-    from sts_callback.errors import DataError
-    from sts_callback.report import write_report
     from sts_callback.runlog import run_log_in
 
-    log = run_log_in(Path(args.run_dir))
-    try:
-        print(write_report(log))
-    except OSError as error:
-        raise DataError(f"report: {log.folder} cannot be read or written ({error}).") from error
+    print(_reported(run_log_in(Path(args.run_dir)), "report"))
     return GO
+
+
+def _reported(log: RunLog, command: str, blame: Blame | None = None) -> Path:
+    """Write the report of a run, with rows to blame if there are new ones."""
+    from sts_callback.errors import DataError
+    from sts_callback.report import write_report
+
+    try:
+        if blame is not None:
+            log.write_blame(blame)
+        return write_report(log)
+    except OSError as error:
+        raise DataError(f"{command}: {log.folder} cannot be read or written ({error}).") from error
 
 
 def _card(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from sts_callback import __version__
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.records import DriftSnapshot, FeatureInWords, Forecast, Record, Verdict
+from sts_callback.remedies import Blame
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sae-lens")
 
@@ -100,6 +101,8 @@ class Logged(Record):
     checks: tuple[JudgedCheck, ...]
     """In order of their steps."""
     words: tuple[FeatureInWords, ...]
+    blame: Blame | None
+    """Training rows to blame, where they were asked for."""
     postponed: tuple[Postponed, ...]
     faults: tuple[Fault, ...]
     unreadable: tuple[str, ...]

@@ -61,6 +61,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
     blame.add_argument(
         "--out", metavar="FILE", help="write the rows that do not stand out here (.jsonl), the others' numbers beside it"
     )
+    blame.add_argument("--run-dir", type=Path, metavar="RUN_DIR", help="also put them into the report of this run")
     mix = added(
         "mix",
         help="find how much of other data to mix in, so that every budget is kept",

@@ -13,6 +13,7 @@ from sts_callback.errors import CannotTell
 from sts_callback.files import write_whole
 from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
 from sts_callback.records import DriftSnapshot, FeatureInWords, Forecast, Verdict
+from sts_callback.remedies import Blame
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ class RunLog:
         self._forecast_file = folder / "forecast.json"
         self._drift_file = folder / "drift.jsonl"
         self._features_file = folder / "features.jsonl"
+        self._blame_file = folder / "blame.json"
         self._rollouts_file = folder / "rollouts.jsonl"
         self._skipped_file = folder / "skipped.jsonl"
         self._faults_file = folder / "faults.jsonl"
@@ -127,6 +129,11 @@ class RunLog:
             if feature.feature not in told:
                 self._append(self._features_file, feature.to_dict())
 
+    def write_blame(self, found: Blame) -> None:
+        """Write which training rows fire what threatens a domain, whole or not at all; the last of several counts."""
+        self._make_ready()
+        write_whole(self._blame_file, found.to_json() + "\n")
+
     def append_postponed(self, step: int, reason: str) -> None:
         """Append that a check which was due was put off."""
         self._append(self._skipped_file, {"step": step, "reason": reason})
@@ -185,6 +192,7 @@ class RunLog:
             other_forecasts=next(iter(told(self._forecast_file, _others_of)), ()),
             checks=tuple(checks[step] for step in sorted(checks)),
             words=tuple(told(self._features_file, FeatureInWords.from_dict)),
+            blame=next(iter(told(self._blame_file, Blame.from_dict)), None),
             postponed=tuple(told(self._skipped_file, lambda row: Postponed(int(row["step"]), str(row["reason"])))),
             faults=tuple(told(self._faults_file, _fault_of)),
             unreadable=tuple(unreadable.values()),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from samples import domain_drift, domain_forecast, estimate, forecast, snapshot
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
 from sts_callback.records import Check, Decision, FeatureInWords, Snippet, Verdict
+from sts_callback.remedies import Blame, BlamedRow, DomainBlame
 from sts_callback.runlog import RunLog
 
-EMPTY = Logged(None, None, None, (), (), (), (), (), ())
+EMPTY = Logged(None, None, None, (), (), (), None, (), (), ())
 
 
 def verdict(
@@ -60,10 +61,22 @@ def whole_run(**changes: Any) -> Logged:
             check(30, verdict("no-go", "law", step=30, supersedes_forecast=True), time=TimeSpent(1.0, 25.0), drift=0.5),
         ),
         "words": (words(7, link="https://example.org/7"), words(3), words(4), words(99)),
+        "blame": blamed(),
         "postponed": (Postponed(15, "a check takes about 2 s"),),
         "faults": (Fault(5, "screen", "OSError('gone')", "Traceback"), Fault(6, "screen", "OSError('gone')", "Traceback")),
     }
     return Logged(**(vars(EMPTY) | fields | changes))
+
+
+def blamed(text: str = "court") -> Blame:
+    """Two rows to blame for a domain, one of which stands out."""
+    rows = (
+        BlamedRow(41, 3.5, 7, 0.75, Snippet("the high ", text, " held", 2.0)),
+        BlamedRow(3, 1.25, 3, 0.5, Snippet(text, " of", text, 1.0)),
+    )
+    name = "law" if text == "court" else text
+    found = DomainBlame(name, ((7, 0.5), (3, 0.25)), 0.0, 4.0, 1.0, 2.0, 1, rows)
+    return Blame(IDENTITY, n_rows=400, n_read=400, n_cut=0, domains={name: found}, left_out=(41,), seconds=9.0)
 
 
 def written(log: RunLog, logged: Logged) -> None:
@@ -73,6 +86,8 @@ def written(log: RunLog, logged: Logged) -> None:
     if logged.forecast is not None and logged.forecast_verdict is not None:
         log.write_forecast(logged.forecast, logged.forecast_verdict, logged.other_forecasts)
     log.append_words(logged.words)
+    if logged.blame is not None:
+        log.write_blame(logged.blame)
     for one in logged.checks:
         log.append_check(one.snapshot, one.verdict, one.time)
     for one in logged.postponed:

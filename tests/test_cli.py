@@ -482,6 +482,24 @@ def test_rows_to_blame_are_shown_and_written(files: Path, tmp_path: Path, capsys
     assert f"{out}: {30 - len(left_out)} rows kept" in captured.err
 
 
+def test_rows_to_blame_stand_in_the_report_of_their_run(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = command(files, "--protect", "poems", "--run-dir", str(tmp_path), name="blame")
+    assert main(argv) == WRONG_INPUT
+    assert f"--run-dir: {tmp_path} holds no forecast" in capsys.readouterr().err
+    main(command(files, "--protect", "poems", "--json"))
+    made = Forecast.from_dict(json.loads(capsys.readouterr().out)["forecast"])
+    log = RunLog(tmp_path / "sts")
+    written(log, whole_run(forecast=made, blame=None))
+    assert main([*argv, "--json"]) == GO
+    out = capsys.readouterr()
+    assert log.read_all().blame == Blame.from_json(out.out)
+    assert f"{tmp_path / 'sts' / 'report.html'}: has them too." in out.err
+    assert "No training rows were ranked" not in (tmp_path / "sts" / "report.html").read_text()
+    written(log, whole_run(forecast=forecast(domain_forecast("poems"))))  # by another model
+    assert main(argv) == WRONG_INPUT
+    assert "its forecast was made with tiny-llama, tiny-sae at" in capsys.readouterr().err
+
+
 def test_rows_to_blame_come_as_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(files, "--protect", "poems", "--json", name="blame")) == GO
     found = Blame.from_json(capsys.readouterr().out)

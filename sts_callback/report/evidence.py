@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from sts_callback.records import Check, Snippet
+from sts_callback.remedies import DomainBlame
 from sts_callback.report import figures
 from sts_callback.report.markup import Html, join, tag
 from sts_callback.report.parts import beyond, domain, meanings, more, name_row, say, section, table
@@ -33,6 +34,45 @@ def words_section(story: Story) -> Html:
         ),
         *shown,
         more(figures.counted(len(folded), "more feature"), *folded) if folded else join(),
+    )
+
+
+def blame_section(story: Story) -> Html:
+    """Which training rows fire what threatens protected domains."""
+    title, found = "Rows to blame", story.blame
+    if found is None:
+        return section(
+            "blame", title, say("No training rows were ranked. To have them here: sts-callback blame ... --run-dir OUTPUT_DIR.")
+        )
+    return section(
+        "blame",
+        title,
+        say(
+            f"{found.meaning} A score of 1 is an average row; \u25b2 stands out. Of {found.n_read} rows read "
+            f"{len(found.left_out)} would be left out, a tenth at most. Rows are counted from 0."
+        ),
+        *(_blamed(one) for one in found.domains.values()),
+    )
+
+
+def _blamed(found: DomainBlame) -> Html:
+    rows = [
+        [
+            str(row.row),
+            beyond(row.score, math.nextafter(found.threshold, math.inf), f"{row.score:.2f}"),
+            str(row.feature),
+            _quoted(row.snippet),
+        ]
+        for row in found.rows
+    ]
+    stand_out = (
+        f"Standing out, above {found.threshold:.2f}: {figures.counted(found.n_standing_out, 'row')}. The median is "
+        f"{found.median:.2f}, the domain's own texts score {found.own_score:.2f}."
+    )
+    return join(
+        tag("h3", "For ", domain(found.name)),
+        table(["row", "score", "feature", "where it fires"], rows, cls="words"),
+        say(stand_out),
     )
 
 

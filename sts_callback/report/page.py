@@ -8,7 +8,7 @@ from pathlib import Path
 from sts_callback.report import figures
 from sts_callback.report.account import cost_section, faults_section, reproduce_section
 from sts_callback.report.drift import drift_section, overlap_section
-from sts_callback.report.evidence import blind_section, left_out_section, words_section
+from sts_callback.report.evidence import blame_section, blind_section, left_out_section, words_section
 from sts_callback.report.forecast import forecast_section
 from sts_callback.report.markup import Html, join, tag
 from sts_callback.report.parts import badge, beyond, domain, more, name_row, say, table, with_interval
@@ -20,6 +20,7 @@ _SECTIONS = {
     "drift": ("Drift", drift_section),
     "overlap": ("Overlap", overlap_section),
     "features": ("Features", words_section),
+    "blame": ("Rows", blame_section),
     "blind-spots": ("Blind spots", blind_section),
     "left-out": ("Measured", left_out_section),
     "cost": ("Cost", cost_section),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed, RunSettings
 from sts_callback.records import Decision, DriftSnapshot, Estimate, FeatureInWords, Forecast, Record, Snippet, Verdict
+from sts_callback.remedies import Blame
 from sts_callback.report.headline import Headline, headline
 
 _NAN = math.nan
@@ -117,6 +118,7 @@ class Story(Record):
     features: tuple[ToldFeature, ...]
     n_features_untold: int
     """Features in words that the log has and the report leaves out."""
+    blame: Blame | None
     cost: Cost
     faults: tuple[ToldFault, ...]
     unreadable: tuple[str, ...]
@@ -141,6 +143,7 @@ def tell(logged: Logged) -> Story:
         drift=_drift(logged.checks) if logged.checks else None,
         features=features,
         n_features_untold=len(logged.words) - len(features),
+        blame=_told_blame(logged.blame) if logged.blame else None,
         cost=_cost(logged),
         faults=_told_faults(logged.faults),
         unreadable=logged.unreadable,
@@ -228,6 +231,15 @@ def _told_features(logged: Logged) -> tuple[ToldFeature, ...]:
         )
         for j in list(dict.fromkeys([*wanted, *rest]))[:_MOST_FEATURES]
     )
+
+
+def _told_blame(found: Blame) -> Blame:
+    """With shortened quotations."""
+    domains = {
+        name: replace(d, rows=tuple(replace(row, snippet=_short([row.snippet])[0]) for row in d.rows))
+        for name, d in found.domains.items()
+    }
+    return replace(found, domains=domains)
 
 
 def _short(snippets: Sequence[Snippet]) -> tuple[Snippet, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from logs import EMPTY, SETTINGS, check, verdict, whole_run, words, written
+from logs import EMPTY, SETTINGS, blamed, check, verdict, whole_run, words, written
 from reading import Page
 from samples import domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.config import PolicyConfig
@@ -24,7 +24,7 @@ from sts_callback.report.story import Story, tell
 from sts_callback.runlog import RunLog
 
 NAN = math.nan
-SECTIONS = ("forecast", "drift", "overlap", "features", "blind-spots", "left-out", "cost", "faults", "reproduce")
+SECTIONS = ("forecast", "drift", "overlap", "features", "blame", "blind-spots", "left-out", "cost", "faults", "reproduce")
 NASTY = [
     "<script>alert(1)</script>",
     "</style></title><img src=x onerror=alert(1)>",
@@ -67,6 +67,10 @@ def many(n_domains: int, n_checks: int) -> Logged:
     )
 
 
+def test_without_ranked_rows_the_page_says_how_to_have_them() -> None:
+    assert "sts-callback blame ... --run-dir OUTPUT_DIR" in made(whole_run(blame=None)).section("blame")
+
+
 def test_a_whole_run_has_every_part_with_its_numbers() -> None:
     read = made(whole_run())
     assert [read.section(anchor) != "" for anchor in SECTIONS] == [True] * len(SECTIONS)
@@ -77,6 +81,8 @@ def test_a_whole_run_has_every_part_with_its_numbers() -> None:
     assert "steps 10" not in read.section("drift")
     assert "had named 2 of the 3 features" in read.section("overlap")
     assert "From step 30 on the training data itself has really moved" in read.section("overlap")
+    assert "41 \u25b2 3.50 7" in read.section("blame") and "3 1.25 3" in read.section("blame")
+    assert "Of 400 rows read 1 would be left out" in read.section("blame")
     assert "Feature 7 number 1 of the forecast's, number 1 of those that moved most" in read.section("features")
     assert "take another SAE" in read.section("blind-spots")
     assert "\u25b2 62%" in read.section("blind-spots")
@@ -97,7 +103,7 @@ def test_movement_and_harm_stand_apart() -> None:
 
 def test_what_reaches_a_threshold_has_a_sign_and_nothing_has_one_without_settings() -> None:
     assert "\u25b2 50.0%" in made(whole_run()).text
-    unknown = made(whole_run(settings=None))
+    unknown = made(whole_run(settings=None, blame=None))
     assert re.findall("\u25b2 [0-9]", unknown.text) == []
     assert "none is drawn" in unknown.section("drift")
     assert 'class="level threshold"' not in unknown.source
@@ -125,6 +131,7 @@ def test_whatever_a_text_says_it_is_text(text: str) -> None:
         words=(
             words(7, link=text, snippets={"train": (Snippet(text, text, text, 1.0),), text: (Snippet(text, text, text, 1.0),)}),
         ),
+        blame=blamed(text),
         postponed=(Postponed(1, text),),
         faults=(Fault(1, text, text, text),),
         unreadable=(text,),
