@@ -150,7 +150,7 @@ def _table(story: Story) -> str:
         budget = story.budgets.get(name, math.nan)
         cells = [f"{budget:.2f}" if math.isfinite(budget) else UNKNOWN] + [UNKNOWN] * 4
         if name in then:
-            cells[1] = percent(then[name].sts_cross.place(then[name].sts_cross.value))
+            cells[1] = percent(then[name].transfer.value)
             cells[3] = nats(then[name].nll_change.value)
         if name in now:
             cells[2] = percent_1(now[name].relative_drift.value)

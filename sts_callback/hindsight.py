@@ -84,9 +84,7 @@ def expectations(entries: Sequence[Entry], forecast: Forecast) -> Expectations |
         return dict(zip(forecast.domains, _predicted(rows, np.array(list(predictors))), strict=True))
 
     domains = forecast.domains.values()
-    drift = expected(
-        movement, (_movement_predictors(d.sts_cross.place(d.sts_cross.value), d.relative_shift.value) for d in domains)
-    )
+    drift = expected(movement, (_movement_predictors(d.transfer.value, d.relative_shift.value) for d in domains))
     change = expected(harm, ((d.nll_change.value,) for d in domains))
     return Expectations(
         past=_track_record(own),

@@ -70,11 +70,11 @@ def _properties(forecast: Forecast, judged: Mapping[str, Judgement]) -> Iterator
 
 
 def _scores(domain: DomainForecast) -> dict[str, float]:
-    cross, change = domain.sts_cross, domain.nll_change
+    transfer, change = domain.transfer, domain.nll_change
     return {
-        "transfer": cross.place(cross.value),
-        "transfer_low": cross.place(cross.low),
-        "transfer_high": cross.place(cross.high),
+        "transfer": transfer.value,
+        "transfer_low": transfer.low,
+        "transfer_high": transfer.high,
         "nll_change": change.value,
         "nll_change_low": change.low,
         "nll_change_high": change.high,

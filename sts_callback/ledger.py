@@ -51,7 +51,7 @@ class DomainEntry(Record):
     def of(cls, forecast: DomainForecast, drift: DomainDrift) -> DomainEntry:
         """The numbers of one domain, before and after."""
         return cls(
-            transfer=forecast.sts_cross.place(forecast.sts_cross.value),
+            transfer=forecast.transfer.value,
             relative_shift=forecast.relative_shift.value,
             context_nll_change=forecast.nll_change.value,
             gradient_change=forecast.gradient_change.value,

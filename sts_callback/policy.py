@@ -142,20 +142,20 @@ def judge_budget(change: Estimate, budget: float) -> BudgetFinding:
 
 def cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | None:
     """Why a forecast says nothing about one of its domains, in a sentence; None if it does."""
-    domain, score = forecast.domains[name], forecast.domains[name].sts_cross
+    domain = forecast.domains[name]
     masked_share = domain.n_masked / max(1, domain.n_masked + domain.n_tokens)
     if masked_share > policy.max_masked_share:
         return f"{masked_share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}."
     if forecast.noise_floor * NOISE_MARGIN > policy.min_drift:
         return f"unchanged weights alone drift by {forecast.noise_floor:.1%}; drift from {policy.min_drift:.0%} counts."
-    if not math.isfinite(score.place(score.value)):
+    if not math.isfinite(domain.transfer.value):
         return "nothing shifted in context beyond random features, so no transfer can be read off."
     return None
 
 
 def may_move(domain: DomainForecast, policy: PolicyConfig) -> bool:
     """Whether training may move a domain, as far as the interval of its transfer says."""
-    return not domain.sts_cross.place(domain.sts_cross.high) < policy.min_transfer
+    return not domain.transfer.high < policy.min_transfer
 
 
 def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
@@ -168,9 +168,10 @@ def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
 def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> Judgement:
     if doubt := cannot_read(forecast, name, policy):
         return "cannot tell", doubt
-    domain, score = forecast.domains[name], forecast.domains[name].sts_cross
-    place, low, high = (score.place(x) for x in (score.value, score.low, score.high))
-    extent = f"transfer {place:.0%}, {low:.0%} to {high:.0%}; from {policy.min_transfer:.0%} on it counts"
+    domain, transfer = forecast.domains[name], forecast.domains[name].transfer
+    extent = (
+        f"transfer {transfer.value:.0%}, {transfer.low:.0%} to {transfer.high:.0%}; from {policy.min_transfer:.0%} on it counts"
+    )
     if not may_move(domain, policy):
         return _safe(f"expected to stay ({extent})", domain.unseen, policy)
     worse, sentence = _worsens(domain.nll_change, budget)

@@ -112,6 +112,11 @@ class Score(Estimate):
         """Where a score stands: 0 at the lower anchor, 1 at the upper; NaN if the training data is no better than random."""
         return (score - self.random) / (self.own - self.random) if self.own > self.random else math.nan
 
+    @property
+    def placed(self) -> Estimate:
+        """The score and its interval, each by where it stands."""
+        return Estimate(self.place(self.value), self.place(self.low), self.place(self.high))
+
 
 @dataclass(frozen=True)
 class DomainForecast(Record):
@@ -157,6 +162,11 @@ class DomainForecast(Record):
     """Change of it by the training demonstrations against plain prose of equal length, nats per token; above 0 is worse."""
     gradient_change: Estimate
     """Change of it while a small step lowers the training data's own by one nat, by gradients of features; above 0 is worse."""
+
+    @property
+    def transfer(self) -> Estimate:
+        """How far the domain is expected to move: the score of record between random features, 0, and the training data, 1."""
+        return self.sts_cross.placed
 
 
 @dataclass(frozen=True)

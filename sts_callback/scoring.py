@@ -137,7 +137,7 @@ def rank_agreement(one: Forecast, other: Forecast) -> float:
         Spearman's correlation of their transfers, in [-1, 1]; NaN with fewer than three domains or where all are alike.
 
     """
-    transfers = [[d.sts_cross.place(d.sts_cross.value) for d in f.domains.values()] for f in (one, other)]
+    transfers = [[d.transfer.value for d in f.domains.values()] for f in (one, other)]
     if len(transfers[0]) < 3 or any(len(set(values)) < 2 for values in transfers):
         return _NAN
     return float(stats.spearmanr(*transfers).statistic)

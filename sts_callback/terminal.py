@@ -56,14 +56,14 @@ _OWN_ROLLOUTS = "training examples: the model's own best-rewarded rollouts of th
 
 def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
     """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on."""
-    rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: _downwards(d.sts_cross.value)))
+    rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: _downwards(d.transfer.value)))
     table = _table("domain", "transfer", "95 %", "rank", "NLL change", "95 %", "gradient")
     for row in rows:
-        cross, change = row.sts_cross, row.nll_change
+        transfer, change = row.transfer, row.nll_change
         table.add_row(
             Text(("! " if row.name in verdict.threatened else "  ") + row.name),
-            f"{cross.place(cross.value):.0%}",
-            f"{cross.place(cross.low):.0%} to {cross.place(cross.high):.0%}",
+            f"{transfer.value:.0%}",
+            f"{transfer.low:.0%} to {transfer.high:.0%}",
             f"{row.rank[0]}-{row.rank[1]}" if row.rank[0] else "",
             f"{change.value:+.2f}",
             f"{change.low:+.2f} to {change.high:+.2f}",
@@ -124,8 +124,7 @@ def layers_table(forecasts: Sequence[Forecast], agreement: Sequence[float], *, c
     """
     table = _table("transfer by SAE", *(f"{number}" for number in range(1, len(forecasts) + 1)))
     for name in forecasts[0].domains:
-        scores = [f.domains[name].sts_cross for f in forecasts]
-        table.add_row(Text("  " + name), *(f"{score.place(score.value):.0%}" for score in scores))
+        table.add_row(Text("  " + name), *(f"{f.domains[name].transfer.value:.0%}" for f in forecasts))
     table.add_row(Text("agreement in order", style="bold"), *(f"{value:.2f}" for value in agreement))
     names = [Text(f"  {n}: {f.identity.sae_name} at {f.identity.hook_name}", style="dim") for n, f in enumerate(forecasts, 1)]
     return _rendered([table, *names], colour)

@@ -25,13 +25,15 @@ from sts_callback.records import (
     Snippet,
     Verdict,
 )
-from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame
+from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame, Mix, MixedDomain, MixPoint
 
 SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
 BLAMED = BlamedRow(17, 4.5, 7, 0.5, SNIPPET)
 BLAMED_DOMAIN = DomainBlame("law", ((7, 0.75), (3, 0.25)), 0.25, 6.0, 0.875, 3.0, 2, (BLAMED,))
 DIALED = DialedDomain("law", 32, estimate(0.25, 0.125, 0.375), estimate(0.5, 0.25, 0.75), 0.1, "beyond")
 DIAL_POINT = DialPoint(0.5, "beyond", {"law": DIALED})
+MIXED = MixedDomain("law", estimate(0.25, 0.125, 0.375), 0.1, "beyond")
+MIX_POINT = MixPoint({"train": 0.75, "cases": 0.25}, {"train": 300, "cases": 100}, "beyond", {"law": MIXED})
 ALL: list[Record] = [
     IDENTITY,
     Check("layer", "refuse", "reads layer 2, but fits layer 1 better", "correct hook_name"),
@@ -50,6 +52,9 @@ ALL: list[Record] = [
     DIALED,
     DIAL_POINT,
     Dial(IDENTITY, (DIAL_POINT,), 1.5),
+    MIXED,
+    MIX_POINT,
+    Mix({"train": forecast(domain_forecast("law"))}, {"train": 400, "cases": 100}, (MIX_POINT,), 1.5),
 ]
 
 

@@ -63,8 +63,7 @@ def planned(settings: Mapping[str, Any], forecasts: Mapping[str, Any]) -> list[M
 
 
 def _transfer(domain: Mapping[str, Any]) -> float:
-    score = DomainForecast.from_dict(domain).sts_cross
-    return score.place(score.value)
+    return DomainForecast.from_dict(domain).sts_cross.placed.value
 
 
 def additivity(mixed: np.ndarray, alone: np.ndarray) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from sts_callback.records import DomainForecast, Estimate, Forecast, Score
+from sts_callback.records import DomainForecast, Estimate, Forecast
 from sts_callback.report import charts, figures
 from sts_callback.report.markup import Html, join, tag
 from sts_callback.report.parts import badge, domain, meanings, more, name_row, say, section, table
@@ -45,7 +45,7 @@ def _pictures(story: Story, forecast: Forecast) -> Html:
     policy = story.settings.policy if story.settings else None
     counts = [(policy.min_transfer, "threshold")] if policy else []
     budgets = [x for x in story.budgets.values() if math.isfinite(x)]
-    places = charts.Axis.over([_place(d.sts_cross) for d in rows], 0.0, 1.0)
+    places = charts.Axis.over([d.transfer for d in rows], 0.0, 1.0)
     by_context = charts.Axis.over([d.nll_change for d in rows], 0.0, *budgets)
     by_gradient = charts.Axis.over([d.gradient_change for d in rows], 0.0)
 
@@ -63,7 +63,7 @@ def _pictures(story: Story, forecast: Forecast) -> Html:
             places,
             figures.percent,
             "movement",
-            lambda d: _place(d.sts_cross),
+            lambda d: d.transfer,
             lambda d: [(0.0, "zero"), (1.0, "zero"), *counts],
             lambda d: d.sts_cross.place(d.neutral_cross),
         ),
@@ -130,8 +130,8 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
     first = [
         [
             name_row(d.name, story.budgets),
-            figures.percent(_place(d.sts_cross).value),
-            figures.interval(_place(d.sts_cross), figures.percent),
+            figures.percent(d.transfer.value),
+            figures.interval(d.transfer, figures.percent),
             f"{d.rank[0]} to {d.rank[1]}" if d.rank[0] else "",
             figures.percent(d.above_next),
             figures.nats(d.nll_change.value),
@@ -183,8 +183,3 @@ def _by_sae(story: Story) -> Html:
         table(["domain", *numbers], rows),
         meanings(*((number, sae.partition(": ")[2]) for number, sae in zip(numbers, saes, strict=True))),
     )
-
-
-def _place(score: Score) -> Estimate:
-    """The score between its anchors."""
-    return Estimate(score.place(score.value), score.place(score.low), score.place(score.high))

@@ -91,9 +91,8 @@ def _two_questions(story: Story) -> Html:
     for name in story.domains:
         budget, cells = story.budgets.get(name, math.nan), [figures.UNKNOWN] * 4
         if name in then:
-            score, change = then[name].sts_cross, then[name].nll_change
-            place = score.place(score.value)
-            cells[0] = beyond(place, policy.min_transfer if policy else math.inf, figures.percent(place))
+            transfer, change = then[name].transfer.value, then[name].nll_change
+            cells[0] = beyond(transfer, policy.min_transfer if policy else math.inf, figures.percent(transfer))
             cells[2] = beyond(change.value, budget, figures.nats(change.value))
         if name in now:
             drift, change = now[name].relative_drift, now[name].nll_change

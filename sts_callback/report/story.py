@@ -161,7 +161,7 @@ def _order(logged: Logged, threatened: Sequence[str]) -> tuple[str, ...]:
     """The threatened, the protected, the rest, each by drift where there is any, else by transfer."""
     sizes: dict[str, float] = {}
     if logged.forecast is not None:
-        sizes = {n: d.sts_cross.place(d.sts_cross.value) for n, d in logged.forecast.domains.items()}
+        sizes = {n: d.transfer.value for n, d in logged.forecast.domains.items()}
     if logged.checks:
         sizes = {n: d.relative_drift.value for n, d in logged.checks[-1].snapshot.domains.items()}
     protected = _budgets(logged)
@@ -173,7 +173,7 @@ def _transfers(logged: Logged) -> dict[str, dict[str, float]]:
         return {}
     return {
         f"{number}: {f.identity.sae_name} at {f.identity.hook_name}": {  # one SAE may be given twice
-            name: d.sts_cross.place(d.sts_cross.value) for name, d in f.domains.items()
+            name: d.transfer.value for name, d in f.domains.items()
         }
         for number, f in enumerate((logged.forecast, *logged.other_forecasts), 1)
     }
