@@ -1,4 +1,4 @@
-"""Run every command on Gemma 3 270M, one after the other as a new user would, and write down what they say.
+"""Every command on Gemma 3 270M, run one after the other as a new user would, with what it says.
 
     python examples/commands.py [--work-dir DIR]
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     _write(folder / "law.jsonl", law)
     _write(folder / "mixed.jsonl", _planted(problems, law[:N_PLANTED]))
 
-    told = [__doc__.splitlines()[0].replace("Run every command", "Every command, run"), ""]
+    told = ["# The commands", "", __doc__.splitlines()[0], "Written by `examples/commands.py`."]
     train = ["--train", "train.jsonl"]
     for title, argv in (
         ("Is this the right SAE, and are the probes enough?", ["doctor", *MEASURED, *train, *PROTECTED, *SMALL]),
@@ -102,12 +102,12 @@ def _run(folder: Path, title: str, argv: Sequence[str]) -> list[str]:
 
 
 def _trained(folder: Path) -> list[str]:
-    """The demo's run, whose end alone is shown."""
+    """The demo's run, whose forecast is left out: it is like the one above, of more domains."""
     print("demo.py ...", flush=True)
     done = _done(folder, [sys.executable, str(HERE / "demo.py"), "--out", "run"])
-    end = done.stdout[done.stdout.rfind("\nSTS") :]
-    title = "Train on word problems at a harsh rate, the callback attached. The last that it says:"
-    return _told(title, "python examples/demo.py --out run", subprocess.CompletedProcess(done.args, done.returncode, end, ""))
+    start = done.stdout.find("STS step")
+    end = subprocess.CompletedProcess(done.args, done.returncode, done.stdout[start if start > 0 else 0 :], "")
+    return _told("Train on word problems at a harsh rate, the callback attached.", "python examples/demo.py --out run", end)
 
 
 def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -121,7 +121,8 @@ def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]
 
 
 def _told(title: str, command: str, done: subprocess.CompletedProcess[str]) -> list[str]:
-    lines = done.stdout.splitlines() + [line for line in done.stderr.splitlines() if line.startswith("sts-callback:")]
+    noise = ("Warning", "warnings.warn", "it/s]")  # of other libraries
+    lines = [*done.stdout.splitlines(), *(s for s in done.stderr.splitlines() if s and not any(one in s for one in noise))]
     if len(lines) > MOST_LINES:
         lines = [*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES} lines more"]
     return ["", f"## {title}", "", "```console", f"$ {command}", *lines, f"# exit code {done.returncode}", "```"]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sts_callback.runlog import RunLog
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
+_WIDE = 160  # columns where nobody sees a terminal: each SAE on a line of its own
 PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
 _BUDGET_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
 _EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
@@ -381,7 +382,7 @@ def _saes(args: argparse.Namespace) -> int:
 
     from sts_callback.model.registry import saes_for
 
-    entries = saes_for(args.model)
+    entries = sorted(saes_for(args.model), key=lambda entry: entry.kind == "transcoder")  # SAEs first: transcoders tell less
     if not entries:
         print(
             f"sts-callback: SAELens has no SAE for {args.model!r}; train one with examples/train_sae.py, or check the name.",
@@ -399,7 +400,7 @@ def _saes(args: argparse.Namespace) -> int:
     for entry in entries:
         cells = (entry.layer, entry.width, None if entry.l0 is None else f"{entry.l0:.0f}")
         table.add_row(entry.spec, entry.kind, *("" if cell is None else str(cell) for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
     return GO
 
 

@@ -264,7 +264,7 @@ def dial_table(found: Dial, *, colour: bool | None = None) -> str:
     if found.largest is not None:
         answer = f"Largest scale that keeps every budget: {found.largest:g}"
         if found.largest < 1:
-            answer += "\n  to use it, multiply lora_alpha in adapter_config.json by it (alpha_pattern too)"
+            answer += "\n  to use it, multiply lora_alpha (and alpha_pattern) in adapter_config.json by it"
     elif found.finding == "beyond":
         answer = "None of these scales keeps every budget; try smaller ones"
     else:
