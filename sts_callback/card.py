@@ -162,7 +162,7 @@ def _table(story: Story) -> str:
 
 def _under_table(story: Story) -> Iterator[str]:
     yield (
-        "Transfer: 0% as random features, 100% as the training data itself. Drift: squared change of the domain's features as a "
+        "Transfer: 0% as by plain prose, 100% as the training data itself. Drift: squared change of the domain's features as a "
         "share of their squared activity before training. Both say how much, never in which direction."
     )
     yield (

@@ -70,8 +70,6 @@ class PolicyConfig:
     """Protected domains, and the rise of answer NLL each may suffer, in nats per token."""
     min_drift: float = 0.05
     """A domain moves if its squared feature drift is at least this share of its squared feature activity at step 0."""
-    min_transfer: float = 0.5
-    """A forecast moves a domain if its STS_cross stands at least here between random features (0) and the training data (1)."""
     patience: int = 2
     """Successive checks that a threat must hold before it alarms."""
     alpha: float = 0.01
@@ -87,7 +85,6 @@ class PolicyConfig:
             _require(budget > 0, f"protect[{name!r}]", budget, "a budget above 0, in nats per token")
         object.__setattr__(self, "budgets", MappingProxyType(dict(self.budgets)))
         _require(self.min_drift > 0, "min_drift", self.min_drift, "above 0")
-        _require(self.min_transfer > 0, "min_transfer", self.min_transfer, "above 0")
         _require(self.patience >= 1, "patience", self.patience, "1 or more")
         # A permutation p-value is at least one over the number of permutations, here 10,000, and Holm multiplies it.
         lowest = max(1, len(self.budgets)) / 10_000

@@ -31,7 +31,7 @@ class DomainEntry(Record):
     """What was forecast of one domain, and what the run's last check found."""
 
     transfer: float
-    """Where STS_cross stood between random features (0) and the training data itself (1)."""
+    """Where STS_net stood between plain prose (0) and the training data itself (1)."""
     relative_shift: float
     """Squared shift by the training demonstrations over squared activity."""
     context_nll_change: float

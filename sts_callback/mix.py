@@ -21,7 +21,7 @@ from sts_callback.errors import ConfigError
 from sts_callback.metrics.mixing import apportioned, best_weights
 from sts_callback.model.encoder import SaeSource
 from sts_callback.monitor import TRAIN, Monitor
-from sts_callback.policy import cannot_read, judge_budget, may_move
+from sts_callback.policy import cannot_read, judge_budget
 from sts_callback.records import Estimate, Forecast
 from sts_callback.remedies import BudgetFinding, Mix, MixedDomain, MixPoint, gravest
 
@@ -155,10 +155,8 @@ def search(
     sources, names = list(forecasts), list(policy.budgets)
     change = np.array([[forecasts[s].domains[d].nll_change.high for d in names] for s in sources])
     budgets = np.array([policy.budgets[d] for d in names])
-    # What no source moves, or none can be read for, is judged but does not steer.
-    steering = [i for i, d in enumerate(names) if any(may_move(f.domains[d], policy) for f in forecasts.values())]
-    steering = [i for i in steering if np.isfinite(change[:, i]).all()]
-    if not steering:
+    steering = np.flatnonzero(np.isfinite(change).all(axis=0))  # what cannot be read is judged but does not steer
+    if not len(steering):
         return (_point(forecasts, {source: float(source == sources[0]) for source in sources}, policy, rows),)
     points = []
     for replay in np.arange(0, max_replay + STEP / 2, STEP):
@@ -189,8 +187,7 @@ def _point(forecasts: Mapping[str, Forecast], weights: Mapping[str, float], poli
 def _finding(used: Mapping[str, Forecast], name: str, change: Estimate, policy: PolicyConfig) -> BudgetFinding:
     if any(cannot_read(forecast, name, policy) for forecast in used.values()):
         return "cannot tell"
-    moving = any(may_move(forecast.domains[name], policy) for forecast in used.values())
-    finding = judge_budget(change, policy.budgets[name]) if moving else "within"
+    finding = judge_budget(change, policy.budgets[name])
     unseen = any(forecast.domains[name].unseen > policy.max_unseen for forecast in used.values())
     return "cannot tell" if finding == "within" and unseen else finding
 

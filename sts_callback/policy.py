@@ -1,7 +1,8 @@
 """From records and thresholds to a verdict with reasons. Movement and harm are two questions; only both together are a threat.
 
-Of all that is measured, movement is judged by STS_cross before training and by feature drift in it, harm by the NLL of answers.
-These are what the evidence so far favours (see `terminal`); neither is settled.
+Before training a score ranks how far domains move; that one stays where it is, none can say: in the validation every domain moved
+that was forecast to move least (examples/validation/RESULTS.md). The verdict is then by the NLL of answers alone, in training by
+feature drift and NLL.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeAlias
 
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import CannotTell
-from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Verdict
+from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
 from sts_callback.remedies import BudgetFinding
 
 Judgement: TypeAlias = tuple[Decision, str]
@@ -26,9 +27,8 @@ NOISE_MARGIN = 10
 def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
     """Decide before training.
 
-    A protected domain is threatened if training is expected to move it (the training demonstrations shift it on the same
-    features as the training data itself) and to worsen it (they raise the NLL of its answers beyond its budget).
-    Demonstrations are a weaker push than training, so a forecast without harm is no promise of none: it says where to look.
+    A protected domain is threatened if the training demonstrations raise the NLL of its answers beyond its budget. They are a
+    weaker push than training and know nothing of its rate and length: a forecast without harm is no promise of none.
 
     Returns:
         The gravest of the domains' decisions: `no-go`, `not covered`, `cannot tell`, `go`.
@@ -148,14 +148,9 @@ def cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | No
         return f"{masked_share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}."
     if forecast.noise_floor * NOISE_MARGIN > policy.min_drift:
         return f"unchanged weights alone drift by {forecast.noise_floor:.1%}; drift from {policy.min_drift:.0%} counts."
-    if not math.isfinite(domain.transfer.value):
-        return "nothing shifted in context beyond random features, so no transfer can be read off."
+    if not math.isfinite(domain.sts_net.value):
+        return "nothing shifted in context."
     return None
-
-
-def may_move(domain: DomainForecast, policy: PolicyConfig) -> bool:
-    """Whether training may move a domain, as far as the interval of its transfer says."""
-    return not domain.transfer.high < policy.min_transfer
 
 
 def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
@@ -169,17 +164,14 @@ def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: Polic
     if doubt := cannot_read(forecast, name, policy):
         return "cannot tell", doubt
     domain, transfer = forecast.domains[name], forecast.domains[name].transfer
-    extent = (
-        f"transfer {transfer.value:.0%}, {transfer.low:.0%} to {transfer.high:.0%}; from {policy.min_transfer:.0%} on it counts"
-    )
-    if not may_move(domain, policy):
-        return _safe(f"expected to stay ({extent})", domain.unseen, policy)
+    known = math.isfinite(transfer.value)
+    extent = f"transfer {transfer.value:.0%}, {transfer.low:.0%} to {transfer.high:.0%}" if known else "transfer unknown"
     worse, sentence = _worsens(domain.nll_change, budget)
     if worse is None:
-        return "cannot tell", f"may move ({extent}), in an unknown direction ({sentence})."
+        return "cannot tell", f"direction unsure ({sentence}; {extent})."
     if worse:
-        return "no-go", f"expected to move ({extent}) and to worsen ({sentence})."
-    return _safe(f"may move ({extent}), without harm in context ({sentence})", domain.unseen, policy)
+        return "no-go", f"worsens in context ({sentence}; {extent})."
+    return _safe(f"no harm in context ({sentence}; {extent})", domain.unseen, policy)
 
 
 def _drift_threats(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, Judgement]:

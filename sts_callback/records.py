@@ -142,10 +142,11 @@ class DomainForecast(Record):
     """Share of the shift by the domain's own demonstrations on the training data's features, in [0, 1]."""
     sts_cross: Score
     """Share of the shift by the training demonstrations on the training data's features, in [0, 1]."""
-    neutral_cross: float
-    """The same share with plain prose of equal length in place of the demonstrations."""
+    sts_net: Score
+    """The same less what plain prose of equal length shifts on these features, over the same denominator. Its lower anchor is 0,
+    as plain prose; its upper one NaN where the training data itself is not clear of that."""
     rank: tuple[int, int]
-    """Between which ranks it lies among the domains by STS_cross, 1 being the most moved."""
+    """Between which ranks it lies among the domains by transfer, 1 being the most moved."""
     above_next: float
     """How sure it is above the domain that follows it in that order: share of resamples; NaN for the last and for `train`."""
     relative_shift: Estimate
@@ -165,8 +166,8 @@ class DomainForecast(Record):
 
     @property
     def transfer(self) -> Estimate:
-        """How far the domain is expected to move: the score of record between random features, 0, and the training data, 1."""
-        return self.sts_cross.placed
+        """How far the domain is expected to move: STS_net, the score of record, from plain prose (0) to the training data (1)."""
+        return self.sts_net.placed
 
 
 @dataclass(frozen=True)

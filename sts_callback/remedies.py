@@ -142,7 +142,6 @@ class MixedDomain(Record):
     budget: float
     """What it may rise, in nats per token."""
     finding: BudgetFinding
-    """`within` also where no source in the mixture is expected to move the domain."""
 
 
 @dataclass(frozen=True)

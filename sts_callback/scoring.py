@@ -37,7 +37,7 @@ class ForecastScorer:
         self._train_gradients, self._train_n_answer = train.gradients, train.n_answer
         self._n_draws = 0
         self._anchors: dict[str, float] = {}
-        self._cross: dict[str, torch.Tensor] = {}
+        self._net: dict[str, torch.Tensor] = {}
 
     def domain(self, probes: ProbeSet, reading: Reading) -> DomainForecast:
         """Score one set; the training data itself comes first, as the anchor of the others.
@@ -58,8 +58,9 @@ class ForecastScorer:
         if reading.nll:
             risen = reading.nll[TAUGHT] - reading.nll[NEUTRAL]
             changes = estimate(reading.nll[BARE], reading.n_answer, alone), estimate(risen, reading.n_answer, taught_group)
-        on_features = taught.features[:, list(self.features)].sum(dim=1)
-        self._cross[probes.name] = resampled_ratios(on_features, taught_total, taught_group)
+        net = taught.features - reading.shifts[NEUTRAL].features
+        on_features = net[:, list(self.features)].sum(dim=1)
+        self._net[probes.name] = resampled_ratios(on_features, taught_total, taught_group)
         return DomainForecast(
             name=probes.name,
             n_queries=len(probes.queries),
@@ -71,7 +72,7 @@ class ForecastScorer:
             sts_icl=self._score("sts_icl", own.features, n, group, sets),
             sts_rel=self._score("sts_rel", own.features, own.features.sum(dim=1), group, sets),
             sts_cross=self._score("sts_cross", taught.features, taught_total, taught_group, sets),
-            neutral_cross=scores.shift_share(token_mean(reading.shifts[NEUTRAL].features, n), self.features),
+            sts_net=self._net_score(on_features, taught_total, taught_group),
             rank=(0, 0),
             above_next=_NAN,
             relative_shift=estimate(taught_total, reading.energy, taught_group),
@@ -84,13 +85,11 @@ class ForecastScorer:
         )
 
     def ranked(self, domains: Mapping[str, DomainForecast]) -> dict[str, DomainForecast]:
-        """The same records, each with its place in the order of STS_cross."""
-        ranges = rank_ranges({name: self._cross[name] for name in domains})
-        scored = [name for name in domains if not math.isnan(domains[name].sts_cross.value)]
-        order = sorted(scored, key=lambda name: -domains[name].sts_cross.value)
-        above = {
-            one: float((self._cross[one] > self._cross[next_one]).double().mean()) for one, next_one in itertools.pairwise(order)
-        }
+        """The same records, each with its place in the order of transfer."""
+        ranges = rank_ranges({name: self._net[name] for name in domains})
+        scored = [name for name in domains if not math.isnan(domains[name].sts_net.value)]
+        order = sorted(scored, key=lambda name: -domains[name].sts_net.value)
+        above = {one: float((self._net[one] > self._net[after]).double().mean()) for one, after in itertools.pairwise(order)}
         return {name: dataclasses.replace(d, rank=ranges[name], above_next=above.get(name, _NAN)) for name, d in domains.items()}
 
     def _score(
@@ -101,6 +100,11 @@ class ForecastScorer:
         random = null.mean_over_sets(values.double().sum(dim=0), sets) / float(denominator.double().sum() or _NAN)
         anchor = self._anchors.setdefault(name, found.value)
         return Score(found.value, found.low, found.high, random, anchor)
+
+    def _net_score(self, on_features: torch.Tensor, denominator: torch.Tensor, group: torch.Tensor) -> Score:
+        found = estimate(on_features, denominator, group)
+        anchor = self._anchors.setdefault("sts_net", found.value if found.low > 0 else _NAN)
+        return Score(found.value, found.low, found.high, 0.0, anchor)
 
     def _gradient_change(self, gradients: torch.Tensor | None, n_answer: torch.Tensor) -> Estimate:
         if gradients is None or self._train_gradients is None or not self._train_n_answer.any():

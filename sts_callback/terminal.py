@@ -56,7 +56,7 @@ _OWN_ROLLOUTS = "training examples: the model's own best-rewarded rollouts of th
 
 def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
     """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on."""
-    rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: _downwards(d.transfer.value)))
+    rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: _downwards(d.sts_net.value)))
     table = _table("domain", "transfer", "95 %", "rank", "NLL change", "95 %", "gradient")
     for row in rows:
         transfer, change = row.transfer, row.nll_change
@@ -70,13 +70,13 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
             f"{row.gradient_change.value:+.2f}",
             style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
-    rivals = _table("domain", "cross", "random", "neutral", "rel", "ICL", "act", "raw", "cosine", "NLL", "unseen")
+    rivals = _table("domain", "net", "cross", "random", "rel", "ICL", "act", "raw", "cosine", "NLL", "unseen")
     for row in rows:
         rivals.add_row(
             Text("  " + row.name),
+            f"{row.sts_net.value:.3f}",
             f"{row.sts_cross.value:.3f}",
             f"{row.sts_cross.random:.3f}",
-            f"{row.neutral_cross:.3f}",
             f"{row.sts_rel.value:.3f}",
             _short(row.sts_icl.value),
             _short(row.sts_act.value),
@@ -88,7 +88,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         )
     held = f"{len(forecast.features)} features hold {forecast.features_share:.0%} of the shift"
     legend = (
-        "transfer: STS_cross, 0 % as random features, 100 % as the training data itself;\n"
+        "transfer: STS_net, 0 % as by plain prose, 100 % as the training data itself;\n"
         "how much, not in which direction. NLL change: of the answers, with training\n"
         "examples in context against plain prose, nats a token; gradient: by a small\n"
         "step that gains the training data one nat; + is bad."

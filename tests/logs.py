@@ -50,7 +50,7 @@ def whole_run(**changes: Any) -> Logged:
     fields: dict[str, Any] = {
         "settings": SETTINGS,
         "forecast": forecast(
-            domain_forecast("law", sts_cross=0.75, nll_change=estimate(0.05, -0.1, 0.2)),
+            domain_forecast("law", sts_net=0.75, nll_change=estimate(0.05, -0.1, 0.2)),
             domain_forecast("code", unseen=0.625, n_cut=3),
             checks=(Check("explained variance", "warn", "0.70", "take another SAE"), Check("layer", "pass", "fits", "")),
         ),

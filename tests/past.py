@@ -18,7 +18,7 @@ Numbers = tuple[float, float, float, float, float]
 def forecast_of(domains: Mapping[str, tuple[float, ...]], data: str = "p", **identity: Any) -> Forecast:
     """A forecast on some training data; of each domain the first three numbers count."""
     made = [
-        domain_forecast(name, sts_cross=transfer, relative_shift=shift, nll_change=change)
+        domain_forecast(name, sts_net=transfer, relative_shift=shift, nll_change=change)
         for name, (transfer, shift, change, *_) in domains.items()
     ]
     return forecast(*made, identity=dataclasses.replace(IDENTITY, probes=data, **identity))

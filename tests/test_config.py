@@ -24,8 +24,6 @@ LIMITS: list[tuple[type, str, Any, Any]] = [  # settings, field, a value just al
     (ProbeConfig, "batch_tokens", 1, 0),
     (PolicyConfig, "min_drift", 1e-6, 0.0),
     (PolicyConfig, "min_drift", 1.0, NAN),
-    (PolicyConfig, "min_transfer", 1e-6, 0.0),
-    (PolicyConfig, "min_transfer", 2.0, NAN),
     (PolicyConfig, "patience", 1, 0),
     (PolicyConfig, "alpha", 1e-4, 0.99e-4),
     (PolicyConfig, "alpha", 0.999, 1.0),

@@ -28,7 +28,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_entry_has_forecast_and_outcome_of_each_domain() -> None:
     before = domain_forecast(
-        sts_cross=score(0.4, random=0.2, own=0.6), relative_shift=0.03, nll_change=0.07, gradient_change=-0.5, cosine=0.9, nll=1.5
+        sts_net=score(0.4, random=0.2, own=0.6), relative_shift=0.03, nll_change=0.07, gradient_change=-0.5, cosine=0.9, nll=1.5
     )
     after = domain_drift(relative_drift=estimate(0.2, 0.1, 0.3), nll_change=estimate(0.05, -0.01, 0.11))
     entry = Entry.of(forecast(before, train_source="own rollouts"), snapshot(40, after))

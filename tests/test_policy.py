@@ -14,14 +14,12 @@ from samples import domain_drift, domain_forecast, estimate, forecast, score, sn
 from sts_callback.config import PolicyConfig
 from sts_callback.metrics.resample import p_of_rise
 from sts_callback.policy import fewest_queries, holm, judge_drift, judge_forecast
-from sts_callback.records import Decision, Verdict
+from sts_callback.records import Decision, Score, Verdict
 
 NAN = float("nan")
 BARELY = 2.0**-10
 # Powers of two throughout: sums and ratios at a threshold are exact.
-POLICY = PolicyConfig(
-    {"law": 0.25}, min_drift=0.0625, min_transfer=0.5, patience=1, alpha=0.03125, max_unseen=0.5, max_masked_share=0.125
-)
+POLICY = PolicyConfig({"law": 0.25}, min_drift=0.0625, patience=1, alpha=0.03125, max_unseen=0.5, max_masked_share=0.125)
 HARM: dict[str, Any] = {"nll_change": estimate(0.5, 0.375, 0.625)}
 UNSURE: dict[str, Any] = {"nll_change": estimate(0.25, -0.25, 0.75)}
 NO_HARM: dict[str, Any] = {"nll_change": estimate(0.0, -0.125, 0.125)}
@@ -30,7 +28,7 @@ SURE = {"p_worse": BARELY}
 
 
 def judged_forecast(policy: PolicyConfig = POLICY, **domain: Any) -> Verdict:
-    """Verdict on one protected domain; random features score 0 and the training data 1, so from 0.5 on it is expected to move."""
+    """Verdict on one protected domain."""
     return judge_forecast(forecast(domain_forecast("law", **domain)), policy)
 
 
@@ -60,64 +58,41 @@ HARM_CASES: list[tuple[tuple[float, float, float], Decision]] = [
 @pytest.mark.parametrize(("change", "decision"), HARM_CASES)
 def test_harm_from_both_sides(change: tuple[float, float, float], decision: Decision) -> None:
     answer = {"nll_change": estimate(*change)}
-    assert judged_forecast(sts_cross=1.0, **answer).decision == decision
+    assert judged_forecast(sts_net=1.0, **answer).decision == decision
     assert judged_drift(relative_drift=0.5, **answer).decision == decision
 
 
 @pytest.mark.parametrize("answer", [HARM, UNSURE, NO_HARM, UNKNOWN])
-def test_what_does_not_move_is_no_threat_whatever_its_likelihood(answer: dict[str, Any]) -> None:
-    assert judged_forecast(sts_cross=0.5 - BARELY, **answer).decision == "go"
+def test_what_has_not_moved_is_no_threat_whatever_its_likelihood(answer: dict[str, Any]) -> None:
     assert judged_drift(relative_drift=0.0625 - BARELY, **answer).decision == "go"
 
 
-def test_what_just_moves_is_a_threat_if_it_worsens() -> None:
-    assert judged_forecast(sts_cross=0.5, **HARM).decision == "no-go"
+def test_what_has_just_moved_is_a_threat_if_it_worsens() -> None:
     assert judged_drift(relative_drift=0.0625, **HARM).decision == "no-go"
 
 
-@pytest.mark.parametrize(("high", "decision"), [(0.5 - BARELY, "go"), (0.5, "no-go")])
-def test_a_domain_is_expected_to_stay_only_if_its_whole_interval_is_low(high: float, decision: Decision) -> None:
-    assert judged_forecast(sts_cross=score(0.25, 0.0, high), **HARM).decision == decision
-
-
-@pytest.mark.parametrize(
-    ("random", "own", "decision"),
-    [
-        (0.0, 1.0, "no-go"),  # 0.5 of the way
-        (0.125, 1.0, "go"),  # 0.43: what random features would score counts for nothing
-        (0.0, 1.125, "go"),  # 0.44: the training data itself scores more
-        (0.25, 0.75, "no-go"),
-        (0.0, 0.25, "no-go"),  # beyond the training data
-    ],
-)
-def test_transfer_is_the_place_between_random_features_and_the_training_data(
-    random: float, own: float, decision: Decision
-) -> None:
-    assert judged_forecast(sts_cross=score(0.5, random=random, own=own), **HARM).decision == decision
-
-
-@pytest.mark.parametrize(("random", "own"), [(0.5, 0.5), (0.5, 0.25), (NAN, 1.0), (0.0, NAN)])
-def test_no_transfer_can_be_read_off_where_the_training_data_is_no_better_than_random(random: float, own: float) -> None:
-    verdict = judged_forecast(sts_cross=score(0.5, random=random, own=own), **HARM)
-    reason = "nothing shifted in context beyond random features, so no transfer can be read off."
-    assert verdict == Verdict("cannot tell", ("law",), {"law": reason}, 0)
+@pytest.mark.parametrize("transfer", [score(-0.5), score(0.0), score(1.0), score(0.5, own=NAN), score(0.5, own=0.0)])
+def test_no_transfer_however_low_promises_that_a_domain_stays(transfer: Score) -> None:
+    assert judged_forecast(sts_net=transfer, **HARM).decision == "no-go"
+    assert judged_forecast(sts_net=transfer, **UNSURE).decision == "cannot tell"
+    assert judged_forecast(sts_net=transfer, **NO_HARM).decision == "go"
 
 
 def test_a_score_that_could_not_be_had_tells_nothing() -> None:
-    assert judged_forecast(sts_cross=NAN, n_tokens=0, n_masked=0, **HARM).decision == "cannot tell"
-    assert judged_forecast(sts_cross=score(0.25, NAN, NAN), **UNSURE).decision == "cannot tell"  # an interval unknown is not low
+    verdict = judged_forecast(sts_net=NAN, n_tokens=0, n_masked=0, **HARM)
+    assert verdict == Verdict("cannot tell", ("law",), {"law": "nothing shifted in context."}, 0)
 
 
 @pytest.mark.parametrize(("n_masked", "decision"), [(25, "no-go"), (26, "cannot tell")])  # of 200: 12.5 % and 13 %
 def test_too_many_sinks_make_a_forecast_unsure(n_masked: int, decision: Decision) -> None:
-    verdict = judged_forecast(sts_cross=0.5, n_masked=n_masked, n_tokens=200 - n_masked, **HARM)
+    verdict = judged_forecast(sts_net=0.5, n_masked=n_masked, n_tokens=200 - n_masked, **HARM)
     assert verdict.decision == decision
     assert ("13% of its tokens are attention sinks, more than 12%" in verdict.reasons["law"]) == (decision == "cannot tell")
 
 
 @pytest.mark.parametrize(("noise", "decision"), [(0.00625, "no-go"), (0.0064, "cannot tell")])
 def test_noise_above_a_tenth_of_what_counts_as_movement_makes_a_forecast_unsure(noise: float, decision: Decision) -> None:
-    record = forecast(domain_forecast("law", sts_cross=0.5, **HARM), noise_floor=noise)
+    record = forecast(domain_forecast("law", sts_net=0.5, **HARM), noise_floor=noise)
     verdict = judge_forecast(record, POLICY)
     assert verdict.decision == decision
     assert ("unchanged weights alone drift by 0.6%; drift from 6% counts" in verdict.reasons["law"]) == (
@@ -127,7 +102,7 @@ def test_noise_above_a_tenth_of_what_counts_as_movement_makes_a_forecast_unsure(
 
 @pytest.mark.parametrize(("unseen", "decision"), [(0.5, "go"), (0.5 + BARELY, "not covered"), (1.0, "not covered"), (NAN, "go")])
 def test_a_change_that_the_sae_can_not_express_is_no_promise_of_no_harm(unseen: float, decision: Decision) -> None:
-    stays, harmless = judged_forecast(unseen=unseen), judged_forecast(sts_cross=1.0, unseen=unseen, **NO_HARM)
+    stays, harmless = judged_forecast(unseen=unseen), judged_forecast(sts_net=1.0, unseen=unseen, **NO_HARM)
     moved = judged_drift(relative_drift=0.5, unseen=unseen, **NO_HARM)
     assert [stays.decision, harmless.decision, moved.decision] == [decision] * 3
     for verdict in (stays, harmless, moved):
@@ -137,7 +112,7 @@ def test_a_change_that_the_sae_can_not_express_is_no_promise_of_no_harm(unseen: 
 
 @pytest.mark.parametrize(("answer", "decision"), [(HARM, "no-go"), (UNSURE, "cannot tell")])
 def test_harm_and_doubt_stand_whatever_the_sae_can_express(answer: dict[str, Any], decision: Decision) -> None:
-    assert judged_forecast(sts_cross=1.0, unseen=1.0, **answer).decision == decision
+    assert judged_forecast(sts_net=1.0, unseen=1.0, **answer).decision == decision
     assert judged_drift(relative_drift=0.5, unseen=1.0, **answer).decision == decision
 
 
@@ -257,14 +232,11 @@ def test_false_alarms_among_several_domains_are_as_rare_as_promised() -> None:
 
 
 def test_reasons_name_the_numbers() -> None:
-    judged = judged_forecast(sts_cross=score(0.75, 0.625, 0.875), **HARM)
+    judged = judged_forecast(sts_net=score(0.75, 0.625, 0.875), **HARM)
     assert judged.reasons == {
-        "law": "expected to move (transfer 75%, 62% to 88%; from 50% on it counts) and to worsen "
-        "(answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25)."
+        "law": "worsens in context (answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25; transfer 75%, 62% to 88%)."
     }
-    assert judged_forecast(sts_cross=0.125).reasons == {
-        "law": "expected to stay (transfer 12%, 12% to 12%; from 50% on it counts)."
-    }
+    assert judged_forecast(sts_net=score(0.5, own=NAN), **NO_HARM).reasons["law"].endswith("; transfer unknown).")
     assert judged_drift(relative_drift=0.5, **HARM).reasons == {
         "law": "has moved (drift 50.0%, at least 6%) and worsened "
         "(answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25, p under 0.001)."
@@ -273,8 +245,8 @@ def test_reasons_name_the_numbers() -> None:
     assert judged_drift(relative_drift=0.5, **NO_HARM).reasons["law"].startswith("has moved (drift 50.0%, at least 6%) without")
     assert judged_drift(relative_drift=0.01).reasons["law"].startswith("has not moved (drift 1.0%, under 6%; ")
     assert "direction unsure" in judged_drift(relative_drift=0.5, **UNSURE).reasons["law"]
-    assert "in an unknown direction (answer NLL unknown)" in judged_forecast(sts_cross=0.5, **UNKNOWN).reasons["law"]
-    assert judged_forecast(sts_cross=0.5, **NO_HARM).reasons["law"].startswith("may move (transfer 50%, 50% to 50%;")
+    assert judged_forecast(sts_net=0.5, **UNKNOWN).reasons["law"].startswith("direction unsure (answer NLL unknown; transfer 50%")
+    assert judged_forecast(sts_net=0.5, **NO_HARM).reasons["law"].startswith("no harm in context (answer NLL +0.00")
 
 
 def test_a_forecast_is_of_step_0_and_a_check_of_its_own() -> None:
@@ -379,7 +351,7 @@ def test_the_gravest_of_several_domains_decides(
 
 
 def test_the_gravest_of_several_forecasts_decides() -> None:
-    worse, unsure = domain_forecast("a", sts_cross=0.5, **HARM), domain_forecast("b", sts_cross=0.5, **UNSURE)
+    worse, unsure = domain_forecast("a", sts_net=0.5, **HARM), domain_forecast("b", sts_net=0.5, **UNSURE)
     blind, stays = domain_forecast("c", unseen=0.75), domain_forecast("d")
     for domains, expected in (
         ((worse, blind, unsure, stays), "no-go"),
@@ -392,12 +364,12 @@ def test_the_gravest_of_several_forecasts_decides() -> None:
 
 
 def test_each_domain_has_its_own_budget() -> None:
-    domains = [domain_forecast(name, sts_cross=0.5, nll_change=0.5) for name in ("a", "b")]
+    domains = [domain_forecast(name, sts_net=0.5, nll_change=0.5) for name in ("a", "b")]
     assert judge_forecast(forecast(*domains), PolicyConfig({"a": 0.75, "b": 0.5})).threatened == ("b",)
 
 
 def test_domains_that_are_not_protected_decide_nothing() -> None:
-    record = forecast(domain_forecast("law"), domain_forecast("code", sts_cross=0.5, **HARM))
+    record = forecast(domain_forecast("law"), domain_forecast("code", sts_net=0.5, **HARM))
     assert judge_forecast(record, POLICY).decision == "go"
     assert judge_drift([snapshot(1, domain_drift("law"), domain_drift("code", **DRIFTS["no-go"]))], POLICY).decision == "go"
     assert judge_forecast(record, PolicyConfig()) == Verdict("go", (), {}, 0)

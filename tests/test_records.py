@@ -100,7 +100,7 @@ def test_a_number_that_could_not_be_had_is_null_and_comes_back_as_nan(number: fl
     back = Forecast.from_json(record.to_json())
     found = back.domains["law"]
     assert all(math.isnan(x) for x in (back.unexplained, back.train.sts_rel.value, found.nll.low, found.above_next))
-    assert (found.nll.value, found.nll.high, found.sts_cross.value) == (2.5, 3.0, 0.125)
+    assert (found.nll.value, found.nll.high, found.sts_net.value) == (2.5, 3.0, 0.125)
 
 
 def test_nan_within_a_tuple_comes_back_too() -> None:

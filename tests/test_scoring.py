@@ -44,7 +44,7 @@ def shift(rng: np.random.Generator, tokens: Array, by_feature: Array | None = No
 
 
 def reading(seed: int = 0, by_feature: Array | None = None, **changes: Any) -> Reading:
-    """Random sums; feature j is j + 1 times as active as the first."""
+    """Random sums; feature j is j + 1 times as active as the first; plain prose shifts all features alike."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(8, 20, N_QUERIES).astype(np.float64)
     sums = {
@@ -58,7 +58,7 @@ def reading(seed: int = 0, by_feature: Array | None = None, **changes: Any) -> R
         **{name: torch.from_numpy(values).float() for name, values in sums.items()},
         "n_tokens": torch.from_numpy(tokens).long(),
         "n_masked": 7,
-        "shifts": {name: shift(rng, tokens, by_feature) for name in (OWN, TAUGHT, NEUTRAL)},
+        "shifts": {name: shift(rng, tokens, None if name == NEUTRAL else by_feature) for name in (OWN, TAUGHT, NEUTRAL)},
         "n_answer": torch.from_numpy(n_answer),
         "gradients": None,
         "nll": {name: torch.from_numpy(rng.uniform(1, 3, N_QUERIES) * n_answer) for name in (BARE, TAUGHT, NEUTRAL)},
@@ -135,7 +135,7 @@ def test_every_score_is_that_of_its_equation() -> None:
     assert_estimate(law.raw_shift, raw, LAW.raw_energy.double().numpy(), N_DRAWS)
     assert law.unseen == pytest.approx(LAW.shifts[TAUGHT].unseen.double().numpy().sum() / raw.sum(), rel=1e-6)
     neutral = LAW.shifts[NEUTRAL].features.double().numpy()
-    assert law.neutral_cross == pytest.approx(neutral[:, columns].sum() / neutral.sum(), rel=1e-6)
+    assert_estimate(law.sts_net, (taught - neutral)[:, columns].sum(axis=1), taught.sum(axis=1), N_DRAWS)
     one, other = (r.raw.double().numpy().sum(axis=0) for r in (LAW, TRAIN))
     assert law.cosine == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other), rel=1e-5)
 
@@ -171,7 +171,18 @@ def test_the_lower_anchor_is_the_mean_over_random_sets_of_like_activity() -> Non
         assert found.random == pytest.approx(np.mean([sums[one].sum() for one in sets]) / below, rel=1e-5)
 
 
-SCORES = ("sts_act", "sts_icl", "sts_rel", "sts_cross")
+def test_net_of_plain_prose_stands_between_that_and_training_data_that_is_clear_of_it() -> None:
+    _, train, law = scored()
+    assert train.sts_net.low > 0
+    assert (law.sts_net.random, law.sts_net.own) == (0.0, train.sts_net.value)
+    assert law.transfer.value == pytest.approx(law.sts_net.value / train.sts_net.value)
+    as_prose = dataclasses.replace(TRAIN, shifts={**TRAIN.shifts, NEUTRAL: TRAIN.shifts[TAUGHT]})
+    _, train, law = scored(train=as_prose)
+    assert train.sts_net.value == 0
+    assert math.isfinite(law.sts_net.value) and math.isnan(law.transfer.value)
+
+
+SCORES = ("sts_act", "sts_icl", "sts_rel", "sts_cross", "sts_net")
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -197,17 +208,17 @@ def test_a_domain_that_shifts_without_regard_to_the_features_stands_about_0_and_
     _, _, anywhere = scored(reading(2))
     _, _, alike = scored(reading(3, concentrated()))
     _, _, elsewhere = scored(reading(4, concentrated(range(40, 40 + N_FEATURES))))
-    assert anywhere.sts_cross.place(anywhere.sts_cross.value) == pytest.approx(0, abs=0.02)
-    assert alike.sts_cross.place(alike.sts_cross.value) == pytest.approx(1, abs=0.02)
-    assert elsewhere.sts_cross.place(elsewhere.sts_cross.value) < 0.05
+    assert anywhere.sts_cross.placed.value == pytest.approx(0, abs=0.02)
+    assert alike.sts_cross.placed.value == pytest.approx(1, abs=0.02)
+    assert elsewhere.sts_cross.placed.value < 0.05
 
 
 def test_where_nothing_shifts_scores_are_unknown() -> None:
     nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
     _, _, law = scored(dataclasses.replace(LAW, shifts=dict.fromkeys((OWN, TAUGHT, NEUTRAL), nothing)))
     assert math.isnan(law.sts_cross.value)
-    assert math.isnan(law.sts_cross.place(law.sts_cross.value))
-    assert math.isnan(law.neutral_cross)
+    assert math.isnan(law.sts_net.value)
+    assert math.isnan(law.transfer.value)
     assert math.isnan(law.unseen)
     assert law.relative_shift.value == law.raw_shift.value == law.sts_icl.value == 0.0
 
@@ -288,7 +299,7 @@ def ranked(*domains: tuple[str, Reading]) -> dict[str, DomainForecast]:
     return scorer.ranked({name: scorer.domain(probes(name), r) for name, r in domains})
 
 
-def test_domains_are_ranked_by_sts_cross_the_most_moved_first() -> None:
+def test_domains_are_ranked_by_transfer_the_most_moved_first() -> None:
     found = ranked(
         ("low", reading(1)), ("high", reading(2, concentrated(times=20))), ("middle", reading(3, concentrated(times=5)))
     )
@@ -301,7 +312,7 @@ def test_domains_are_ranked_by_sts_cross_the_most_moved_first() -> None:
 def test_domains_alike_share_their_ranks() -> None:
     found = ranked(("one", reading(1)), ("other", reading(2)), ("high", reading(3, concentrated())))
     assert [found[name].rank for name in ("high", "one", "other")] == [(1, 1), (2, 3), (2, 3)]
-    first = max(("one", "other"), key=lambda name: found[name].sts_cross.value)
+    first = max(("one", "other"), key=lambda name: found[name].transfer.value)
     assert 0.5 <= found[first].above_next < 1
 
 
@@ -423,13 +434,13 @@ def test_without_a_head_a_drift_has_no_likelihood() -> None:
 )
 def test_two_forecasts_agree_as_far_as_they_order_domains_alike(one: Any, other: Any, expected: float) -> None:
     def of(values: tuple[float, ...]) -> Any:
-        return samples.forecast(*(samples.domain_forecast(n, sts_cross=v) for n, v in zip("abc", values, strict=True)))
+        return samples.forecast(*(samples.domain_forecast(n, sts_net=v) for n, v in zip("abc", values, strict=True)))
 
     assert rank_agreement(of(one), of(other)) == pytest.approx(expected)
 
 
 def test_agreement_of_two_domains_or_of_equal_ones_says_nothing() -> None:
-    two = samples.forecast(samples.domain_forecast("a"), samples.domain_forecast("b", sts_cross=0.9))
-    alike = samples.forecast(*(samples.domain_forecast(n, sts_cross=0.5) for n in "abc"))
+    two = samples.forecast(samples.domain_forecast("a"), samples.domain_forecast("b", sts_net=0.9))
+    alike = samples.forecast(*(samples.domain_forecast(n, sts_net=0.5) for n in "abc"))
     assert math.isnan(rank_agreement(two, two))
     assert math.isnan(rank_agreement(alike, alike))

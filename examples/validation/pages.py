@@ -319,14 +319,14 @@ def plot_pairs(
     absolute: Mapping[str, np.ndarray],
     file: Path,
 ) -> None:
-    """STS_cross against movement, and the NLL change in context against harm, a column a fine-tune."""
+    """STS_net against movement, and the NLL change in context against harm, a column a fine-tune."""
     mpl.rcParams["svg.hashsalt"] = "sts_callback"
     names = list(by_fine_tune(runs, {run["run"]: 0.0 for run in runs}))
     figure, axes = plt.subplots(2, len(names), figsize=(3.2 * len(names), 6), layout="constrained", squeeze=False)
     for column, name in enumerate(names):
         for run in (run for run in runs if run["fine_tune"] == name):
             for axis, score, realised in (
-                (axes[0][column], "STS_cross", moved[run["run"]]),
+                (axes[0][column], "STS_net", moved[run["run"]]),
                 (axes[1][column], "NLL change in context", absolute[run["run"]]),
             ):
                 axis.scatter(scores[name][score], realised, s=12, label=f"{run['setting']} {run['seed']}")

@@ -37,7 +37,6 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
 
     taught, neutral, own = of_domain(fine_tune), of_domain("neutral"), of_domain("own demonstrations")
     train = {key: means[f"train/{fine_tune}/{key}"].astype(float) for key in ("training demonstrations", "neutral", "gradient")}
-    chosen = list(forecast["features"][:n_features])
     contrast = np.argsort(train["neutral"] - train["training demonstrations"])[:n_features]
     gradients = of_domain("gradient")
     found = {
@@ -46,7 +45,7 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
         "STS_rel": field("sts_rel"),
         "STS_cross": field("sts_cross"),
         "STS_cross, features above plain prose": taught[:, contrast].sum(axis=1) / taught.sum(axis=1),
-        "STS_cross less plain prose": (taught - neutral)[:, chosen].sum(axis=1) / taught.sum(axis=1),
+        "STS_net": field("sts_net"),
         "STS_rel, features above plain prose": own[:, contrast].sum(axis=1) / own.sum(axis=1),
         "shift on the features, over activity": field("relative_shift") * field("sts_cross"),
         "relative shift": field("relative_shift"),

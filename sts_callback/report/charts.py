@@ -64,9 +64,7 @@ class Line:
     """Class in the style sheet: what it is of."""
 
 
-def row(
-    axis: Axis, estimate: Estimate, kind: str, *, label: str, bars: Iterable[tuple[float, str]] = (), also: float = math.nan
-) -> Html:
+def row(axis: Axis, estimate: Estimate, kind: str, *, label: str, bars: Iterable[tuple[float, str]] = ()) -> Html:
     """An estimate on a horizontal axis: a dot with a whisker.
 
     Args:
@@ -75,13 +73,10 @@ def row(
         kind: class in the style sheet.
         label: what it shows, for those who do not see it.
         bars: numbers at which to draw an upright bar, each with its class.
-        also: a second number, drawn as a hollow square.
 
     """
     parts = [_stroke(f"M{axis.at(x)} 0V100", f"bar {cls}") for x, cls in bars if axis.low <= x <= axis.high]
     parts.append(_stroke("M0 50H100", "rule"))
-    if math.isfinite(also):
-        parts += [_dot(axis.at(also), 50, "also"), _dot(axis.at(also), 50, "also-inside")]
     if math.isfinite(estimate.low) and math.isfinite(estimate.high):
         parts.append(_stroke(f"M{axis.at(estimate.low)} 50H{axis.at(estimate.high)}", f"whisker {kind}"))
     if math.isfinite(estimate.value):

@@ -42,8 +42,6 @@ def forecast_section(story: Story) -> Html:
 
 def _pictures(story: Story, forecast: Forecast) -> Html:
     rows = [forecast.domains[name] for name in story.domains if name in forecast.domains]
-    policy = story.settings.policy if story.settings else None
-    counts = [(policy.min_transfer, "threshold")] if policy else []
     budgets = [x for x in story.budgets.values() if math.isfinite(x)]
     places = charts.Axis.over([d.transfer for d in rows], 0.0, 1.0)
     by_context = charts.Axis.over([d.nll_change for d in rows], 0.0, *budgets)
@@ -56,16 +54,14 @@ def _pictures(story: Story, forecast: Forecast) -> Html:
         "div",
         _panel(
             "Does it move? Transfer",
-            "0%: no more than random features; 100%: as much as the training data itself. Hollow: the same with plain prose in "
-            "place of the examples, which is what any context does."
-            + (f" Dashed: from {figures.percent(policy.min_transfer)} on it counts." if policy else ""),
+            "0%: no more than plain prose in place of the examples would move it; 100%: as far as the training data itself. "
+            "It orders domains; a low one is no promise that a domain stays.",
             rows,
             places,
             figures.percent,
             "movement",
             lambda d: d.transfer,
-            lambda d: [(0.0, "zero"), (1.0, "zero"), *counts],
-            lambda d: d.sts_cross.place(d.neutral_cross),
+            lambda d: [(0.0, "zero"), (1.0, "zero")],
         ),
         _panel(
             "Does it get worse? NLL change in context",
@@ -101,7 +97,6 @@ def _panel(
     kind: str,
     estimate_of: Callable[[DomainForecast], Estimate],
     bars_of: Callable[[DomainForecast], Iterable[tuple[float, str]]],
-    also_of: Callable[[DomainForecast], float] = lambda d: _NAN,
 ) -> Html:
     """One number of all domains on one axis."""
     made = []
@@ -109,7 +104,7 @@ def _panel(
         estimate = estimate_of(d)
         ends = figures.interval(estimate, form)
         label = f"{d.name}: {form(estimate.value)}" + (f", {ends}" if ends else "")
-        picture = charts.row(axis, estimate, kind, label=label, bars=bars_of(d), also=also_of(d))
+        picture = charts.row(axis, estimate, kind, label=label, bars=bars_of(d))
         made.append(tag("div", domain(d.name), picture, tag("span", form(estimate.value), class_="value"), class_="line"))
     ticks = tag("div", *(tag("span", form(x), style=f"left:{axis.at(x)}%") for x in axis.ticks(3)), class_="ticks")
     made.append(tag("div", tag("span"), ticks, tag("span"), class_="line", aria_hidden="true"))
@@ -144,9 +139,9 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
     scores = [
         [
             name_row(d.name, story.budgets),
-            f"{figures.plain(d.sts_cross.value)}",
+            figures.plain(d.sts_net.value),
+            figures.plain(d.sts_cross.value),
             figures.plain(d.sts_cross.random),
-            figures.plain(d.neutral_cross),
             figures.plain(d.sts_rel.value),
             figures.plain(d.sts_icl.value),
             figures.plain(d.sts_act.value),
@@ -159,12 +154,13 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
     ]
     return join(
         table(titles, first),
-        table(["domain", "cross", "random", "neutral", "rel", "ICL", "act", "shift", "raw", "cosine", "NLL"], scores),
+        table(["domain", "net", "cross", "random", "rel", "ICL", "act", "shift", "raw", "cosine", "NLL"], scores),
         meanings(
             ("rank", "between which ranks by transfer the domain lies, at 95%"),
             ("above next", "how sure it is that the domain moves more than the next one in that order"),
-            ("cross", "the score behind transfer: share of the shift that falls on the training data's features"),
-            ("random, neutral", "the same over random features; and with plain prose in place of the examples"),
+            ("net", "the score behind transfer: cross, less what plain prose in place of the examples shifts on these features"),
+            ("cross", "share of the shift by the examples that falls on the training data's features"),
+            ("random", "the same over random features of like activity"),
             ("rel, ICL, act", "further scores by the domain's own examples; the last two grow with how active a domain is"),
             ("shift, raw", "size of the whole shift, in features and in raw activations: the latter a rival without an SAE"),
             ("cosine, NLL", "likeness of raw activations to the training data's, and NLL before training: rivals too"),

@@ -92,7 +92,7 @@ def _two_questions(story: Story) -> Html:
         budget, cells = story.budgets.get(name, math.nan), [figures.UNKNOWN] * 4
         if name in then:
             transfer, change = then[name].transfer.value, then[name].nll_change
-            cells[0] = beyond(transfer, policy.min_transfer if policy else math.inf, figures.percent(transfer))
+            cells[0] = figures.percent(transfer)
             cells[2] = beyond(change.value, budget, figures.nats(change.value))
         if name in now:
             drift, change = now[name].relative_drift, now[name].nll_change

@@ -69,16 +69,15 @@ def test_ticks_are_round_numbers(axis: Axis, ticks: list[float]) -> None:
 
 
 def test_a_row_has_a_dot_a_whisker_bars_and_a_second_number() -> None:
-    picture = row(UNIT, estimate(0.5, 0.25, 0.75), "harm", label="l", bars=[(0.1, "zero"), (7, "zero"), (NAN, "x")], also=0.3)
+    picture = row(UNIT, estimate(0.5, 0.25, 0.75), "harm", label="l", bars=[(0.1, "zero"), (7, "zero"), (NAN, "x")])
     assert paths(picture, "dot") == ["M50.00 50.00h.001"]
     assert paths(picture, "whisker") == ["M25.0 50H75.0"]
     assert paths(picture, "bar") == ["M10.0 0V100"]
-    assert paths(picture, "also") == ["M30.00 50.00h.001"]
 
 
 def test_what_is_unknown_leaves_an_empty_row() -> None:
-    picture = row(UNIT, UNKNOWN, "harm", label="l", also=NAN)
-    assert paths(picture, "dot") == paths(picture, "whisker") == paths(picture, "also") == []
+    picture = row(UNIT, UNKNOWN, "harm", label="l")
+    assert paths(picture, "dot") == paths(picture, "whisker") == []
 
 
 def test_a_curve_goes_up_with_its_numbers_and_is_dotted_at_each() -> None:

@@ -58,7 +58,7 @@ def many(n_domains: int, n_checks: int) -> Logged:
     }
     return whole_run(
         settings=dataclasses.replace(SETTINGS, policy=PolicyConfig(dict.fromkeys(names, 0.1))),
-        forecast=forecast(*(domain_forecast(name, sts_cross=0.3) for name in names), features=tuple(range(100))),
+        forecast=forecast(*(domain_forecast(name, sts_net=0.3) for name in names), features=tuple(range(100))),
         forecast_verdict=verdict("go", about=tuple(names)),
         checks=tuple(checks),
         words=tuple(words(j, snippets=snippets) for j in range(300)),

@@ -111,7 +111,7 @@ def test_the_same_verdict_in_a_row_is_told_once() -> None:
 
 def test_the_threatened_come_first_then_the_protected_then_what_moves_most() -> None:
     crosses = {"art": 0.9, "law": 0.1, "code": 0.2, "maths": 0.95, "void": NAN}
-    expected = forecast(*(domain_forecast(name, sts_cross=cross) for name, cross in crosses.items()))
+    expected = forecast(*(domain_forecast(name, sts_net=cross) for name, cross in crosses.items()))
     logged = whole_run(forecast=expected, forecast_verdict=verdict("no-go", "law"), checks=())
     assert tell(logged).domains == ("law", "code", "maths", "art", "void")
 
@@ -159,7 +159,7 @@ def test_a_fault_that_comes_again_is_told_once() -> None:
 
 
 def test_several_saes_are_told_side_by_side() -> None:
-    other = forecast(domain_forecast("law", sts_cross=0.5), domain_forecast("code"))
+    other = forecast(domain_forecast("law", sts_net=0.5), domain_forecast("code"))
     transfers = tell(whole_run(other_forecasts=(other,))).transfers
     assert [by["law"] for by in transfers.values()] == [0.75, 0.5]
     assert len(transfers) == 2
