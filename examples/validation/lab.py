@@ -37,8 +37,8 @@ from validation.data import CATEGORIES, DOMAINS, Row, deal
 from validation.train import tune
 
 HERE = Path(__file__).parent
-FORECASTS, STEP_ZERO, RUNS, MIXTURES, SUMS = (
-    HERE / name for name in ("forecasts.jsonl", "step_zero.json", "runs.jsonl", "mixtures.jsonl", "sums.npz")
+FORECASTS, CANDIDATES, STEP_ZERO, RUNS, MIXTURES, SUMS = (
+    HERE / name for name in ("forecasts.jsonl", "candidates.jsonl", "step_zero.json", "runs.jsonl", "mixtures.jsonl", "sums.npz")
 )
 SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "settings.yaml").read_text())
 T = TypeVar("T")
@@ -108,6 +108,32 @@ class Lab:
             means |= {f"{name}/{key}": value for key, value in _means(reading).items()}
         FORECASTS.write_text("".join(json.dumps(line) + "\n" for line in forecasts))
         np.savez_compressed(SUMS, **means)
+
+    def candidates(self) -> None:
+        """Two more forms of STS_net, for the development half: by answer tokens, and behind more demonstrations."""
+        self._calibrated()
+        features = {line["fine_tune"]: list(line["features"]) for line in stored(FORECASTS)}
+        fine_tunes = SETTINGS["fine_tunes"]["development"]
+        many = {
+            name: self._probes(TRAIN, self._rows[name].training, SETTINGS["n_many_demonstrations"]).draws for name in fine_tunes
+        }
+        few = {name: self._taught[name].draws for name in fine_tunes}
+        for kind, draws, read in (("answer tokens", few, _answers_only), ("more demonstrations", many, lambda probes: probes)):
+            with undisturbed(self._model):
+                contexts = {n: [self._context(draw, with_answers=False) for draw in some] for n, some in draws.items()}
+                lengths = [len(draw) for some in draws.values() for draw in some]
+                prose = neutral_tokens(self._tokenizer, sum(lengths) // len(lengths))
+                contexts[NEUTRAL] = [self._context(prose, with_answers=False)]
+                bare = self._context((), with_answers=False)
+                for domain in tqdm(DOMAINS, desc=kind, unit="domain"):
+                    reading = self._gauge.read(read(self._asked[domain]), bare, contexts)[0]
+                    sums = {name: shift.features.double().sum(dim=0) for name, shift in reading.shifts.items()}
+                    for name in fine_tunes:
+                        taught, neutral = (float(sums[key][features[name]].sum()) for key in (name, NEUTRAL))
+                        net = (taught - neutral) / float(sums[name].sum())
+                        line = {"kind": kind, "fine_tune": name, "domain": domain, "net": net}
+                        with CANDIDATES.open("a") as file:
+                            file.write(json.dumps(_rounded(line)) + "\n")
 
     def train(self, part: int, n_parts: int) -> None:
         """Run the fine-tunes that are not stored yet."""
@@ -311,6 +337,12 @@ def require_untuned(model: nn.Module) -> None:
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules()), (
         "step 0 was asked for in the middle of a run"
     )
+
+
+def _answers_only(probes: ProbeSet) -> ProbeSet:
+    """The answers read as if they were queries, of whose tokens theirs alone count."""
+    queries = [Query(q.tokens, (), (False,) * len(q.query) + (True,) * len(q.answer)) for q in probes.queries]
+    return dataclasses.replace(probes, queries=tuple(queries))
 
 
 def _as_of(reading: Reading, fine_tune: str) -> Reading:

@@ -17,7 +17,7 @@ from sts_callback.config import PolicyConfig
 from sts_callback.policy import holm, judge_drift
 from sts_callback.records import DriftSnapshot
 from validation.data import DOMAINS
-from validation.lab import FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
+from validation.lab import CANDIDATES, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
 from validation.mixtures import additivity
 from validation.scores import RIVALS, Scores, correlations, expected, harm, movement, ratio, signed
 
@@ -40,6 +40,9 @@ def write_report(*, opened: bool) -> None:
     zero, means = json.loads(STEP_ZERO.read_text()), dict(np.load(SUMS))
     runs = stored(RUNS)
     scores = {name: expected(line, means, len(line["features"])) for name, line in forecasts.items()}
+    for line in stored(CANDIDATES):
+        found = scores[line["fine_tune"]].setdefault(f"STS_net, {line['kind']}", np.full(len(DOMAINS), np.nan))
+        found[DOMAINS.index(line["domain"])] = line["net"]
     halves = [("Development half", "development")] + ([("Held-out half", "held_out")] if opened else [])
     lines = [
         "# Does the forecast come true?",
