@@ -14,8 +14,8 @@ import numpy as np
 from scipy import stats
 
 from sts_callback.config import PolicyConfig
-from sts_callback.policy import holm, judge_drift
-from sts_callback.records import DriftSnapshot
+from sts_callback.policy import holm, judge_budget, judge_drift
+from sts_callback.records import DriftSnapshot, Estimate
 from validation.data import DOMAINS
 from validation.lab import CANDIDATES, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
 from validation.mixtures import additivity
@@ -97,6 +97,15 @@ def half(
         "### Direction",
         "",
         *table(directions(runs, forecasts, changed)),
+        "",
+        "### The verdict before training",
+        "",
+        *wrapped(
+            f"What `forecast` would say of each domain with a budget of {HARM} nats per token, by the NLL change in context, and "
+            "how many of these domains training harmed."
+        ),
+        "",
+        *table(verdicts(runs, forecasts, changed)),
         "",
         "### Run by run",
         "",
@@ -214,6 +223,32 @@ def directions(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed
     return [["says", "sign right"], *rows, [f"always {side} (the majority)", f"{max(worse, 1 - worse):.0%} of {len(signs)}"]]
 
 
+def verdicts(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed: Mapping[str, Any]) -> Table:
+    """How often each finding before training was followed by harm."""
+    followed: dict[tuple[str, str], list[bool]] = {}
+    for run in runs:
+        harmed = is_harmed(*changed[run["run"]])
+        for place, name in enumerate(DOMAINS):
+            change = Estimate(**forecasts[run["fine_tune"]]["domains"][name]["nll_change"])
+            finding = {"within": "go", "beyond": "no-go"}.get(judge_budget(change, HARM), "cannot tell")
+            followed.setdefault((finding, run["setting"]), []).append(bool(harmed[place]))
+    rows = [
+        [finding, *(_of(followed.get((finding, setting), [])) for setting in SETTINGS["learning_rates"])]
+        for finding in ("no-go", "cannot tell", "go")
+    ]
+    return [["verdict", *(f"harmed, {setting}" for setting in SETTINGS["learning_rates"])], *rows]
+
+
+def _of(hits: list[bool]) -> str:
+    return f"{sum(hits)} of {len(hits)} ({np.mean(hits):.0%})" if hits else "-"
+
+
+def is_harmed(value: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Whether changes are harm: by the threshold, and clear of their errors."""
+    harmed: np.ndarray = (value >= HARM) & (value >= CLEAR * error)
+    return harmed
+
+
 def run_by_run(
     runs: list[dict[str, Any]], zero: Mapping[str, Any], moved: Mapping[str, np.ndarray], changed: Mapping[str, Any]
 ) -> Table:
@@ -272,15 +307,13 @@ def monitor(runs: list[dict[str, Any]], zero: Mapping[str, Any], changed: Mappin
             for name in verdict.alarmed:
                 alarms.setdefault(name, snapshot.step)
         p_values = holm({name: snapshots[-1].domains[name].p_worse for name in DOMAINS})
-        value, error = changed[run["run"]]
-        for place, name in enumerate(DOMAINS):
-            is_harmed = bool(value[place] >= HARM and value[place] >= CLEAR * error[place])
+        for name, hurt in zip(DOMAINS, is_harmed(*changed[run["run"]]).tolist(), strict=True):
             has_moved = snapshots[-1].domains[name].relative_drift.value >= policy.min_drift
-            harmed.append(is_harmed)
+            harmed.append(hurt)
             evidence.append(-p_values[name] if has_moved else -1.0)
             n_alarms += name in alarms
-            false += name in alarms and not is_harmed
-            if name in alarms and is_harmed:
+            false += name in alarms and not hurt
+            if name in alarms and hurt:
                 leads.append(harmed_at(run, zero, name) - alarms[name])
     n_harmless = len(harmed) - sum(harmed)
     text = (
