@@ -6,7 +6,8 @@ One GRPO run of Gemma 3 270M on sums of two numbers, whose reward is whether the
 completions each. There are no reference answers: the forecast is made from the best-rewarded rollouts of the first step. At each
 check the scores are computed again with the features that training has really moved. Both are compared, over all shipped
 domains, with the drift and the change of answer NLL at the end: the paper's section 6 finds the first weak and the second
-strong. Settings were fixed before the run; results go to `grpo.json` beside this file.
+strong. Settings were fixed before the run; results go to `grpo.json` beside this file. (A first run, with terms up to 60 and a
+rate of 1e-3, was thrown away: of its first answers 6 % were right, of those after the first step none, so that it learned nothing.)
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SCORES = ("sts_act", "sts_icl", "sts_rel", "sts_cross")
 def prompts(n: int) -> list[dict[str, str]]:
     """Sums to be finished, behind two that are."""
     draw = random.Random(0)
-    numbers = [[draw.randint(2, 60) for _ in range(6)] for _ in range(n)]
+    numbers = [[draw.randint(2, 20) for _ in range(6)] for _ in range(n)]
     return [{"prompt": f"{a} + {b} = {a + b}\n{c} + {d} = {c + d}\n{e} + {f} ="} for a, b, c, d, e, f in numbers]
 
 
@@ -72,7 +73,7 @@ def main() -> None:
                 per_device_train_batch_size=N_PROMPTS * N_COMPLETIONS,
                 num_generations=N_COMPLETIONS,
                 max_completion_length=6,
-                learning_rate=1e-3,
+                learning_rate=2e-4,
                 logging_steps=1,
                 seed=0,
                 **ON_CPU,
