@@ -6,8 +6,8 @@ One GRPO run of Gemma 3 270M on sums of two numbers, whose reward is whether the
 completions each. There are no reference answers: the forecast is made from the best-rewarded rollouts of the first step. At each
 check the scores are computed again with the features that training has really moved. Both are compared, over all shipped
 domains, with the drift and the change of answer NLL at the end: the paper's section 6 finds the first weak and the second
-strong. Settings were fixed before the run; results go to `grpo.json` beside this file. (A first run, with terms up to 60 and a
-rate of 1e-3, was thrown away: of its first answers 6 % were right, of those after the first step none, so that it learned nothing.)
+strong. Settings were fixed before the run; results go to `grpo.json` beside this file. (A first run, with terms up to 60 and
+a rate of 1e-3, was thrown away: of its first answers 6 % were right, of those after the first step none: nothing was learned.)
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sts_callback.monitor import Monitor
     from sts_callback.policy import Judgement
     from sts_callback.records import Forecast, Identity
-    from sts_callback.remedies import Blame
+    from sts_callback.remedies import Blame, MixBasis
     from sts_callback.runlog import RunLog
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
@@ -166,6 +167,7 @@ def _write_junit(args: argparse.Namespace, judged: Mapping[str, Judgement], fore
 
 
 def _mix(args: argparse.Namespace) -> int:
+    from sts_callback.errors import ConfigError
     from sts_callback.files import require_place, write_asked
     from sts_callback.settings import named, number
 
@@ -173,29 +175,44 @@ def _mix(args: argparse.Namespace) -> int:
         require_place(args.out, "--out")
     domains, policy, config = _settings(args)
 
-    from sts_callback.mix import Caps, mix, plan
-    from sts_callback.monitor import TRAIN
+    from sts_callback.domains.reader import read_rows
+    from sts_callback.mix import TRAIN, Caps, pilot_effects, plan, require_sources, search
+    from sts_callback.remedies import Mix
     from sts_callback.terminal import mix_table
 
     replay = named(args.replay, "--replay", "NAME=FILE")
+    pilots = named(args.pilot, "--pilot", "NAME=RUN_DIR")
     max_share = {n: number(x, f"--max-share {n}", "a share") for n, x in named(args.max_share, "--max-share", "NAME=X").items()}
     caps = Caps(args.rows, args.max_replay, args.max_repeats, max_share)
-    model, tokenizer = _loaded(args.model, args.device)
-    found = mix(
-        model,
-        tokenizer,
-        sae=args.sae,
-        train_data=args.train,
-        replay=replay,
-        domains=domains,
-        policy=policy,
-        caps=caps,
-        config=config,
-        progress=sys.stderr.isatty(),
-    )
+    require_sources(replay, policy)
+    files = {TRAIN: args.train, **replay}
+    sources = {name: read_rows(file, f"--replay {name}" if name in replay else "--train") for name, file in files.items()}
+    n_rows = {name: len(rows) for name, rows in sources.items()}
+    caps.weights(n_rows)  # refused now if it must be
+    started = time.monotonic()
+    if pilots:
+        identity, effects = pilot_effects(pilots, n_rows, policy)
+    else:
+        if not (args.model and args.sae):
+            raise ConfigError("mix: got no --pilot and no --model with --sae; give a --pilot for each source, or these two.")
+        from sts_callback.sources import context_effects
+
+        model, tokenizer = _loaded(args.model, args.device)
+        identity, effects = context_effects(
+            model,
+            tokenizer,
+            sae=args.sae,
+            sources=sources,
+            domains={name: read_rows(domains[name], f"domains[{name!r}]") for name in policy.budgets},
+            policy=policy,
+            config=config,
+            progress=sys.stderr.isatty(),
+        )
+    basis: MixBasis = "pilot runs" if pilots else "examples in context"
+    found = Mix(identity, basis, effects, search(effects, policy, caps), time.monotonic() - started)
     print(found.to_json() if args.json else mix_table(found))
     if args.out:
-        write_asked(args.out, plan(found, found.nearest, {TRAIN: args.train, **replay}, config.seed), "--out")
+        write_asked(args.out, plan(found, found.nearest, files, config.seed), "--out")
     return _BUDGET_CODES[found.finding]
 
 

@@ -66,7 +66,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
         "mix",
         help="find how much of other data to mix in, so that every budget is kept",
         description="Find how much of other data to mix into the training data, so that every protected domain keeps its budget. "
-        "Sources are measured, mixtures extrapolated from them. "
+        "Sources are measured, by a short run on each (--pilot) or by examples in context, and mixtures extrapolated from them. "
         "Exit code: 0 some mixture keeps them, or the training data alone; 3 none does, 4 cannot tell, 2 wrong input.",
     )
     mix.add_argument(
@@ -81,10 +81,18 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
         "--max-repeats", type=float, default=MAX_REPEATS, metavar="X", help=f"how often a row may come (default {MAX_REPEATS:g})"
     )
     mix.add_argument("--out", type=Path, metavar="FILE", help="write the mixture here, as datasets.interleave_datasets takes it")
+    mix.add_argument(
+        "--pilot",
+        action="append",
+        default=[],
+        metavar="NAME=RUN_DIR",
+        help="a short run on one source alone, by train for --train; with one for each source no model is loaded",
+    )
     for command in (doctor, forecast, blame, mix):
-        command.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
+        needed = command is not mix  # pilots take the place of both
+        command.add_argument("--model", required=needed, help="folder or hub id of the model to be tuned")
         command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
-        _add_measurement(command, several_saes=command in (doctor, forecast), numbers=NUMBERS)
+        _add_measurement(command, several_saes=command in (doctor, forecast), needs_sae=needed, numbers=NUMBERS)
 
     dial = added(
         "dial",
@@ -102,7 +110,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
         metavar="X",
         help=f"shares of the adapter's own scale (default {' '.join(f'{scale:g}' for scale in SCALES)})",
     )
-    _add_measurement(dial, several_saes=False, numbers=("n_queries", "max_tokens", "seed"))
+    _add_measurement(dial, several_saes=False, needs_sae=True, numbers=("n_queries", "max_tokens", "seed"))
 
     report = added(
         "report",
@@ -136,12 +144,13 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
     return made
 
 
-def _add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Sequence[str]) -> None:
+def _add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, needs_sae: bool, numbers: Sequence[str]) -> None:
     """Options of all commands that measure.
 
     Args:
         command: gets them.
         several_saes: whether it takes more than one.
+        needs_sae: whether it takes at least one.
         numbers: of `ProbeConfig` that can be chosen.
 
     """
@@ -151,7 +160,7 @@ def _add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, nu
             "--sae", required=True, action="append", help=f"{sae}; repeatable: the first decides, all are compared"
         )
     else:
-        command.add_argument("--sae", required=True, help=sae)
+        command.add_argument("--sae", required=needs_sae, help=sae)
     command.add_argument(
         "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
     )

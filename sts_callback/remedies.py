@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sts_callback.records import Estimate, Forecast, Identity, Record, Snippet
+from sts_callback.records import Estimate, Identity, Record, Snippet
 
 BudgetFinding = Literal["within", "beyond", "cannot tell"]
 
@@ -132,13 +132,26 @@ class Dial(Record):
 
 
 @dataclass(frozen=True)
+class SourceEffect(Record):
+    """What training data of one source alone does to protected domains."""
+
+    n_rows: int
+    nll_change: Mapping[str, Estimate]
+    """Of each domain's answers, in nats per token; above 0 is worse."""
+    unseen: Mapping[str, float]
+    """Share of each domain's change of activations that the SAE cannot express."""
+    doubts: Mapping[str, str]
+    """Domains of which nothing can be told, with the reason."""
+
+
+@dataclass(frozen=True)
 class MixedDomain(Record):
     """One protected domain under one mixture: extrapolated, not measured."""
 
     name: str
     nll_change: Estimate
-    """Mean of what the sources' demonstrations do to its answers' NLL, by their weights, in nats per token; its interval as wide
-    as if all their errors had the same sign."""
+    """Mean of what the sources do to its answers' NLL, by their weights, in nats per token; its interval is as wide as if all
+    their errors had the same sign."""
     budget: float
     """What it may rise, in nats per token."""
     finding: BudgetFinding
@@ -162,23 +175,37 @@ class MixPoint(Record):
         return max(self.domains.values(), key=lambda d: (d.finding == self.finding, d.nll_change.high - d.budget))
 
 
+MixBasis = Literal["examples in context", "pilot runs"]
+
+
 @dataclass(frozen=True)
 class Mix(Record):
     """How much of other sources to mix into the training data."""
 
-    forecasts: Mapping[str, Forecast]
+    identity: Identity
+    basis: MixBasis
+    """By what the sources were measured."""
+    sources: Mapping[str, SourceEffect]
     """Of each source alone, the training data first: what was measured."""
-    n_rows: Mapping[str, int]
-    """Rows that each source has."""
     points: tuple[MixPoint, ...]
     """With ever less of the training data, which stands alone in the first: what is extrapolated."""
     seconds: float
     """Wall-clock time."""
-    meaning: str = (
-        "Measured: what a few examples of each source, put in context, do to each protected domain. Extrapolated: that a "
-        "mixture does the mean of it by weight, and that training does what the examples do in context."
-    )
-    """What may be read into it, and what not."""
+
+    @property
+    def meaning(self) -> str:
+        """What may be read into it, and what not."""
+        measured, assumed = {
+            "examples in context": (
+                "what a few examples of each source, put in context, do to each protected domain",
+                "that training does what examples in context do, which our validation does not bear out: prefer pilot runs",
+            ),
+            "pilot runs": (
+                "what a short run on each source alone did to each protected domain",
+                "that training goes on as it began",
+            ),
+        }[self.basis]
+        return f"Measured: {measured}. Extrapolated: that a mixture does the mean of it by weight, and {assumed}."
 
     @property
     def recommended(self) -> MixPoint | None:

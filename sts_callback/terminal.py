@@ -188,10 +188,10 @@ def blame_table(found: Blame, *, colour: bool | None = None) -> str:
 
 def mix_table(found: Mix, *, colour: bool | None = None) -> str:
     """What was measured of each source, the trade-off between training data and its worst domain, and the recommended mixture."""
-    sources = list(found.forecasts)
+    sources = list(found.sources)
     measured = _table("domain", "budget", *sources)
     for name, domain in found.points[0].domains.items():
-        changes = [found.forecasts[source].domains[name].nll_change.value for source in sources]
+        changes = [found.sources[source].nll_change[name].value for source in sources]
         measured.add_row(Text("  " + name), f"{domain.budget:.2f}", *(f"{change:+.2f}" for change in changes))
     curve = _table("worst domain", *sources, "NLL change", "95 %", "finding", "of budget")
     for point in found.points:
@@ -225,11 +225,11 @@ def mix_table(found: Mix, *, colour: bool | None = None) -> str:
         for name, alone in found.points[0].domains.items()
         if alone.finding != "within"
     ]
-    heading = f"STS mix: training data and what may be mixed in ({next(iter(found.forecasts.values())).identity.sae_name}, "
+    heading = f"STS mix: training data and what may be mixed in ({found.identity.sae_name}, "
     return _rendered(
         [
             Text(f"{heading}{found.seconds:.0f} s)", style="bold"),
-            Text("Measured: change of the answers' NLL by examples of one source, nats a token"),
+            Text(f"Measured by {found.basis}: change of the answers' NLL by each source, nats a token"),
             measured,
             Text("\nExtrapolated: mixtures, with ever less of the training data"),
             curve,

@@ -16,11 +16,12 @@ from peft import LoraConfig, get_peft_model
 
 from logs import whole_run, written
 from past import lawful_runs
-from samples import IDENTITY, domain_forecast, estimate, forecast
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, PIPE_CLOSED, WRONG_INPUT, main
 from sts_callback.ledger import Entry, Expectations, TrackRecord, append
+from sts_callback.logged import JudgedCheck
 from sts_callback.records import Check, Forecast, Verdict
-from sts_callback.remedies import Blame, Dial, DialPoint, Mix, MixedDomain, MixPoint
+from sts_callback.remedies import Blame, Dial, DialPoint, Mix
 from sts_callback.runlog import RunLog
 from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
 
@@ -577,19 +578,30 @@ def test_a_mixture_is_searched_and_written(files: Path, tmp_path: Path, capsys: 
     assert made["interleave_datasets"]["probabilities"] == [1.0]
     assert main([*argv, "--json"]) == GO
     found = Mix.from_json(capsys.readouterr().out)
-    assert list(found.forecasts) == ["train", "verse"]
+    assert list(found.sources) == ["train", "verse"] and found.basis == "examples in context"
     assert found.points[-1].rows == {"train": 10, "verse": 10}
 
 
-@pytest.mark.parametrize(("finding", "expected"), [("within", GO), ("beyond", NO_GO), ("cannot tell", CANNOT_TELL)])
-def test_each_finding_of_a_mix_has_its_exit_code(
-    finding: str, expected: int, files: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("change", "expected"), [(0.01, GO), (0.5, NO_GO), (float("nan"), CANNOT_TELL)])
+def test_pilots_take_the_place_of_a_model(
+    change: float, expected: int, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = {"train": forecast(domain_forecast("poems"))}
-    domain = MixedDomain("poems", estimate(0.0), 0.1, finding)  # type: ignore[arg-type]
-    point = MixPoint({"train": 1.0}, {"train": 30}, finding, {"poems": domain})  # type: ignore[arg-type]
-    monkeypatch.setattr("sts_callback.mix.mix", lambda *args, **options: Mix(made, {"train": 30}, (point,), 1.0))
-    assert main(mix_command(files, "--protect", "poems")) == expected
+    drift = domain_drift("poems", nll_change=estimate(change))
+    check = JudgedCheck(snapshot(20, drift), Verdict("go", (), {}, 20), None)
+    written(RunLog(tmp_path / "sts"), whole_run(forecast=forecast(domain_forecast("poems")), checks=(check,)))
+    data = [
+        "--train",
+        files / "train.jsonl",
+        "--domain",
+        f"poems={files / 'poems.jsonl'}",
+        "--replay",
+        f"verse={files / 'poems.jsonl'}",
+    ]
+    argv = ["mix", *map(str, data), "--protect", "poems"]
+    assert main(argv) == WRONG_INPUT
+    assert "give a --pilot for each source" in capsys.readouterr().err
+    assert main([*argv, "--pilot", f"train={tmp_path}", "--pilot", f"verse={tmp_path}"]) == expected
+    assert "Measured by pilot runs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -601,6 +613,7 @@ def test_each_finding_of_a_mix_has_its_exit_code(
         (["--protect", "poems", "--max-share", "prose=0.5"], "max_share: got ['prose']; allowed are ['verse']"),
         (["--protect", "poems", "--replay", "verse"], "--replay: got 'verse'; allowed is NAME=FILE"),
         (["--protect", "poems", "--replay", "verse=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--protect", "poems", "--pilot", "verse=nowhere"], "pilot: got ['verse']; give one for each source"),
         (["--protect", "poems", "--out", "/"], "--out: /"),
     ],
 )

@@ -35,7 +35,7 @@ TORCH_FREE = {
     "settings",
     "terminal",
 }
-STATISTICS = {"hindsight"}
+STATISTICS = {"hindsight", "mix"}
 """Numpy and scipy, and nothing heavier."""
 HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 

@@ -25,7 +25,18 @@ from sts_callback.records import (
     Snippet,
     Verdict,
 )
-from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame, Mix, MixedDomain, MixPoint
+from sts_callback.remedies import (
+    Blame,
+    BlamedRow,
+    Dial,
+    DialedDomain,
+    DialPoint,
+    DomainBlame,
+    Mix,
+    MixedDomain,
+    MixPoint,
+    SourceEffect,
+)
 
 SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
 BLAMED = BlamedRow(17, 4.5, 7, 0.5, SNIPPET)
@@ -34,6 +45,7 @@ DIALED = DialedDomain("law", 32, estimate(0.25, 0.125, 0.375), estimate(0.5, 0.2
 DIAL_POINT = DialPoint(0.5, "beyond", {"law": DIALED})
 MIXED = MixedDomain("law", estimate(0.25, 0.125, 0.375), 0.1, "beyond")
 MIX_POINT = MixPoint({"train": 0.75, "cases": 0.25}, {"train": 300, "cases": 100}, "beyond", {"law": MIXED})
+EFFECT = SourceEffect(400, {"law": estimate(0.25, 0.125, 0.375)}, {"law": 0.5}, {"code": "too many sinks"})
 ALL: list[Record] = [
     IDENTITY,
     Check("layer", "refuse", "reads layer 2, but fits layer 1 better", "correct hook_name"),
@@ -54,7 +66,8 @@ ALL: list[Record] = [
     Dial(IDENTITY, (DIAL_POINT,), 1.5),
     MIXED,
     MIX_POINT,
-    Mix({"train": forecast(domain_forecast("law"))}, {"train": 400, "cases": 100}, (MIX_POINT,), 1.5),
+    EFFECT,
+    Mix(IDENTITY, "pilot runs", {"train": EFFECT}, (MIX_POINT,), 1.5),
 ]
 
 

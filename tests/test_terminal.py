@@ -12,10 +12,10 @@ from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast,
 from sts_callback.config import PolicyConfig
 from sts_callback.domains.starter import starter_domains
 from sts_callback.hindsight import expectations, track_records
-from sts_callback.mix import search
+from sts_callback.mix import Caps, search
 from sts_callback.policy import judge_drift, judge_forecast
 from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Snippet, Verdict
-from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame, Mix
+from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame, Mix, SourceEffect
 from sts_callback.terminal import (
     blame_table,
     check_lines,
@@ -490,13 +490,13 @@ def test_a_dial_shows_the_curve_and_answers(findings: dict[str, Any], answer: st
         assert re.search(row, shown), shown
 
 
-def _mix(train_change: float, replay_change: float, max_replay: float = 0.5) -> Mix:
-    def source(law: float) -> Forecast:
-        return forecast(domain_forecast("law", sts_net=0.9, nll_change=law), domain_forecast("code", sts_net=0.9))
-
-    made = {"train": source(train_change), "cases": source(replay_change)}
+def _mix(train_change: float, replay_change: float) -> Mix:
+    made = {
+        name: SourceEffect(n_rows, {"law": estimate(law), "code": estimate(0.0)}, {"law": 0.1, "code": 0.1}, {})
+        for name, n_rows, law in (("train", 800, train_change), ("cases", 900, replay_change))
+    }
     policy = PolicyConfig(budgets={"law": 0.1, "code": 0.1})
-    return Mix(made, {"train": 800, "cases": 90}, search(made, policy, 800, max_replay, dict.fromkeys(made, 1.0)), 2.5)
+    return Mix(IDENTITY, "pilot runs", made, search(made, policy, Caps()), 2.5)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_a_mix_shows_what_was_measured_the_curve_and_an_answer(mix: Mix, answer:
     assert max(map(len, shown.splitlines())) <= 80
     assert answer in " ".join(shown.split())
     assert len(re.findall(r"%  .*(within|beyond|cannot tell)", shown)) == len(mix.points)
-    assert "Measured: what a few examples" in shown and "Extrapolated: that a mixture" in " ".join(shown.split())
+    assert "Measured: what a short run" in shown and "Extrapolated: that a mixture" in " ".join(shown.split())
 
 
 def test_a_mix_says_what_becomes_of_each_threatened_domain() -> None:
