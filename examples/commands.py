@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 MEASURED = ["--model", "gemma-3-270m", "--sae", "sae"]
 SMALL = ["--n-queries", "12", "--max-tokens", "64"]
 PROTECTED = ["--protect", "law", "--protect", "code"]
+GENERAL = ("economics", "business", "philosophy", "psychology")  # shipped domains that are not protected here: the replay
 N_PLANTED = 12  # rows of law among the word problems, for blame to find
 MOST_LINES = 60  # of one command's output
 
@@ -37,10 +38,9 @@ def main(argv: list[str]) -> None:
     for name, target in (("gemma-3-270m", Path(cached_gemma())), ("sae", SAE_FOLDER.resolve())):
         if not (folder / name).exists():
             (folder / name).symlink_to(target)
-    law = [json.loads(line) for line in starter_domains()["law"].read_text().splitlines()]
-    problems = word_problems(400)
+    problems, law = word_problems(400), _starter("law")
     _write(folder / "train.jsonl", problems)
-    _write(folder / "law.jsonl", law)
+    _write(folder / "general.jsonl", [row for name in GENERAL for row in _starter(name)])
     _write(folder / "mixed.jsonl", _planted(problems, law[:N_PLANTED]))
 
     told = ["# The commands", "", __doc__.splitlines()[0], "Written by `examples/commands.py`."]
@@ -59,20 +59,27 @@ def main(argv: list[str]) -> None:
             f"Which rows are to blame? Here {N_PLANTED} rows of law stand among the word problems, every 26th.",
             ["blame", *MEASURED, "--train", "mixed.jsonl", "--protect", "law", *SMALL, "--top", "5", "--out", "kept.jsonl"],
         ),
-        (
-            "What to mix in? The replay is the protected domain's own file: half of its rows are asked, half teach.",
-            [
-                *["mix", *MEASURED, *train, "--domain", "law=law.jsonl", "--replay", "cases=law.jsonl", "--protect", "law=0.1"],
-                *[*SMALL, "--out", "mix.json"],
-            ],
-        ),
     ):
         told += _run(folder, title, argv)
-    told += _trained(folder)
+    told += _trained(folder, "Train on word problems at a harsh rate, the callback attached.", "--out", "run")
+    told += _trained(
+        folder, "A pilot of what could be mixed in: questions of other fields.", "--train", "general.jsonl", "--out", "pilot"
+    )
     for title, argv in (
+        (
+            "What to mix in? By the two runs, each on one source alone.",
+            [
+                *["mix", *train, "--replay", "general=general.jsonl", "--pilot", "train=run", "--pilot", "general=pilot"],
+                *["--protect", "law=0.5", "--protect", "code=0.5", "--out", "mix.json"],
+            ],
+        ),
         (
             "How far may the adapter that was trained be turned up?",
             ["dial", *MEASURED, "--adapter", "run", "--protect", "law", *SMALL, "--scales", "0.05", "0.1", "0.25", "1"],
+        ),
+        (
+            "Which of 100 of its rows fire what threatens law? In the run's report, too.",
+            ["blame", *MEASURED, *train, "--protect", "law", *SMALL, "--rows", "100", "--top", "5", "--run-dir", "run"],
         ),
         ("The run as a page.", ["report", "run"]),
         ("The run as a section of a model card.", ["card", "run"]),
@@ -91,6 +98,10 @@ def _planted(rows: Sequence[dict[str, str]], culprits: Sequence[dict[str, str]])
     return mixed
 
 
+def _starter(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in starter_domains()[name].read_text().splitlines()]
+
+
 def _write(file: Path, rows: Sequence[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -101,13 +112,13 @@ def _run(folder: Path, title: str, argv: Sequence[str]) -> list[str]:
     return _told(title, f"sts-callback {shlex.join(argv)}", done)
 
 
-def _trained(folder: Path) -> list[str]:
-    """The demo's run, whose forecast is left out: it is like the one above, of more domains."""
-    print("demo.py ...", flush=True)
-    done = _done(folder, [sys.executable, str(HERE / "demo.py"), "--out", "run"])
-    start = done.stdout.find("STS step")
-    end = subprocess.CompletedProcess(done.args, done.returncode, done.stdout[start if start > 0 else 0 :], "")
-    return _told("Train on word problems at a harsh rate, the callback attached.", "python examples/demo.py --out run", end)
+def _trained(folder: Path, title: str, *options: str) -> list[str]:
+    """A run of the demo, whose forecast is left out: it is like the one above, of more domains."""
+    print(f"demo.py {options[-1]} ...", flush=True)
+    done = _done(folder, [sys.executable, str(HERE / "demo.py"), *options])
+    start = max(0, done.stdout.find("STS step"))
+    end = subprocess.CompletedProcess(done.args, done.returncode, done.stdout[start:], "")
+    return _told(title, f"python examples/demo.py {shlex.join(options)}", end)
 
 
 def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:

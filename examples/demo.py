@@ -28,6 +28,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gentle", action="store_true", help=f"learning rate {GENTLE} instead of {HARSH}")
     parser.add_argument("--model", help="folder or hub id (default: Gemma 3 270M from PyPI)")
     parser.add_argument("--sae", help="SAELens release/sae_id or folder (default: the one in this folder)")
+    parser.add_argument("--train", type=Path, help="rows to train on, JSON lines (default: word problems)")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps")
     parser.add_argument("--queries", type=int, default=10, help="queries measured in each domain")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/demo or runs/demo-gentle)")
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
             gradient_checkpointing=False,
             seed=0,
         ),
-        train_dataset=Dataset.from_list(word_problems(400)),
+        train_dataset=Dataset.from_json(str(args.train)) if args.train else Dataset.from_list(word_problems(400)),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[callback],
