@@ -13,18 +13,17 @@ import matplotlib as mpl
 import numpy as np
 from scipy import stats
 
-from sts_callback.config import PolicyConfig
-from sts_callback.policy import holm, judge_budget, judge_drift
-from sts_callback.records import DriftSnapshot, Estimate
+from sts_callback.policy import judge_budget
+from sts_callback.records import Estimate
+from validation.alarms import auroc_of_evidence, monitor, share
 from validation.data import DOMAINS
-from validation.lab import CANDIDATES, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
 from validation.mixtures import additivity
-from validation.scores import RIVALS, Scores, correlations, expected, harm, movement, ratio, signed
+from validation.plan import CANDIDATES, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
+from validation.scores import CLEAR, HARM, RIVALS, Scores, correlations, expected, harm, is_harmed, movement, signed
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-HARM, CLEAR = 0.1, 2.0  # nats per token, and times its standard error
 N_BOOT = 2000
 Table = list[list[str]]
 
@@ -119,7 +118,13 @@ def half(
         "",
         "### The monitor",
         "",
-        *wrapped(monitor(runs, zero, changed)),
+        *wrapped(
+            "An alarm for one of the 20 domains, all protected, by the checks after 5, 20 and 40 steps of 12 queries each. Lead: "
+            f"steps between the alarm and the first checkpoint at which the measured NLL was up by {HARM}; the first checkpoint "
+            f"is itself after 5 steps. AUROC of the last check's evidence: {auroc_of_evidence(runs, changed):.3f}."
+        ),
+        "",
+        *table(monitor(runs, zero, changed)),
         "",
         f"![Scores against what happened]({key}.svg)",
     ]
@@ -232,21 +237,12 @@ def verdicts(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed: 
             change = Estimate(**forecasts[run["fine_tune"]]["domains"][name]["nll_change"])
             finding = {"within": "go", "beyond": "no-go"}.get(judge_budget(change, HARM), "cannot tell")
             followed.setdefault((finding, run["setting"]), []).append(bool(harmed[place]))
+    settings = list(SETTINGS["learning_rates"])
     rows = [
-        [finding, *(_of(followed.get((finding, setting), [])) for setting in SETTINGS["learning_rates"])]
+        [finding, *(share(sum(hits), len(hits)) for hits in (followed.get((finding, setting), []) for setting in settings))]
         for finding in ("no-go", "cannot tell", "go")
     ]
-    return [["verdict", *(f"harmed, {setting}" for setting in SETTINGS["learning_rates"])], *rows]
-
-
-def _of(hits: list[bool]) -> str:
-    return f"{sum(hits)} of {len(hits)} ({np.mean(hits):.0%})" if hits else "-"
-
-
-def is_harmed(value: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Whether changes are harm: by the threshold, and clear of their errors."""
-    harmed: np.ndarray = (value >= HARM) & (value >= CLEAR * error)
-    return harmed
+    return [["verdict", *(f"harmed, {setting}" for setting in settings)], *rows]
 
 
 def run_by_run(
@@ -292,56 +288,6 @@ def early(runs: list[dict[str, Any]], moved: Mapping[str, np.ndarray], absolute:
             losses[run["run"]] = spearman(so_far, absolute[run["run"]])
         rows.append([str(step), pooled(runs, drifts), pooled(runs, losses)])
     return rows
-
-
-def monitor(runs: list[dict[str, Any]], zero: Mapping[str, Any], changed: Mapping[str, Any]) -> str:
-    """Alarms against harm."""
-    policy = PolicyConfig(budgets=dict.fromkeys(DOMAINS, HARM))
-    evidence, harmed, false, leads = [], [], 0, []
-    n_alarms = 0
-    for run in runs:
-        snapshots = [DriftSnapshot.from_dict(check) for check in run["checks"]]
-        alarms: dict[str, int] = {}
-        for i, snapshot in enumerate(snapshots):
-            verdict = judge_drift(snapshots[: i + 1], policy)
-            for name in verdict.alarmed:
-                alarms.setdefault(name, snapshot.step)
-        p_values = holm({name: snapshots[-1].domains[name].p_worse for name in DOMAINS})
-        for name, hurt in zip(DOMAINS, is_harmed(*changed[run["run"]]).tolist(), strict=True):
-            has_moved = snapshots[-1].domains[name].relative_drift.value >= policy.min_drift
-            harmed.append(hurt)
-            evidence.append(-p_values[name] if has_moved else -1.0)
-            n_alarms += name in alarms
-            false += name in alarms and not hurt
-            if name in alarms and hurt:
-                leads.append(harmed_at(run, zero, name) - alarms[name])
-    n_harmless = len(harmed) - sum(harmed)
-    text = (
-        f"{sum(harmed)} of {len(harmed)} domains (over all runs) were harmed; {n_alarms} alarms were raised, {false} of them for "
-    )
-    text += f"one of the {n_harmless} not harmed ({false / max(1, n_harmless):.1%}). "
-    if 0 < sum(harmed) < len(harmed):
-        text += f"AUROC of the last check's evidence: {auroc(np.array(evidence), np.array(harmed)):.3f}. "
-    if leads:
-        text += f"Lead of the {len(leads)} right alarms over the first checkpoint at which the measured NLL was up by {HARM}: "
-        text += f"median {np.median(leads):.0f} steps, {min(leads)} to {max(leads)}."
-    return text
-
-
-def harmed_at(run: Mapping[str, Any], zero: Mapping[str, Any], name: str) -> int:
-    """The first checkpoint at which the measured questions' NLL was up."""
-    for step, found in run["on_the_way"].items():
-        nll = np.array(found[name])
-        n = np.array(zero[name]["n"][: len(nll)], dtype=float)
-        if ratio(nll - np.array(zero[name]["nll"][: len(nll)]), n)[0] >= HARM:
-            return int(step)
-    return int(SETTINGS["training"]["steps"])
-
-
-def auroc(evidence: np.ndarray, harmed: np.ndarray) -> float:
-    ranks = stats.rankdata(evidence)
-    n = int(harmed.sum())
-    return float((ranks[harmed].sum() - n * (n + 1) / 2) / (n * (len(harmed) - n)))
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:

@@ -14,6 +14,7 @@ Means = Mapping[str, np.ndarray]
 Scores = dict[str, np.ndarray]
 """By the name of a score, one number for each of `DOMAINS`; for all but signed ones, large says that a domain changes much."""
 
+HARM, CLEAR = 0.1, 2.0  # nats per token, and times its standard error
 RIVALS = ("cosine of mean activations", "raw shift", "NLL at step 0")
 """Scores that need no SAE."""
 
@@ -96,6 +97,12 @@ def harm(run: Mapping[str, Any], zero: Mapping[str, Any], kind: str = "nll") -> 
     ]
     values, errors = zip(*pairs, strict=True)
     return np.array(values), np.array(errors)
+
+
+def is_harmed(value: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Whether changes are harm: by the threshold, and clear of their errors."""
+    harmed: np.ndarray = (value >= HARM) & (value >= CLEAR * error)
+    return harmed
 
 
 def ratio(change: np.ndarray, n: np.ndarray) -> tuple[float, float]:

@@ -21,10 +21,10 @@ from sts_callback.model.hooks import resolve
 from sts_callback.model.probes import ProbeSet, Query
 from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
+from validation.alarms import auroc, harmed_at
 from validation.data import CATEGORIES, DOMAINS, deal
 from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
-from validation.pages import auroc, harmed_at
 from validation.scores import ratio
 from validation.train import tune
 
