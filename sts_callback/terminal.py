@@ -26,6 +26,7 @@ from sts_callback.records import (
     in_capitals,
 )
 from sts_callback.remedies import Blame, BudgetFinding, Dial, Mix
+from sts_callback.validated import WHAT_HOLDS
 
 _WIDTH = 80
 _COLOURS: dict[Decision, str] = {
@@ -37,11 +38,6 @@ _COLOURS: dict[Decision, str] = {
 }
 _FINDINGS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
 _BAR = 8  # characters of twice a budget
-
-_FAVOURED = (
-    "Evidence so far (5 fine-tunes, one small model): movement is ranked best by\n"
-    "transfer, harm by the NLL change. Neither is settled; the rivals stand below."
-)
 
 _LEDGER_LEGEND = (
     "Spearman: of the forecast's number with the outcome over the domains of a run,\n"
@@ -104,7 +100,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         Text(f"STS forecast: what training will move ({held})", style="bold"),
         table,
         Text(legend, style="dim"),
-        Text(_FAVOURED + "\n", style="dim"),
+        Text(textwrap.fill(WHAT_HOLDS, _WIDTH) + "\n", style="dim"),
         rivals,
         Text(foot + "\n", style="dim"),
         *([Text(_OWN_ROLLOUTS, style="yellow")] if forecast.train_source == "own rollouts" else []),

@@ -34,6 +34,7 @@ TORCH_FREE = {
     "scalars",
     "settings",
     "terminal",
+    "validated",
 }
 STATISTICS = {"hindsight", "mix"}
 """Numpy and scipy, and nothing heavier."""
@@ -122,7 +123,7 @@ def torch_in_torch_free(path: str, source: str) -> list[str]:
 
 def report_beyond_the_standard_library(path: str, source: str) -> list[str]:
     """Imports in `report` of anything but the standard library and of the package's records and their log."""
-    allowed = [f"sts_callback.{name}" for name in ("report", "records", "remedies", "logged", "runlog", "errors")]
+    allowed = [f"sts_callback.{name}" for name in ("report", "records", "remedies", "logged", "runlog", "errors", "validated")]
     return breaches(
         path,
         source,

@@ -10,6 +10,7 @@ from sts_callback.report import charts, figures
 from sts_callback.report.markup import Html, join, tag
 from sts_callback.report.parts import badge, domain, meanings, more, name_row, say, section, table
 from sts_callback.report.story import Story
+from sts_callback.validated import WHAT_HOLDS
 
 _NAN = math.nan
 
@@ -31,8 +32,8 @@ def forecast_section(story: Story) -> Html:
         ),
         _pictures(story, forecast),
         say(
-            "The first picture says how much, never in which direction; the other two say which way, not how much a domain "
-            "moves. A forecast is a weaker push than training: no harm here is no promise of none."
+            "The first picture says how much, never in which direction; the other two ask which way. ",
+            WHAT_HOLDS,
         ),
         _judged(story),
         more("All scores and their rivals", _all_scores(story, forecast)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ from sts_callback.model.capture import undisturbed
 from sts_callback.model.encoder import load_encoder
 from sts_callback.model.hooks import resolve
 from sts_callback.model.probes import ProbeSet, Query
+from sts_callback.validated import WHAT_HOLDS
 from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
 from validation.alarms import auroc, harmed_at
 from validation.data import CATEGORIES, DOMAINS, deal
 from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
+from validation.plan import HERE
 from validation.scores import ratio
 from validation.train import tune
 
@@ -191,3 +194,12 @@ def test_what_adds_up_is_told_from_what_does_not() -> None:
     same = additivity(alone.mean(axis=0), alone)
     assert same["r"] == pytest.approx(1) and same["miss"] == pytest.approx(0, abs=1e-12) and same["miss of one source"] > 0.1
     assert abs(additivity(draw.normal(size=20), alone)["r"]) < 0.5
+
+
+def test_what_is_told_with_a_forecast_is_what_came_out() -> None:
+    results = (HERE / "RESULTS.md").read_text()
+    development = results[results.index("## Development half: 8 runs") :]
+    (movement,) = re.findall(r"^\| STS_net \| (\S+) \[.*$", development[: development.index("### Harm")], re.MULTILINE)
+    ((gentle, harsh),) = re.findall(r"^\| go \| .*?\((\S+)%\) \| .*?\((\S+)%\) \|$", development, re.MULTILINE)
+    assert f"Spearman {movement}" in WHAT_HOLDS
+    assert f"training harmed {float(gentle):.0f}% at a gentle rate and {float(harsh):.0f}% at a harsh one" in WHAT_HOLDS
