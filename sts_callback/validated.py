@@ -1,4 +1,4 @@
-"""What forecasts were worth in our own validation, told to those who read one; the numbers are of examples/validation/RESULTS.md."""
+"""What forecasts were worth in our own validation, told to those who read one; numbers of examples/validation/RESULTS.md."""
 
 WHAT_HOLDS = (
     "In our validation (8 LoRA runs on 4 data sets, 20 domains, one small model) transfer ordered domains by how far they then "
