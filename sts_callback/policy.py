@@ -1,8 +1,8 @@
 """From records and thresholds to a verdict with reasons. Movement and harm are two questions; only both together are a threat.
 
-Before training a score ranks how far domains move; that one stays where it is, none can say: in the validation's harsh runs those
-forecast to move least moved, too (examples/validation/RESULTS.md). The verdict is then by the NLL of answers alone, in training by
-feature drift and NLL.
+Before training a score ranks how far domains move; that one stays where it is, none can say: in the validation's harsh runs
+those forecast to move least moved, too (examples/validation/RESULTS.md). The verdict is then by the NLL of answers alone, in
+training by feature drift and NLL.
 """
 
 from __future__ import annotations
