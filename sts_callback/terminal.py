@@ -213,7 +213,7 @@ def mix_table(found: Mix, *, colour: bool | None = None) -> str:
     elif found.recommended:
         answer = f"Recommended: {shares}."
     elif found.finding == "beyond":
-        answer = f"No mixture within these caps keeps every budget. The nearest: {shares}."
+        answer = f"No mixture within these caps keeps every budget; train at a lower rate. The nearest: {shares}."
     else:
         answer = f"Cannot tell: no mixture is sure to keep every budget; give more queries. The nearest: {shares}."
     moved = [
