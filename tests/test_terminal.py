@@ -504,7 +504,7 @@ def _mix(train_change: float, replay_change: float) -> Mix:
     [
         (_mix(0.05, -0.4), "No replay is needed"),
         (_mix(0.15, -0.4), "Recommended: 720 rows of train (90%), 80 rows of cases (10%)."),
-        (_mix(0.3, 0.2), "No mixture within these caps keeps every budget; train at a lower rate. The nearest: 400 rows of train"),
+        (_mix(0.3, 0.2), "keeps every budget; train at a lower rate. The nearest: 400 rows of train"),
         (_mix(float("nan"), 0.2), "Cannot tell: no mixture is sure"),
     ],
     ids=["none", "some", "not enough", "unknown"],
