@@ -202,7 +202,8 @@ class Mix(Record):
             ),
             "pilot runs": (
                 "what a short run on each source alone did to each protected domain",
-                "that training goes on as it began; in our validation the mean held at a gentle rate, at a harsh one only its order",
+                "that training goes on as it began; in our validation the mean held at a gentle rate, at a harsh one only its "
+                "order",
             ),
         }[self.basis]
         return f"Measured: {measured}. Extrapolated: that a mixture does the mean of it by weight, and {assumed}."
