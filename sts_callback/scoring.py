@@ -138,10 +138,10 @@ def rank_agreement(one: Forecast, other: Forecast) -> float:
     """How far two forecasts, by SAEs of different layers say, order the domains alike.
 
     Returns:
-        Spearman's correlation of their transfers, in [-1, 1]; NaN with fewer than three domains or where all are alike.
+        Spearman's correlation of their scores, in [-1, 1]; NaN with fewer than three domains or where all are alike.
 
     """
-    transfers = [[d.transfer.value for d in f.domains.values()] for f in (one, other)]
+    transfers = [[d.sts_net.value for d in f.domains.values()] for f in (one, other)]
     if len(transfers[0]) < 3 or any(len(set(values)) < 2 for values in transfers):
         return _NAN
     return float(stats.spearmanr(*transfers).statistic)

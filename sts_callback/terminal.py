@@ -58,8 +58,8 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         transfer, change = row.transfer, row.nll_change
         table.add_row(
             Text(("! " if row.name in verdict.threatened else "  ") + row.name),
-            f"{transfer.value:.0%}",
-            f"{transfer.low:.0%} to {transfer.high:.0%}",
+            _percent(transfer.value),
+            _interval(transfer),
             f"{row.rank[0]}-{row.rank[1]}" if row.rank[0] else "",
             f"{change.value:+.2f}",
             f"{change.low:+.2f} to {change.high:+.2f}",
@@ -89,6 +89,11 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         "examples in context against plain prose, nats a token; gradient: by a small\n"
         "step that gains the training data one nat; + is bad."
     )
+    if math.isnan(forecast.train.transfer.value):
+        legend += (
+            "\nTransfer is unknown: the training examples shift hardly more than plain prose\n"
+            "does. What order there is, by net, has told nothing in such a case."
+        )
     parts_of_time = ", ".join(f"{part} {seconds:.0f}" for part, seconds in forecast.seconds_by_part.items() if seconds >= 0.5)
     foot = (
         f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {forecast.unexplained:.0%} of variance\n"
@@ -120,7 +125,7 @@ def layers_table(forecasts: Sequence[Forecast], agreement: Sequence[float], *, c
     """
     table = _table("transfer by SAE", *(f"{number}" for number in range(1, len(forecasts) + 1)))
     for name in forecasts[0].domains:
-        table.add_row(Text("  " + name), *(f"{f.domains[name].transfer.value:.0%}" for f in forecasts))
+        table.add_row(Text("  " + name), *(_percent(f.domains[name].transfer.value) for f in forecasts))
     table.add_row(Text("agreement in order", style="bold"), *(f"{value:.2f}" for value in agreement))
     names = [Text(f"  {n}: {f.identity.sae_name} at {f.identity.hook_name}", style="dim") for n, f in enumerate(forecasts, 1)]
     return _rendered([table, *names], colour)
@@ -392,6 +397,14 @@ def _table(first: str, *titles: str) -> Table:
 def _downwards(number: float) -> tuple[bool, float]:
     """Sorts the largest first and NaN last."""
     return math.isnan(number), -number
+
+
+def _percent(share: float) -> str:
+    return "unknown" if math.isnan(share) else f"{share:.0%}"
+
+
+def _interval(share: Estimate) -> str:
+    return "" if math.isnan(share.low) else f"{share.low:.0%} to {share.high:.0%}"
 
 
 def _short(number: float) -> str:

@@ -118,7 +118,7 @@ def test_wide_intervals_keep_the_width_and_lose_no_letter() -> None:
     record = forecast(domain_forecast("translation", **wild))
     text = forecast_table(record, _judged(record), colour=False)
     _assert_narrow(text)
-    first_table = text.split("transfer: STS_cross")[0].splitlines()[2:]
+    first_table = text.split("transfer: STS_net")[0].splitlines()[2:]
     assert "-12000% to 13000%" in text
     assert "-113.00 to +11.00" in text
     assert "".join(line[:8].strip() for line in first_table).startswith("train")
@@ -131,7 +131,17 @@ def test_missing_numbers_are_shown_as_such() -> None:
     text = forecast_table(record, _judged(record), colour=False)
     _assert_narrow(text)
     (row,) = [r for r in _rows(text) if "law" in r]
-    assert " ".join(row.split()) == "! law nan% nan% to nan% 1-1 +nan +nan to +nan +nan"
+    assert " ".join(row.split()) == "! law unknown 1-1 +nan +nan to +nan +nan"
+
+
+def test_an_unknown_transfer_is_explained() -> None:
+    unclear = domain_forecast("train", sts_net=score(0.1, -0.1, 0.3, own=NAN))
+    record = forecast(domain_forecast("law", sts_net=score(0.1, own=NAN)), train=unclear)
+    text = forecast_table(record, _judged(record), colour=False)
+    _assert_narrow(text)
+    assert text.count("unknown") >= 3 and "nan%" not in text
+    assert "shift hardly more than plain prose" in text
+    assert "Transfer is unknown" not in forecast_table(_forecast(), _judged(_forecast()), colour=False)
 
 
 def test_training_data_come_first_then_the_domains_that_move_most() -> None:
