@@ -125,7 +125,7 @@ def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
-        "STS_LEDGER": str(folder / "ledger.jsonl"),
+        "STS_LEDGER": "ledger.jsonl",
         "TOKENIZERS_PARALLELISM": "false",
     }
     return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -141,10 +141,10 @@ def rank_agreement(one: Forecast, other: Forecast) -> float:
         Spearman's correlation of their scores, in [-1, 1]; NaN with fewer than three domains or where all are alike.
 
     """
-    transfers = [[d.sts_net.value for d in f.domains.values()] for f in (one, other)]
-    if len(transfers[0]) < 3 or any(len(set(values)) < 2 for values in transfers):
+    found = [[d.sts_net.value for d in f.domains.values()] for f in (one, other)]
+    if len(found[0]) < 3 or any(len(set(values)) < 2 for values in found):
         return _NAN
-    return float(stats.spearmanr(*transfers).statistic)
+    return float(stats.spearmanr(*found).statistic)
 
 
 def set_baseline(reading: Reading) -> SetBaseline:
