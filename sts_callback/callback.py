@@ -17,8 +17,7 @@ from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Source
 from sts_callback.domains.starter import choose_domains
 from sts_callback.errors import ConfigError
-from sts_callback.monitor import TRAIN
-from sts_callback.records import Forecast, Verdict
+from sts_callback.records import TRAIN, Forecast, Verdict
 from sts_callback.rollouts import Rollouts
 from sts_callback.run import Run
 from sts_callback.settings import Action, CheckOn, Settings, STSArguments

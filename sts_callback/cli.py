@@ -176,7 +176,8 @@ def _mix(args: argparse.Namespace) -> int:
     domains, policy, config = _settings(args)
 
     from sts_callback.domains.reader import read_rows
-    from sts_callback.mix import TRAIN, Caps, pilot_effects, plan, require_sources, search
+    from sts_callback.mix import Caps, pilot_effects, plan, require_sources, search
+    from sts_callback.records import TRAIN
     from sts_callback.remedies import Mix
     from sts_callback.terminal import mix_table
 

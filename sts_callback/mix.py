@@ -20,12 +20,10 @@ from sts_callback.config import MAX_REPEATS, MAX_REPLAY, PolicyConfig
 from sts_callback.errors import ConfigError
 from sts_callback.metrics.mixing import apportioned, best_weights
 from sts_callback.policy import judge_budget
-from sts_callback.records import Estimate, Identity
+from sts_callback.records import TRAIN, Estimate, Identity
 from sts_callback.remedies import BudgetFinding, Mix, MixedDomain, MixPoint, SourceEffect, gravest
 from sts_callback.runlog import run_log_in
 
-TRAIN = "train"
-"""The source that the others are mixed into."""
 STEP = 0.05
 """Of the share of the training data, from mixture to mixture."""
 

@@ -35,16 +35,13 @@ from sts_callback.model.probes import (
 )
 from sts_callback.model.weights import Weights, weights_of
 from sts_callback.readings import Fit, Peaks, Reading
-from sts_callback.records import Check, DomainForecast, DriftSnapshot, Estimate, FeatureInWords, Forecast
+from sts_callback.records import TRAIN, Check, DomainForecast, DriftSnapshot, Estimate, FeatureInWords, Forecast
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
 from sts_callback.words import in_words
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
-
-TRAIN = "train"
-"""Name of the training data's own probe set."""
 
 _N_WORDS = 10  # features of a forecast that are looked up
 

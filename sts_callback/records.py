@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 SCHEMA_VERSION = 1
+TRAIN = "train"
+"""What records call the training data, beside the domains."""
 
 Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
 Status = Literal["pass", "warn", "refuse"]

@@ -27,9 +27,8 @@ from sts_callback.metrics.scores import n_shared
 from sts_callback.metrics.sums import token_mean
 from sts_callback.model.capture import undisturbed
 from sts_callback.model.probes import ProbeSet, Query, bos_tokens, make_completion_set, make_probe_set, neutral_tokens
-from sts_callback.monitor import TRAIN
 from sts_callback.readings import BARE, Reading, Reference
-from sts_callback.records import DriftSnapshot
+from sts_callback.records import TRAIN, DriftSnapshot
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
 from validation import measure, mixtures
 from validation.data import CATEGORIES, DOMAINS, Row, deal

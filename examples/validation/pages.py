@@ -15,7 +15,7 @@ from scipy import stats
 
 from sts_callback.policy import judge_budget
 from sts_callback.records import Estimate
-from validation.alarms import auroc_of_evidence, monitor, share
+from validation.alarms import Table, auroc_of_evidence, monitor, share
 from validation.data import DOMAINS
 from validation.mixtures import additivity
 from validation.plan import CANDIDATES, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
@@ -25,7 +25,6 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 N_BOOT = 2000
-Table = list[list[str]]
 
 
 def write_report(*, opened: bool) -> None:

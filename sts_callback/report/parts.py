@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from sts_callback.records import Decision, Estimate, in_capitals
+from sts_callback.records import TRAIN, Decision, Estimate, in_capitals
 from sts_callback.report import figures
 from sts_callback.report.markup import Html, join, shortened, tag
 
-TRAIN = "train"
-"""What records call the training data."""
 _LONGEST_NAME = 60
 _BADGES: dict[Decision, str] = {
     "go": "good",
