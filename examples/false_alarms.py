@@ -9,7 +9,7 @@ Four nulls on Gemma 3 270M, settings fixed beforehand, the policy at its default
 - the same weights rounded to bfloat16, as a checkpoint saved in it would be;
 - weights that have really moved, but with no mean effect: random noise is added, each domain's per-query NLL changes are centred,
   scaled so that their spread is what a budget's worth of change would be hidden in, and get random signs, anew for each of many
-  pairs of checks. Drift stays as measured, so only the test of harm stands between the null and an alarm.
+  checks. Drift stays as measured, so only the test of harm stands between the null and an alarm.
 
 Results go to `false_alarms.json` beside this file.
 """
@@ -47,13 +47,12 @@ from word_problems import word_problems
 
 PROBES = ProbeConfig(n_queries=12, max_tokens=40, n_domain_demonstrations=3)
 POLICY = PolicyConfig(budgets=dict.fromkeys(PROTECTED, DEFAULT_BUDGET))
-N_STEPS, LAYOUTS, N_PAIRS = 4, (64, 128, 256, 512), 2000
+N_STEPS, LAYOUTS, N_CHECKS = 4, (64, 128, 256, 512), 2000
 NOISE = 0.03  # standard deviation of the noise on each weight matrix, in multiples of its own
 
 
 def tally(checks: Sequence[DriftSnapshot]) -> dict[str, float]:
-    """Alarms without patience: each check stands twice, as if it had held."""
-    alarms = [name for s in checks for name in alarmed(s, s)]
+    alarms = [name for s in checks for name in alarmed(s)]
     return {
         "checks": len(checks),
         "domain_checks": len(checks) * len(PROTECTED),
@@ -63,9 +62,8 @@ def tally(checks: Sequence[DriftSnapshot]) -> dict[str, float]:
     }
 
 
-def alarmed(*checks: DriftSnapshot) -> tuple[str, ...]:
-    verdict = judge_drift(checks, POLICY)
-    return verdict.alarmed
+def alarmed(check: DriftSnapshot) -> tuple[str, ...]:
+    return judge_drift([check], POLICY).alarmed
 
 
 def learning_rate_0(name: str) -> list[DriftSnapshot]:
@@ -126,16 +124,12 @@ def main() -> None:
         {k: v + NOISE * v.std() * torch.randn_like(v) if v.dim() == 2 and "layers" in k else v for k, v in weights.items()}
     )
     moved, generator = monitor.check(0), np.random.default_rng(0)
-    single, held = 0, 0
-    for _ in tqdm(range(N_PAIRS), desc="Pairs of checks without harm"):
-        one, other = (with_random_signs(moved, generator) for _ in range(2))
-        single += bool(alarmed(one, one))
-        held += bool(alarmed(one, other))
+    checks = tqdm(range(N_CHECKS), desc="Checks without harm")
+    n_alarms = sum(bool(alarmed(with_random_signs(moved, generator))) for _ in checks)
     results["random_signs"] = {
-        "pairs": N_PAIRS,
+        "checks": N_CHECKS,
         "smallest_drift": min(d.relative_drift.value for d in moved.domains.values()),
-        "alarms_same_check_twice": single,
-        "alarms_two_checks": held,
+        "checks_with_alarms": n_alarms,
         "budget_passed_by_chance_share": float(
             np.mean(
                 [with_random_signs(moved, generator).domains[PROTECTED[0]].nll_change.value >= DEFAULT_BUDGET for _ in range(300)]

@@ -16,7 +16,7 @@ from sts_callback.errors import DataError
 from sts_callback.files import write_whole
 from sts_callback.logged import Logged
 from sts_callback.records import Decision, DomainDrift, DomainForecast
-from sts_callback.report.figures import UNKNOWN, counted, interval, nats, percent, percent_1
+from sts_callback.report.figures import UNKNOWN, counted, in_a_row, interval, nats, percent, percent_1
 from sts_callback.report.headline import ended_alarms
 from sts_callback.report.story import Story, tell
 from sts_callback.runlog import RunLog, run_log_in
@@ -226,8 +226,7 @@ def _how(story: Story) -> Iterator[str]:
         policy = story.settings.policy
         yield (
             f"An alarm takes drift of at least {percent(policy.min_drift)}, a rise of NLL of at least the budget, a permutation "
-            f"test at {policy.alpha:g} over all protected domains together, and all that at {counted(policy.patience, 'check')} "
-            "in a row."
+            f"test at {policy.alpha:g} over all protected domains together, and all that at {in_a_row(policy.patience)}."
         )
         yield f"Versions: {', '.join(f'{name} {number}' for name, number in story.settings.versions.items())}."
 

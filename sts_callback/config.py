@@ -70,8 +70,9 @@ class PolicyConfig:
     """Protected domains, and the rise of answer NLL each may suffer, in nats per token."""
     min_drift: float = 0.05
     """A domain moves if its squared feature drift is at least this share of its squared feature activity at step 0."""
-    patience: int = 2
-    """Successive checks that a threat must hold before it alarms."""
+    patience: int = 1
+    """Successive checks that a threat must hold before it alarms. In the validation's development half one was enough: none of 86
+    domains without harm alarmed, and of 74 with it 48 did instead of 28 with two (examples/validation/RESULTS.md)."""
     alpha: float = 0.01
     """Of one check without any harm, the chance that some protected domain's NLL passes the test of a rise."""
     max_unseen: float = 0.5

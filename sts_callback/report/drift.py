@@ -28,7 +28,7 @@ def drift_section(story: Story) -> Html:
     else:
         thresholds = (
             f"Dashed: drift counts as movement from {figures.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
-            f"domain's budget on. An alarm needs both, at {figures.counted(policy.patience, 'check')} in a row."
+            f"domain's budget on. An alarm needs both, at {figures.in_a_row(policy.patience)}."
         )
     train = drift.latest.train.name
     names = [name for name in story.domains if name in drift.series]

@@ -76,3 +76,8 @@ def listing(names: Sequence[str], most: int = 6) -> str:
 def counted(n: int, noun: str) -> str:
     """A number of things."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def in_a_row(n_checks: int) -> str:
+    """How long something must hold."""
+    return "one check" if n_checks == 1 else f"{n_checks} checks in a row"

@@ -42,6 +42,8 @@ def test_what_is_unknown_is_a_dash(form: figures.Form) -> None:
         (figures.listing(["a", "b", "c", "d"], 2), "a, b and 2 more"),
         (figures.counted(1, "check"), "1 check"),
         (figures.counted(0, "check"), "0 checks"),
+        (figures.in_a_row(1), "one check"),
+        (figures.in_a_row(2), "2 checks in a row"),
         (figures.interval(estimate(1, 0.5, 2), figures.percent), "50% to 200%"),
         (figures.interval(estimate(1, NAN, NAN), figures.percent), ""),
     ],
