@@ -17,7 +17,8 @@ from peft import LoraConfig, get_peft_model
 from logs import whole_run, written
 from past import lawful_runs
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
-from sts_callback.cli import BUG, CANNOT_TELL, GO, NO_GO, PIPE_CLOSED, WRONG_INPUT, main
+from sts_callback.cli import PIPE_CLOSED, main
+from sts_callback.cli.common import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT
 from sts_callback.ledger import Entry, Expectations, TrackRecord, append
 from sts_callback.logged import JudgedCheck
 from sts_callback.records import Check, Forecast, Verdict
@@ -300,7 +301,7 @@ def test_files_that_cannot_be_used_are_refused_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("sts_callback.cli._loaded", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sts_callback.cli.common.loaded", lambda *args: pytest.fail("the model was loaded"))
     given = [part.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path)) for part in change]
     assert main(command(files, *given)) == WRONG_INPUT
     assert re.search(message, capsys.readouterr().err)

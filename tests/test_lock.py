@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from sts_callback.cli import COMMANDS
+from sts_callback.cli.options import parser
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import ConfigError, DataError
 from sts_callback.lock import Difference, Lock, differences, lock_of, read_lock, require_same, write_lock
 from sts_callback.monitor import Monitor
-from sts_callback.options import parser
 from sts_callback.records import SCHEMA_VERSION
 from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
 

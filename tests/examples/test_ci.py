@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from sts_callback.cli import COMMANDS
-from sts_callback.options import parser
+from sts_callback.cli.options import parser
 
 FILE = Path(__file__).parents[2] / "examples" / "ci" / "forecast.yml"
 TEXT = FILE.read_text(encoding="utf-8")

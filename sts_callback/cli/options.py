@@ -1,4 +1,4 @@
-"""Options of the command line: what can be asked, and how. What is done then is in `cli`."""
+"""Options of the command line: what can be asked, and how. What is done then is in the other modules here."""
 
 from __future__ import annotations
 

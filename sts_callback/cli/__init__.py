@@ -1,0 +1,68 @@
+"""The command line of `sts-callback`, a function for each command. Only it prints.
+
+Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from sts_callback.cli import against, ahead, finished
+from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
+from sts_callback.cli.options import parser
+from sts_callback.errors import CannotTell, StsError
+
+PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "doctor": ahead.doctor,
+    "forecast": ahead.forecast,
+    "mix": against.mix,
+    "blame": against.blame,
+    "dial": against.dial,
+    "report": finished.report,
+    "card": finished.card,
+    "ledger": finished.ledger,
+    "saes": finished.saes,
+}
+
+
+def entry() -> None:
+    """Run as a console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Returns:
+        The exit code.
+
+    """
+    try:
+        args = parser(COMMANDS).parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or a complaint
+        return stop.code if isinstance(stop.code, int) else WRONG_INPUT
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # its reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return PIPE_CLOSED
+    except CannotTell as error:
+        print(f"sts-callback: {error}", file=sys.stderr)
+        return CANNOT_TELL
+    except StsError as error:
+        print(f"sts-callback: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except Exception:
+        traceback.print_exc()
+        print("sts-callback: this is a bug of ours; please report it with the lines above.", file=sys.stderr)
+        return BUG
