@@ -26,7 +26,7 @@ from gemma import loaded_gemma
 from sts_callback import Monitor, PolicyConfig, ProbeConfig
 from sts_callback.config import DEFAULT_BUDGET
 from sts_callback.domains.starter import starter_domains
-from sts_callback.terminal import doctor_table
+from sts_callback.terminal.forecast import doctor_table
 from word_problems import word_problems
 
 PROBES = ProbeConfig(n_queries=16)

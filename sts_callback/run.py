@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from sts_callback import hindsight, ledger, scalars, terminal
+from sts_callback import hindsight, ledger, scalars
 from sts_callback.config import ProbeConfig
 from sts_callback.distributed import Ranks
 from sts_callback.domains.reader import Source, are_prompts_only
@@ -29,6 +29,8 @@ from sts_callback.rollouts import Rollouts, require_enough, require_possible, sa
 from sts_callback.runlog import RunLog
 from sts_callback.scoring import rank_agreement
 from sts_callback.settings import Settings
+from sts_callback.terminal.forecast import check_lines, forecast_table, layers_table
+from sts_callback.terminal.ledger import expectations_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -292,16 +294,16 @@ class Run:
 
     def _show_forecast(self) -> None:
         assert self.forecast is not None and self.verdict is not None
-        tqdm.write(terminal.forecast_table(self.forecast, self.verdict))
+        tqdm.write(forecast_table(self.forecast, self.verdict))
         if self._others:
             forecasts = [self.forecast, *self._others]
-            tqdm.write(terminal.layers_table(forecasts, [rank_agreement(self.forecast, f) for f in forecasts]))
+            tqdm.write(layers_table(forecasts, [rank_agreement(self.forecast, f) for f in forecasts]))
 
     def _show_expectations(self) -> None:
         assert self.forecast is not None
         expected = hindsight.expectations(ledger.read().entries, self.forecast)
         if expected is not None:
-            tqdm.write(terminal.expectations_table(expected))
+            tqdm.write(expectations_table(expected))
 
     def _enter_outcome(self) -> None:
         if self.forecast is not None and self._recent:
@@ -372,7 +374,7 @@ class Run:
         is_new, self._alarmed = set(verdict.alarmed) - set(self._alarmed), verdict.alarmed
         self._guard.run(state, "run log", lambda: self._write_check(monitor, snapshot, verdict), first_only=True)
         n_features = self._settings.probes.n_features
-        self._guard.run(state, "screen", lambda: tqdm.write(terminal.check_lines(snapshot, verdict, n_features)), first_only=True)
+        self._guard.run(state, "screen", lambda: tqdm.write(check_lines(snapshot, verdict, n_features)), first_only=True)
         self._overhead.learn(self._overhead.spent_s - before_s)
         self._guard.run(state, "trainer's log", lambda: self._log_scalars(state, control, snapshot))
         if is_new:

@@ -16,18 +16,9 @@ from sts_callback.mix import Caps, search
 from sts_callback.policy import judge_drift, judge_forecast
 from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Snippet, Verdict
 from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame, Mix, SourceEffect
-from sts_callback.terminal import (
-    blame_table,
-    check_lines,
-    dial_table,
-    doctor_table,
-    expectations_table,
-    forecast_table,
-    layers_table,
-    ledger_table,
-    mix_table,
-    words_lines,
-)
+from sts_callback.terminal.forecast import check_lines, doctor_table, forecast_table, layers_table, words_lines
+from sts_callback.terminal.ledger import expectations_table, ledger_table
+from sts_callback.terminal.remedies import blame_table, dial_table, mix_table
 
 NAMES = ("code", "everyday", "law", "health", "translation")
 HARM: dict[str, Any] = {"nll_change": 0.5}

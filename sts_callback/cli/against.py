@@ -35,7 +35,7 @@ def mix(args: argparse.Namespace) -> int:
 
     from sts_callback.mix import plan, search
     from sts_callback.remedies import Mix
-    from sts_callback.terminal import mix_table
+    from sts_callback.terminal.remedies import mix_table
 
     started = time.monotonic()
     basis, identity, effects = _effects(args, sources, domains, policy, config)
@@ -105,7 +105,7 @@ def blame(args: argparse.Namespace) -> int:
     made_monitor, policy = prepared(args)
 
     from sts_callback.domains.reader import read_rows
-    from sts_callback.terminal import blame_table
+    from sts_callback.terminal.remedies import blame_table
 
     rows, monitor = read_rows(args.train, "train_data"), made_monitor(sae=args.sae)
     if run is not None:
@@ -149,7 +149,7 @@ def dial(args: argparse.Namespace) -> int:
     domains, policy, config = settings(args)
 
     from sts_callback.dial import dial, with_adapter
-    from sts_callback.terminal import dial_table
+    from sts_callback.terminal.remedies import dial_table
 
     model, tokenizer = loaded(args.model, args.device)
     found = dial(

@@ -23,7 +23,7 @@ def doctor(args: argparse.Namespace) -> int:
     """Look whether an answer can be had."""
     made_monitor, policy = prepared(args)
 
-    from sts_callback.terminal import doctor_table
+    from sts_callback.terminal.forecast import doctor_table
 
     refused = False
     for sae in args.sae:
@@ -47,7 +47,8 @@ def forecast(args: argparse.Namespace) -> int:
 
     from sts_callback.policy import judge_domains, judge_forecast
     from sts_callback.scoring import rank_agreement
-    from sts_callback.terminal import expectations_table, forecast_table, layers_table, words_lines
+    from sts_callback.terminal.forecast import forecast_table, layers_table, words_lines
+    from sts_callback.terminal.ledger import expectations_table
 
     monitor = made_monitor(sae=args.sae)
     lock = lock_of(monitor, policy) if args.lock else None

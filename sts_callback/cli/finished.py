@@ -61,7 +61,7 @@ def ledger(args: argparse.Namespace) -> int:
     from sts_callback.errors import DataError
     from sts_callback.hindsight import track_records
     from sts_callback.ledger import ledger_file, read
-    from sts_callback.terminal import ledger_table
+    from sts_callback.terminal.ledger import ledger_table
 
     file = ledger_file()
     try:
