@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
             ["dial", *MEASURED, "--adapter", "run", "--protect", "law", *SMALL, "--scales", "0.05", "0.1", "0.25", "1"],
         ),
         (
-            "Which of 100 of its rows fire what threatens law? In the run's report, too.",
+            "Which of 100 of its rows fire what law lives on? In the run's report, too.",
             ["blame", *MEASURED, *train, "--protect", "law", *SMALL, "--rows", "100", "--top", "5", "--run-dir", "run"],
         ),
         ("The run as a page.", ["report", "run"]),

@@ -1,4 +1,4 @@
-"""Which training rows fire the features through which the training data threatens a protected domain.
+"""Which training rows fire the features on which a protected domain lives.
 
 It tells where features fire, by one pass up to the SAE's layer: a place to look first, not a proof of cause.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -15,19 +16,21 @@ from pathlib import Path
 
 import torch
 
-from sts_callback.baseline import SetBaseline
 from sts_callback.config import ROWS_READ, ROWS_SHOWN
 from sts_callback.domains.reader import Row
 from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.files import write_whole
 from sts_callback.metrics.rows import contributions, limit_of_scores
 from sts_callback.monitor import Monitor
-from sts_callback.records import Forecast, Snippet
+from sts_callback.readings import Peaks
+from sts_callback.records import Snippet
 from sts_callback.remedies import Blame, BlamedRow, DomainBlame
 from sts_callback.words import snippet
 
 MOST_LEFT_OUT = 0.1
 """Share of the rows read that are named to be left out, at most: more is no filter but another data set."""
+MOST_FEATURES = 1000
+"""Of each domain, those that it fires most. Our choice: as many as all that a dozen queries fire of a small SAE's."""
 
 
 def blame(
@@ -35,26 +38,25 @@ def blame(
     rows: Sequence[Row],
     protected: Sequence[str],
     *,
-    forecast: Forecast | None = None,
     n_rows: int = ROWS_READ,
     n_top: int = ROWS_SHOWN,
 ) -> Blame:
-    """Rank training rows by how strongly they fire what threatens protected domains.
+    """Rank training rows by how far they fire the features on which protected domains live.
 
-    A feature of the forecast weighs as much as the training demonstrations shift it in the domain. A row's score is the weighted
-    mean of its activations, over prompt and answer, relative to those of an average row (see `metrics.rows`).
+    Each row, prompt and answer, is compared with the domain by how both depart from an average row (see `metrics.rows`), on the
+    features that the domain fires most. Those of the forecast would not do: they are what the bulk of the training data
+    shifts, and a few rows of another kind do not fire them.
 
     Args:
         monitor: of the untrained model, the training data and the protected domains.
         rows: the training data, see `domains.reader`.
         protected: names of domains that the monitor measures.
-        forecast: the monitor's newest by its first SAE; made here if it is not given.
         n_rows: how many rows to read; of more, a sample drawn by the settings' seed.
         n_top: how many rows to name for each domain.
 
     Raises:
         ConfigError: if no domain is protected or a number is below 1.
-        CannotTell: if nothing of a domain shifted, or no row fires what did.
+        CannotTell: if the SAE does not fit, or a domain fires nothing by which rows could be told apart.
 
     """
     if not protected:
@@ -62,18 +64,17 @@ def blame(
     for option, value in (("rows", n_rows), ("top", n_top)):
         if value < 1:
             raise ConfigError(f"{option}: got {value}; allowed is 1 or more.")
-    forecast = forecast or monitor.forecast()
-    assert monitor.baseline is not None, "the forecast is another monitor's"
     started = time.monotonic()
-    read = _read(monitor, forecast, rows, n_rows)
+    domains = {name: _Domain.of(name, fired) for name, fired in monitor.read_domains(protected).items()}
+    read = _read(monitor, sorted({j for domain in domains.values() for j in domain.features}), rows, n_rows)
     found: dict[str, DomainBlame] = {}
     excess = torch.zeros(len(read.numbers), dtype=torch.float64)
     for name in protected:
-        found[name], scores = _domain(name, monitor.baseline.sets[name], read, n_top)
+        found[name], scores = _blamed(domains[name], read, n_top)
         excess = torch.maximum(excess, scores / found[name].threshold)
     worst = excess.argsort(descending=True, stable=True)[: int(MOST_LEFT_OUT * len(excess))].tolist()
     return Blame(
-        identity=forecast.identity,
+        identity=monitor.identity,
         n_rows=len(rows),
         n_read=len(read.numbers),
         n_cut=read.n_cut,
@@ -84,11 +85,35 @@ def blame(
 
 
 @dataclass(frozen=True)
+class _Domain:
+    """What a protected domain fires."""
+
+    name: str
+    features: list[int]
+    """Those that it fires most, ascending."""
+    query_activity: torch.Tensor
+    """Their mean activation over each query's tokens, `(n_queries, n_features)`."""
+    activity: torch.Tensor
+    """The same over all tokens, `(n_features,)`."""
+
+    @classmethod
+    def of(cls, name: str, fired: Peaks) -> _Domain:
+        """From what its queries fire, of all features."""
+        counted = fired.n_tokens > 0
+        sums, n_tokens = fired.activity[counted].double(), fired.n_tokens[counted]
+        activity = sums.sum(dim=0) / n_tokens.sum()
+        if not bool(activity.sum() > 0):
+            raise CannotTell(f"{name}: none of its {len(counted)} queries fires a feature; ask the doctor about SAE and probes.")
+        features = activity.topk(min(MOST_FEATURES, int((activity > 0).sum()))).indices.sort().values
+        return cls(name, features.tolist(), sums[:, features] / n_tokens.unsqueeze(1), activity[features])
+
+
+@dataclass(frozen=True)
 class _Read:
     """Training rows, as far as tokens of them count."""
 
-    features: tuple[int, ...]
-    """Of the forecast."""
+    features: list[int]
+    """Those that were looked at."""
     numbers: list[int]
     """Of the rows, in the training data."""
     mean_activity: torch.Tensor
@@ -99,10 +124,10 @@ class _Read:
     """Rows that were too long."""
 
 
-def _read(monitor: Monitor, forecast: Forecast, rows: Sequence[Row], n_rows: int) -> _Read:
+def _read(monitor: Monitor, features: list[int], rows: Sequence[Row], n_rows: int) -> _Read:
     """Run a sample of rows up to the SAE's layer."""
     chosen = sorted(random.Random(f"{monitor.config.seed}/rows").sample(range(len(rows)), min(n_rows, len(rows))))
-    texts, used, peaks = monitor.read_rows([rows[i] for i in chosen], forecast.features)
+    texts, used, peaks = monitor.read_rows([rows[i] for i in chosen], features)
     counted = (peaks.n_tokens > 0).nonzero()[:, 0]  # a row may hold nothing but sinks and special tokens
 
     def peak(row: int, feature: int) -> Snippet:
@@ -112,42 +137,27 @@ def _read(monitor: Monitor, forecast: Forecast, rows: Sequence[Row], n_rows: int
         return snippet(query.query, column, float(peaks.highest[text, feature]), monitor.tokenizer)
 
     mean_activity = peaks.activity[counted] / peaks.n_tokens[counted].unsqueeze(1)
-    return _Read(forecast.features, [chosen[used[i]] for i in counted.tolist()], mean_activity, peak, texts.n_cut)
+    return _Read(features, [chosen[used[i]] for i in counted.tolist()], mean_activity, peak, texts.n_cut)
 
 
-def _domain(name: str, step_zero: SetBaseline, read: _Read, n_top: int) -> tuple[DomainBlame, torch.Tensor]:
+def _blamed(domain: _Domain, read: _Read, n_top: int) -> tuple[DomainBlame, torch.Tensor]:
     """What rows have to do with one domain, and the scores of all, `(n_rows,)`."""
-    shift, own_activity = (x[list(read.features)].double() for x in (step_zero.mean_train_shift, step_zero.mean_activity))
-    weights, average = shift / shift.sum(), read.mean_activity.double().mean(dim=0)
-    parts = contributions(read.mean_activity, average, weights)
+    columns = torch.searchsorted(torch.tensor(read.features), torch.tensor(domain.features)).tolist()
+    roots = read.mean_activity[:, columns].double().sqrt()
+    average = roots.mean(dim=0)
+    parts, own_parts = (contributions(x, domain.activity, average) for x in (roots.square(), domain.query_activity))
     scores = parts.sum(dim=1)
-    if len(scores) == 0 or not bool(scores.isfinite().all()):
-        raise CannotTell(
-            f"{name}: none of the {len(scores)} rows read fires a feature of the forecast that shifts in this domain; look at "
-            "its forecast, or read more rows."
-        )
-    own_score = float(contributions(own_activity, average, weights).sum())
-    strongest, limit = parts.argmax(dim=1), limit_of_scores(scores, own_score)
-    rows = tuple(
-        BlamedRow(
-            row=read.numbers[i],
-            score=float(scores[i]),
-            feature=read.features[j],
-            feature_share=float(parts[i, j] / scores[i]) if scores[i] > 0 else 0.0,
-            snippet=read.peak(i, j),
-        )
-        for i, j in ((i, int(strongest[i])) for i in scores.argsort(descending=True, stable=True)[:n_top].tolist())
-    )
-    heaviest = weights.argsort(descending=True, stable=True).tolist()
+    own_score = float(own_parts.sum(dim=1).quantile(0.5))
+    limit = limit_of_scores(scores, own_score)
+    strongest = parts.where(roots > average, -math.inf).argmax(dim=1)
+    top = [(i, columns[int(strongest[i])]) for i in scores.argsort(descending=True, stable=True)[:n_top].tolist()]
     made = DomainBlame(
-        name=name,
-        weights=tuple((read.features[j], float(weights[j])) for j in heaviest),
-        silent_weight=float(weights[average == 0].sum()),
+        name=domain.name,
         own_score=own_score,
         median=float(scores.quantile(0.5)),
         threshold=limit,
         n_standing_out=int((scores > limit).sum()),
-        rows=rows,
+        rows=tuple(BlamedRow(read.numbers[i], float(scores[i]), read.features[j], read.peak(i, j)) for i, j in top),
     )
     return made, scores
 

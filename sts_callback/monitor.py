@@ -267,8 +267,26 @@ class Monitor:
         now_acts, then_acts = (self._gauge.read_activity(s, bare, batch_tokens=batch_tokens) for s in (now_set, then_set))
         return scoring.text_drift(now_acts, then_acts)
 
+    def read_domains(self, names: Sequence[str]) -> dict[str, Peaks]:
+        """How strongly domains' queries fire the features of the first SAE, all of them. No forecast is made.
+
+        Args:
+            names: of the domains.
+
+        Raises:
+            CannotTell: if the SAE does not fit the model's activations.
+
+        """
+        chosen, features = [self.domains[name] for name in names], range(self._gauge.lenses[0].encoder.d_sae)
+        with undisturbed(self._model), self._bar("Domains", sum(len(s.queries) for s in chosen)) as bar:
+            bare = self._context((), with_answers=True)
+            doctor.require_fit(self._fit_checks(bare))
+            return {s.name: self._gauge.read_peaks(s, bare, features, bar.update) for s in chosen}
+
     def read_rows(self, rows: Sequence[Row], features: Sequence[int]) -> tuple[ProbeSet, tuple[int, ...], Peaks]:
-        """How strongly whole rows, prompt and answer, fire features of the first SAE. Needs `forecast` or `restore` before.
+        """How strongly whole rows, prompt and answer, fire features of the first SAE.
+
+        Needs `read_domains`, `forecast` or `restore` before.
 
         Args:
             rows: training examples, see `domains.reader`.

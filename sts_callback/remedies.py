@@ -25,31 +25,25 @@ def mildest(findings: Iterable[BudgetFinding]) -> BudgetFinding:
 
 @dataclass(frozen=True)
 class BlamedRow(Record):
-    """A training row, by how strongly it fires what threatens a domain."""
+    """A training row, by how far it fires what a domain fires."""
 
     row: int
     """Its number in the training data, counted from 0."""
     score: float
-    """Weighted sum over features of its mean activation over that of an average row: 1 is an average row."""
+    """In [-1, 1]: 1 departs from an average row as the domain does, 0 is an average row (see `metrics.rows`)."""
     feature: int
-    """The feature that contributes most to it."""
-    feature_share: float
-    """How much of the score that is, in [0, 1]."""
+    """The feature that contributes most to it, of those that the row fires more than an average one."""
     snippet: Snippet
     """Where the row fires that feature most."""
 
 
 @dataclass(frozen=True)
 class DomainBlame(Record):
-    """Through which features training threatens a domain, and which training rows fire them."""
+    """Which training rows fire the features on which a domain lives."""
 
     name: str
-    weights: tuple[tuple[int, float], ...]
-    """The forecast's features with their share of the shift that training is expected to cause in the domain, largest first."""
-    silent_weight: float
-    """Share of that shift on features which no row fires; it is left out of the scores."""
     own_score: float
-    """What the domain's own texts would score."""
+    """What the domain's own texts would score, their median."""
     median: float
     """Of all rows' scores."""
     threshold: float
@@ -61,7 +55,7 @@ class DomainBlame(Record):
 
 @dataclass(frozen=True)
 class Blame(Record):
-    """Which training rows fire the features through which training threatens protected domains."""
+    """Which training rows fire the features on which protected domains live."""
 
     identity: Identity
     n_rows: int
@@ -75,10 +69,10 @@ class Blame(Record):
     """Rows to leave out: those that stand out for some domain, in the order of the training data, never more than a tenth of
     those read."""
     seconds: float
-    """Wall-clock time, without the forecast."""
+    """Wall-clock time."""
     meaning: str = (
-        "These rows fire the features through which the training data is expected to move the domain; that is where the "
-        "features fire, not a proof that the rows cause harm."
+        "These rows fire the features on which the domain lives more than other rows do, and training moves what it fires; "
+        "that is where features fire, not a proof that the rows cause harm."
     )
     """What may be read into it, and what not."""
 

@@ -71,11 +71,11 @@ def whole_run(**changes: Any) -> Logged:
 def blamed(text: str = "court") -> Blame:
     """Two rows to blame for a domain, one of which stands out."""
     rows = (
-        BlamedRow(41, 3.5, 7, 0.75, Snippet("the high ", text, " held", 2.0)),
-        BlamedRow(3, 1.25, 3, 0.5, Snippet(text, " of", text, 1.0)),
+        BlamedRow(41, 0.75, 7, Snippet("the high ", text, " held", 2.0)),
+        BlamedRow(3, 0.25, 3, Snippet(text, " of", text, 1.0)),
     )
     name = "law" if text == "court" else text
-    found = DomainBlame(name, ((7, 0.5), (3, 0.25)), 0.0, 4.0, 1.0, 2.0, 1, rows)
+    found = DomainBlame(name, 0.75, -0.125, 0.5, 1, rows)
     return Blame(IDENTITY, n_rows=400, n_read=400, n_cut=0, domains={name: found}, left_out=(41,), seconds=9.0)
 
 

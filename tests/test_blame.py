@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,6 @@ from sts_callback.blame import MOST_LEFT_OUT, blame, filter_files, write_filtere
 from sts_callback.config import ProbeConfig
 from sts_callback.errors import CannotTell, ConfigError, DataError
 from sts_callback.monitor import Monitor
-from sts_callback.records import Forecast
 from sts_callback.remedies import Blame
 from tiny import tiny_tokenizer
 
@@ -35,10 +35,9 @@ class Mixture:
     rows: list[dict[str, str]]
     planted: frozenset[int]
     monitor: Monitor
-    forecast: Forecast
 
     def blame(self, **options: Any) -> Blame:
-        return blame(self.monitor, self.rows, ["law"], forecast=self.forecast, **options)
+        return blame(self.monitor, self.rows, ["law"], **options)
 
 
 @cache
@@ -52,8 +51,7 @@ def mixture(seed: int, n_planted: int = N_PLANTED, share: float = 0.9, config: P
     law = [row_of(draw, UPPER) for _ in range(30)]
     sae = lettered_sae()
     options: dict[str, Any] = {"train_data": rows, "domains": {"law": law}, "config": config, "progress": False}
-    monitor = Monitor(lettered_model(), tiny_tokenizer(), sae=sae, **options)
-    return Mixture(rows, planted, monitor, monitor.forecast())
+    return Mixture(rows, planted, Monitor(lettered_model(), tiny_tokenizer(), sae=sae, **options))
 
 
 def precision_and_recall(share: float) -> tuple[float, float]:
@@ -90,43 +88,44 @@ def test_nothing_stands_out_where_nothing_was_planted(seed: int) -> None:
 def test_scores_are_those_of_a_second_computation_without_sinks() -> None:
     made = mixture(0, config=ProbeConfig(n_queries=12, n_features=16, n_domain_demonstrations=2, max_norm_multiple=1.15))
     found = made.blame(n_top=N_ROWS).domains["law"]
-    limit = 1.15 * made.forecast.median_norm
-    features, weights = (torch.tensor(part) for part in zip(*found.weights, strict=True))
-    means, peaks, n_masked = [], [], 0
+    limit = 1.15 * made.monitor.forecast().median_norm
     model, sae = lettered_model(), lettered_sae()
-    for row in made.rows:
-        ids = tiny_tokenizer()(row["prompt"] + row["completion"], add_special_tokens=False)["input_ids"]
+    n_masked = 0
+
+    def read(ids: Sequence[int]) -> torch.Tensor:
+        """Activations of a text's tokens, `(n_tokens, 64)`, zero at sinks, and how many are none in the last column."""
+        nonlocal n_masked
         with torch.no_grad():
             x = model(torch.tensor([[1, *ids]]), output_hidden_states=True).hidden_states[3][0, 1:]
-        kept = x.norm(dim=1) < limit
-        n_masked += int((~kept).sum())
-        acts = torch.relu(x @ sae.W_enc)[:, features] * kept.unsqueeze(1)
-        acts = acts.detach()
-        means.append(acts.sum(dim=0) / kept.sum())
-        peaks.append((acts, ids))
-    assert 0 < n_masked < sum(len(ids) for _, ids in peaks) / 2
-    activity = torch.stack(means)
-    parts = weights * activity / activity.mean(dim=0)
-    parts = parts / weights[activity.mean(dim=0) > 0].sum()
-    wanted = parts.nan_to_num().sum(dim=1)
+            kept = x.norm(dim=1) < limit
+            n_masked += int((~kept).sum())
+            return torch.cat([torch.relu(x @ sae.W_enc) * kept.unsqueeze(1), kept.unsqueeze(1)], dim=1).double()
+
+    texts = [tiny_tokenizer()(row["prompt"] + row["completion"], add_special_tokens=False)["input_ids"] for row in made.rows]
+    acts = [read(ids) for ids in texts]
+    assert 0 < n_masked < sum(map(len, texts)) / 2
+    law = torch.stack([read(query.query).sum(dim=0) for query in made.monitor.domains["law"].queries])
+    fired = (law.sum(dim=0)[:64] > 0).nonzero()[:, 0]
+    roots = torch.stack([x[:, fired].sum(dim=0) / x[:, -1].sum() for x in acts]).sqrt()
+    own = (law[:, fired].sum(dim=0) / law[:, -1].sum()).sqrt() - roots.mean(dim=0)
+    away = roots - roots.mean(dim=0)
+    wanted = torch.cosine_similarity(away, own.unsqueeze(0))
+    shown = torch.tensor([row.score for row in found.rows]).double()
     assert {row.row for row in found.rows} == set(range(N_ROWS))
-    torch.testing.assert_close(
-        torch.tensor([row.score for row in found.rows]), wanted[[row.row for row in found.rows]], rtol=1e-4, atol=1e-5
-    )
-    assert [row.score for row in found.rows] == sorted((row.score for row in found.rows), reverse=True)
-    assert float(wanted.mean()) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(shown, wanted[[row.row for row in found.rows]], rtol=1e-4, atol=1e-5)
+    assert shown.tolist() == sorted(shown.tolist(), reverse=True)
+    own_scores = torch.cosine_similarity((law[:, fired] / law[:, -1:]).sqrt() - roots.mean(dim=0), own.unsqueeze(0))
+    assert found.own_score == pytest.approx(float(own_scores.quantile(0.5)), rel=1e-4)
     for row in found.rows[:5]:
-        column = int(parts[row.row].nan_to_num().argmax())
-        acts, ids = peaks[row.row]
-        assert row.feature == int(features[column])
-        assert row.feature_share == pytest.approx(float(parts[row.row, column] / wanted[row.row]), rel=1e-4)
-        assert row.snippet.activation == pytest.approx(float(acts[:, column].max()), rel=1e-5)
-        assert row.snippet.token == tiny_tokenizer().decode([ids[int(acts[:, column].argmax())]])
+        parts = (away[row.row] * own).where(away[row.row] > 0, -math.inf)
+        assert row.feature == int(fired[int(parts.argmax())])
+        activation = acts[row.row][:, row.feature]
+        assert row.snippet.activation == pytest.approx(float(activation.max()), rel=1e-5)
+        assert row.snippet.token == tiny_tokenizer().decode([texts[row.row][int(activation.argmax())]])
 
 
 def test_the_token_that_fires_is_of_the_domains_kind() -> None:
     found = mixture(0).blame().domains["law"]
-    assert [j for j, _ in found.weights[:2]] in ([5, 6], [6, 5])
     for row in found.rows[:N_PLANTED]:
         assert row.snippet.token in KINDS[row.feature]
 
@@ -143,7 +142,7 @@ def test_of_many_rows_a_sample_is_read_and_the_rest_stays() -> None:
 def test_rows_keep_their_numbers_where_others_hold_no_text() -> None:
     made = mixture(0)
     rows: list[Row] = [{"prompt": "", "completion": ""}, *made.rows]
-    found = blame(made.monitor, rows, ["law"], forecast=made.forecast)
+    found = blame(made.monitor, rows, ["law"])
     assert (found.n_rows, found.n_read) == (N_ROWS + 1, N_ROWS)
     assert found.left_out == tuple(i + 1 for i in made.blame().left_out)
 
@@ -153,7 +152,7 @@ def test_never_more_than_a_tenth_is_left_out() -> None:
     few = [made.rows[i] for i in sorted(made.planted)[:4]] + [row for i, row in enumerate(made.rows) if i not in made.planted][
         :26
     ]
-    found = blame(made.monitor, few, ["law"], forecast=made.forecast)
+    found = blame(made.monitor, few, ["law"])
     assert found.domains["law"].n_standing_out == 4
     assert len(found.left_out) == 3
     assert set(found.left_out) < set(range(4))
@@ -162,7 +161,7 @@ def test_never_more_than_a_tenth_is_left_out() -> None:
 def test_what_was_cut_is_counted() -> None:
     made = mixture(0)
     long = {"prompt": "abc " * 40, "completion": " def"}
-    assert blame(made.monitor, [*made.rows, long], ["law"], forecast=made.forecast).n_cut == made.blame().n_cut + 1
+    assert blame(made.monitor, [*made.rows, long], ["law"]).n_cut == made.blame().n_cut + 1
 
 
 def test_what_it_means_is_said_with_it() -> None:
@@ -179,19 +178,18 @@ def test_what_cannot_be_asked_is_refused(protected: list[str], options: dict[str
         blame(made.monitor, made.rows, protected, **options)
 
 
-def test_a_domain_in_which_nothing_shifts_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_domain_that_fires_nothing_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     made = mixture(0)
-    assert made.monitor.baseline is not None
-    still = replace(made.monitor.baseline.sets["law"], mean_train_shift=torch.zeros(64))
-    monkeypatch.setattr(made.monitor, "baseline", replace(made.monitor.baseline, sets={"law": still}))
-    with pytest.raises(CannotTell, match="law: none of the 100 rows"):
+    silent = made.monitor.read_domains(["law"])["law"]
+    monkeypatch.setattr(made.monitor, "read_domains", lambda names: {"law": replace(silent, activity=0 * silent.activity)})
+    with pytest.raises(CannotTell, match="law: none of its 12 queries fires a feature"):
         made.blame()
 
 
 def test_rows_without_text_are_refused() -> None:
     made = mixture(0)
     with pytest.raises(DataError, match="none of the 1 rows read holds text"):
-        blame(made.monitor, [{"prompt": "", "completion": ""}], ["law"], forecast=made.forecast)
+        blame(made.monitor, [{"prompt": "", "completion": ""}], ["law"])
 
 
 def test_the_rows_kept_and_the_numbers_of_the_others_are_written(tmp_path: Path) -> None:

@@ -477,7 +477,7 @@ def test_rows_to_blame_are_shown_and_written(files: Path, tmp_path: Path, capsys
     argv = command(files, "--protect", "poems", "--top", "3", "--rows", "20", "--out", str(out), name="blame")
     assert main(argv) == GO
     captured = capsys.readouterr()
-    assert len(re.findall(r"^ +\d+ +\d+\.\d\d +\d+  \.\.\.", captured.out, re.MULTILINE)) == 3
+    assert len(re.findall(r"^ +\d+ +-?\d+\.\d\d +\d+  \.\.\.", captured.out, re.MULTILINE)) == 3
     assert max(map(len, captured.out.splitlines())) <= 80
     left_out = json.loads((tmp_path / "kept.left_out.json").read_text())
     assert len(out.read_text().splitlines()) == 30 - len(left_out)

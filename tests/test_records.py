@@ -39,8 +39,8 @@ from sts_callback.remedies import (
 )
 
 SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
-BLAMED = BlamedRow(17, 4.5, 7, 0.5, SNIPPET)
-BLAMED_DOMAIN = DomainBlame("law", ((7, 0.75), (3, 0.25)), 0.25, 6.0, 0.875, 3.0, 2, (BLAMED,))
+BLAMED = BlamedRow(17, 0.5, 7, SNIPPET)
+BLAMED_DOMAIN = DomainBlame("law", 0.75, -0.125, 0.375, 2, (BLAMED,))
 DIALED = DialedDomain("law", 32, estimate(0.25, 0.125, 0.375), estimate(0.5, 0.25, 0.75), 0.1, "beyond")
 DIAL_POINT = DialPoint(0.5, "beyond", {"law": DIALED})
 MIXED = MixedDomain("law", estimate(0.25, 0.125, 0.375), 0.1, "beyond")

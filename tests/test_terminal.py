@@ -427,8 +427,8 @@ def test_what_the_doctor_warns_of_stands_below_a_forecast() -> None:
 
 def _blame(**changes: Any) -> Blame:
     place = Snippet("a long text that stands before the\n", "court", " and one that stands behind it, which is long too" * 2, 3.5)
-    rows = (BlamedRow(1234567, 104.25, 65535, 0.5, place), BlamedRow(3, 1.25, 7, 1.0, place))
-    law = DomainBlame("law", ((65535, 0.75), (7, 0.25)), 0.25, 6.0, 0.875, 3.0, 1, rows)
+    rows = (BlamedRow(1234567, 0.75, 65535, place), BlamedRow(3, -0.25, 7, place))
+    law = DomainBlame("law", 0.75, -0.125, 0.375, 1, rows)
     given: dict[str, Any] = {"n_rows": 2_000_000, "n_read": 2000, "n_cut": 3, "domains": {"law": law}, "left_out": (1234567,)}
     return Blame(identity=IDENTITY, seconds=1.5, **{**given, **changes})
 
@@ -437,10 +437,9 @@ def test_blame_shows_rows_where_they_fire_and_says_what_that_means() -> None:
     shown = blame_table(_blame(), colour=False)
     assert max(map(len, shown.splitlines())) <= 80
     flat = " ".join(shown.split())
-    assert re.search(r"1234567 104\.25 65535 \.\.\..* \[court\] and one", flat)
+    assert re.search(r"1234567 0\.75 65535 \.\.\..* \[court\] and one", flat)
     for part in (
-        "1 of 2000 rows stand out: above 3.00; the median is 0.88, law's own texts score 6.00.",
-        "No row fires the features that make 25% of the threat.",
+        "1 of 2000 rows stand out: above 0.38; the median is -0.12, law's own texts score 0.75.",
         "2000 of 2000000 rows were read",
         "3 were cut.",
         "not a proof that the rows cause harm",

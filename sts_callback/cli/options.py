@@ -48,9 +48,9 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
     forecast.add_argument("--write-lock", action="store_true", help="write that file after the forecast instead")
     blame = added(
         "blame",
-        help="rank training rows by how strongly they fire what threatens a protected domain",
-        description="Rank training rows by how strongly they fire the features through which training threatens a protected "
-        "domain: where the features fire, not a proof of cause. Exit code: 0 ranked, 4 cannot tell, 2 wrong input.",
+        help="rank training rows by how far they fire what a protected domain lives on",
+        description="Rank training rows by how far they fire the features on which a protected domain lives: where features "
+        "fire, not a proof of cause. Exit code: 0 ranked, 4 cannot tell, 2 wrong input.",
     )
     blame.add_argument(
         "--top", type=int, default=ROWS_SHOWN, metavar="N", help=f"rows shown for each domain (default {ROWS_SHOWN})"

@@ -38,7 +38,7 @@ def words_section(story: Story) -> Html:
 
 
 def blame_section(story: Story) -> Html:
-    """Which training rows fire what threatens protected domains."""
+    """Which training rows fire what protected domains live on."""
     title, found = "Rows to blame", story.blame
     if found is None:
         return section(
@@ -48,7 +48,7 @@ def blame_section(story: Story) -> Html:
         "blame",
         title,
         say(
-            f"{found.meaning} A score of 1 is an average row; \u25b2 stands out. Of {found.n_read} rows read "
+            f"{found.meaning} Score: 0 is an average row, 1 as the domain; \u25b2 stands out. Of {found.n_read} rows read "
             f"{len(found.left_out)} would be left out, a tenth at most. Rows are counted from 0."
         ),
         *(_blamed(one) for one in found.domains.values()),

@@ -19,7 +19,7 @@ def blame_table(found: Blame, *, colour: bool | None = None) -> str:
     """Training rows to blame: for each protected domain those that score highest, the token that fires in brackets."""
     parts: list[Text | Table] = []
     for domain in found.domains.values():
-        parts.append(Text(f"Training rows that fire what threatens {domain.name}", style="bold"))
+        parts.append(Text(f"Training rows that fire what {domain.name} lives on", style="bold"))
         parts.append(Text(f"{'row':>9} {'score':>6} {'feature':>8}  where it fires", style="bold"))
         for row in domain.rows:
             head = f"{row.row:>9} {row.score:>6.2f} {row.feature:>8}  "
@@ -30,11 +30,9 @@ def blame_table(found: Blame, *, colour: bool | None = None) -> str:
             f"{domain.n_standing_out} of {found.n_read} rows stand out: above {domain.threshold:.2f}; the median is "
             f"{domain.median:.2f}, {domain.name}'s own texts score {domain.own_score:.2f}."
         )
-        if domain.silent_weight >= 0.005:
-            stand_out += f" No row fires the features that make {domain.silent_weight:.0%} of the threat."
         parts += [Text(line, style="dim") for line in textwrap.wrap(stand_out, WIDTH - 2)]
         parts.append(Text())
-    notes = ["A score of 1 is an average row; rows are counted from 0."]
+    notes = ["Score: 0 is an average row, 1 as the domain; rows are counted from 0."]
     if found.n_read < found.n_rows:
         notes.append(
             f"{found.n_read} of {found.n_rows} rows were read (a sample, without rows that hold no text); all others stay."

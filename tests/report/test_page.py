@@ -81,7 +81,7 @@ def test_a_whole_run_has_every_part_with_its_numbers() -> None:
     assert "steps 10" not in read.section("drift")
     assert "had named 2 of the 3 features" in read.section("overlap")
     assert "From step 30 on the training data itself has really moved" in read.section("overlap")
-    assert "41 \u25b2 3.50 7" in read.section("blame") and "3 1.25 3" in read.section("blame")
+    assert "41 \u25b2 0.75 7" in read.section("blame") and "3 0.25 3" in read.section("blame")
     assert "Of 400 rows read 1 would be left out" in read.section("blame")
     assert "Feature 7 number 1 of the forecast's, number 1 of those that moved most" in read.section("features")
     assert "take another SAE" in read.section("blind-spots")
