@@ -89,6 +89,8 @@ def half(
         *wrapped(
             "What moved against what changed, after the fact: Spearman "
             f"{pooled(runs, {r['run']: spearman(moved[r['run']], absolute[r['run']]) for r in runs})} of drift with absolute "
+            "change. What the domain did in the runs of the other fine-tunes here, at the same rate (mean rank): Spearman "
+            f"{pooled(runs, elsewhere(runs, moved))} with movement, {pooled(clear, elsewhere(clear, absolute))} with absolute "
             "change."
         ),
         "",
@@ -287,6 +289,16 @@ def early(runs: list[dict[str, Any]], moved: Mapping[str, np.ndarray], absolute:
             losses[run["run"]] = spearman(so_far, absolute[run["run"]])
         rows.append([str(step), pooled(runs, drifts), pooled(runs, losses)])
     return rows
+
+
+def elsewhere(runs: list[dict[str, Any]], realised: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """For each run, Spearman of what happened with the domains' mean ranks in other fine-tunes' runs at the same rate."""
+    found = {}
+    for run in runs:
+        others = [r for r in runs if r["setting"] == run["setting"] and r["fine_tune"] != run["fine_tune"]]
+        ranks = [stats.rankdata(realised[other["run"]]) for other in others]
+        found[run["run"]] = spearman(np.mean(ranks, axis=0), realised[run["run"]]) if ranks else math.nan
+    return found
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:

@@ -55,6 +55,7 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
         "NLL change in context": np.abs(field("nll_change")),
         "gradient alignment": np.abs(field("gradient_change")),
         "cosine of gradients": np.abs(_cosines(gradients, train["gradient"])),
+        "cosine of root activities": _cosines(np.sqrt(of_domain("activity")), np.sqrt(means[f"train/{fine_tune}/activity"])),
         "cosine of mean activations": field("cosine"),
         "raw shift": field("raw_shift"),
         "NLL at step 0": field("nll"),
@@ -63,6 +64,8 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
         ("STS_cross", "cosine of mean activations"),
         ("STS_cross", "relative shift"),
         ("STS_cross", "NLL change in context"),
+        ("STS_net", "cosine of mean activations"),
+        ("STS_net", "cosine of root activities"),
     ):
         found["ranks of " + " and ".join(pair)] = stats.rankdata(found[pair[0]]) + stats.rankdata(found[pair[1]])
     return found

@@ -27,6 +27,7 @@ from validation.alarms import auroc, harmed_at
 from validation.data import CATEGORIES, DOMAINS, deal
 from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
+from validation.pages import elsewhere
 from validation.plan import HERE
 from validation.scores import ratio
 from validation.train import tune
@@ -194,6 +195,20 @@ def test_what_adds_up_is_told_from_what_does_not() -> None:
     same = additivity(alone.mean(axis=0), alone)
     assert same["r"] == pytest.approx(1) and same["miss"] == pytest.approx(0, abs=1e-12) and same["miss of one source"] > 0.1
     assert abs(additivity(draw.normal(size=20), alone)["r"]) < 0.5
+
+
+def test_a_domains_past_is_that_of_other_fine_tunes_at_the_same_rate() -> None:
+    runs = [
+        {"run": f"{name}/{setting}", "fine_tune": name, "setting": setting} for name in "abc" for setting in ("gentle", "harsh")
+    ]
+    moved = {run["run"]: np.arange(4.0) for run in runs}
+    moved["a/harsh"] = np.array([3.0, 2.0, 1.0, -1.0])
+    moved["b/harsh"] = np.array([0.0, 1.0, 3.0, 2.0])
+    moved["c/harsh"] = np.array([0.0, 2.0, 1.0, 3.0])
+    found = elsewhere(runs, moved)
+    assert [found[f"{name}/gentle"] for name in "abc"] == pytest.approx([1, 1, 1])
+    assert found["a/harsh"] == pytest.approx(-1)  # mean ranks of the two others: 1, 2.5, 3, 3.5
+    assert found["b/harsh"] == pytest.approx(-3 / (4.5 * 5) ** 0.5)  # 2.5, 3, 2, 2.5 against 1, 2, 4, 3
 
 
 def test_what_is_told_with_a_forecast_is_what_came_out() -> None:
