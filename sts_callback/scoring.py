@@ -60,7 +60,6 @@ class ForecastScorer:
             changes = estimate(reading.nll[BARE], reading.n_answer, alone), estimate(risen, reading.n_answer, taught_group)
         net = taught.features - reading.shifts[NEUTRAL].features
         on_features = net[:, list(self.features)].sum(dim=1)
-        self._net[probes.name] = resampled_ratios(on_features, taught_total, taught_group)
         return DomainForecast(
             name=probes.name,
             n_queries=len(probes.queries),
@@ -72,7 +71,7 @@ class ForecastScorer:
             sts_icl=self._score("sts_icl", own.features, n, group, sets),
             sts_rel=self._score("sts_rel", own.features, own.features.sum(dim=1), group, sets),
             sts_cross=self._score("sts_cross", taught.features, taught_total, taught_group, sets),
-            sts_net=self._net_score(on_features, taught_total, taught_group),
+            sts_net=self._net_score(probes.name, on_features, taught_total, taught_group),
             rank=(0, 0),
             above_next=_NAN,
             relative_shift=estimate(taught_total, reading.energy, taught_group),
@@ -101,10 +100,13 @@ class ForecastScorer:
         anchor = self._anchors.setdefault(name, found.value)
         return Score(found.value, found.low, found.high, random, anchor)
 
-    def _net_score(self, on_features: torch.Tensor, denominator: torch.Tensor, group: torch.Tensor) -> Score:
-        found = estimate(on_features, denominator, group)
-        anchor = self._anchors.setdefault("sts_net", found.value if found.low > 0 else _NAN)
-        return Score(found.value, found.low, found.high, 0.0, anchor)
+    def _net_score(self, name: str, on_features: torch.Tensor, denominator: torch.Tensor, group: torch.Tensor) -> Score:
+        """Keeps the resamples too, for the ranks."""
+        value, resamples = _ratio(on_features, denominator), resampled_ratios(on_features, denominator, group)
+        low, high = interval(value, resamples, int(group.max()) + 1)
+        self._net[name] = resamples
+        anchor = self._anchors.setdefault("sts_net", value if low > 0 else _NAN)
+        return Score(value, low, high, 0.0, anchor)
 
     def _gradient_change(self, gradients: torch.Tensor | None, n_answer: torch.Tensor) -> Estimate:
         if gradients is None or self._train_gradients is None or not self._train_n_answer.any():
