@@ -19,7 +19,7 @@ from validation.alarms import Table, auroc_of_evidence, monitor, share
 from validation.data import DOMAINS
 from validation.mixtures import additivity
 from validation.plan import CANDIDATES, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
-from validation.scores import CLEAR, HARM, RIVALS, Scores, correlations, expected, harm, is_harmed, movement, signed
+from validation.scores import CLEAR, HARM, RIVALS, Scores, correlations, expected, harm, is_clear, is_harmed, movement, signed
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -113,9 +113,12 @@ def half(
         "",
         "### Early in the run",
         "",
-        *wrapped("Spearman of what a check after so many steps sees with what is measured at the end."),
+        *wrapped(
+            "What a check after so many steps, of 12 other questions a domain, tells of what is measured at the end: Spearman of "
+            f"sizes, signs of clear changes, and the harm of domains that had kept their budget of {HARM} by the whole interval."
+        ),
         "",
-        *table(early(runs, moved, absolute)),
+        *table(early(runs, moved, absolute, changed)),
         "",
         "### The monitor",
         "",
@@ -219,7 +222,7 @@ def directions(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed
     signs = []
     for run in runs:
         value, error = changed[run["run"]]
-        clear = np.abs(value) >= CLEAR * error
+        clear = is_clear(value, error)
         signs += (value[clear] > 0).tolist()
         for name, score in signed(forecasts[run["fine_tune"]]).items():
             hits.setdefault(name, []).extend((np.sign(score[clear]) == np.sign(value[clear])).tolist())
@@ -278,16 +281,28 @@ def run_by_run(
     return rows
 
 
-def early(runs: list[dict[str, Any]], moved: Mapping[str, np.ndarray], absolute: Mapping[str, np.ndarray]) -> Table:
-    rows = [["after steps", "drift so far, with movement", "change so far, with harm"]]
+def early(
+    runs: list[dict[str, Any]], moved: Mapping[str, np.ndarray], absolute: Mapping[str, np.ndarray], changed: Mapping[str, Any]
+) -> Table:
+    """What checks on the way tell of the end: ranks, signs, and what came of domains that kept their budgets so far."""
+    settings = list(SETTINGS["learning_rates"])
+    kept = [f"budget kept so far, harmed at the end, {setting}" for setting in settings]
+    rows = [["after steps", "drift so far, with movement", "change so far, with harm", "sign right", *kept]]
     for i, step in enumerate(SETTINGS["training"]["checks"]):
-        drifts, losses = {}, {}
+        drifts, losses, signs = {}, {}, []
+        harmed: dict[str, list[bool]] = {setting: [] for setting in settings}
         for run in runs:
             domains = [run["checks"][i]["domains"][name] for name in DOMAINS]
+            so_far = np.array([d["nll_change"]["value"] for d in domains])
             drifts[run["run"]] = spearman(np.array([d["relative_drift"]["value"] for d in domains]), moved[run["run"]])
-            so_far = np.abs(np.array([d["nll_change"]["value"] for d in domains]))
-            losses[run["run"]] = spearman(so_far, absolute[run["run"]])
-        rows.append([str(step), pooled(runs, drifts), pooled(runs, losses)])
+            losses[run["run"]] = spearman(np.abs(so_far), absolute[run["run"]])
+            value, error = changed[run["run"]]
+            clear = is_clear(value, error)
+            signs += (np.sign(so_far[clear]) == np.sign(value[clear])).tolist()
+            is_kept = [judge_budget(Estimate(**d["nll_change"]), HARM) == "within" for d in domains]
+            harmed[run["setting"]] += is_harmed(value, error)[is_kept].tolist()
+        shares = (share(sum(hits), len(hits)) for hits in harmed.values())
+        rows.append([str(step), pooled(runs, drifts), pooled(runs, losses), f"{np.mean(signs):.0%} of {len(signs)}", *shares])
     return rows
 
 

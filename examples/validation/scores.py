@@ -102,9 +102,15 @@ def harm(run: Mapping[str, Any], zero: Mapping[str, Any], kind: str = "nll") -> 
     return np.array(values), np.array(errors)
 
 
+def is_clear(value: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Whether changes are clear of their errors."""
+    clear: np.ndarray = np.abs(value) >= CLEAR * error
+    return clear
+
+
 def is_harmed(value: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Whether changes are harm: by the threshold, and clear of their errors."""
-    harmed: np.ndarray = (value >= HARM) & (value >= CLEAR * error)
+    harmed: np.ndarray = (value >= HARM) & is_clear(value, error)
     return harmed
 
 
