@@ -73,14 +73,14 @@ class STSCallback(TrainerCallback):
                 among them is one that ships with the package.
             train_data: the training examples with their answers, if the trainer's own data set cannot be read or has none.
             check_on: measure drift at each `"save"`, each `"evaluate"` (whose metrics it then joins), or every so many
-                optimizer steps.
+                optimizer steps; besides once early, 20 steps after the warm-up, if no check was made by then.
             action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict, in a
                 distributed run in its first process.
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
-                put off until the next one that is due and does not. The last one, when training ends, is always made. None
-                checks whenever asked.
+                put off until the next one that is due and does not. The early one is made if all of the training pays for it,
+                the last one, when training ends, always. None checks whenever asked.
             probes: how texts become probes.
             policy: thresholds of the verdict; its budgets are those of `protect`.
 
@@ -214,11 +214,12 @@ class STSCallback(TrainerCallback):
             kwargs["metrics"].update(scalars.evaluation_metrics(check, wanted))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check drift every so many steps, if that is when."""
+        """Check drift every so many steps, if that is when, and once early."""
         every = self._settings.check_on
         if self._run is not None:
             if isinstance(every, int) and state.global_step % every == 0:
                 self._run.check(state, control, kwargs["model"])
+            self._run.check_early(args, state, control, kwargs["model"])
             self._run.ask_for_checkpoint(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -61,7 +61,16 @@ class Overhead:
     @property
     def affords_check(self) -> bool:
         """Whether one more check keeps within the limit."""
-        return self._limit >= 1 or self.spent_s + self._check_s <= self._limit * self.training_s
+        return self.affords_check_by_the_end(1.0)
+
+    def affords_check_by_the_end(self, share_done: float) -> bool:
+        """Whether one more check keeps within the limit once training has come to its end.
+
+        Args:
+            share_done: how much of the training, since the clock was started, is over by now; above 0, up to 1.
+
+        """
+        return self._limit >= 1 or self.spent_s + self._check_s <= self._limit * self.training_s / share_done
 
 
 def first_guess(readings_s: float) -> float:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EARLY_STEPS = 20
+"""Steps after the warm-up by which drift is checked at the latest. Our choice; in the validation's development half the sign of a
+check's NLL change was that of the harm at the end in 85 % after 5 of 40 steps and in 93 % after 20."""
 _STATE_KEY = "sts_callback"
 
 
@@ -75,6 +78,7 @@ class Run:
         self._log = RunLog(Path(args.output_dir or ".") / "sts", anew=self._is_new)
         self._guard = Guard(self._log, ranks, raises=settings.on_error == "raise")
         self._overhead: Overhead
+        self._first_step: int
         self._bars = state.is_world_process_zero and not args.disable_tqdm
         self._train_batch_size = state.train_batch_size
 
@@ -129,6 +133,15 @@ class Run:
             elif not self._is_postponed:  # said once, until a check is made
                 self._is_postponed = True
                 self._postpone(state)
+
+    def check_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        """Measure drift soon after the warm-up if nothing was checked before, where the whole training pays for it."""
+        step = state.global_step
+        if self._monitor is None or self._recent or step != args.get_warmup_steps(state.max_steps) + EARLY_STEPS:
+            return
+        share_done = (step - self._first_step) / (state.max_steps - self._first_step)
+        if self._ranks.from_first(lambda: self._overhead.affords_check_by_the_end(share_done)):
+            self.check(state, control, model, always=True)
 
     def ask_for_checkpoint(self, control: TrainerControl) -> None:
         """Ask for an alarm's until it is made: with `save_strategy="best"` the trainer drops the wish at an evaluation."""
@@ -202,7 +215,7 @@ class Run:
             expected_s = self._recent[-1].seconds
         elif self.forecast is not None:
             expected_s = first_guess(self.forecast.seconds_by_part.get("readings", self.forecast.seconds))
-        self._overhead = Overhead(settings.max_overhead, expected_s)
+        self._overhead, self._first_step = Overhead(settings.max_overhead, expected_s), state.global_step
         if settings.check_on == "save" and not self._is_new and self._monitor is not None:
             self._guard.run(state, "resume", lambda: self._catch_up(state, control, model))
 

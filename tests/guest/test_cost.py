@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 import ranked
 from killable import together
 from sts_callback import overhead
+from sts_callback.config import PolicyConfig
 from sts_callback.errors import ConfigError
 from sts_callback.overhead import Overhead, first_guess
 from test_callback import checked_steps, made_callback, made_trainer
@@ -100,7 +101,9 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def watched_run(out: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, max_overhead: float | None, **options: Any) -> Any:
+def watched_run(
+    out: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, max_overhead: float | None, check_on: int = 1, **options: Any
+) -> Any:
     """20 steps of 10 s each; a check is due at each and takes 3 s, by the clock."""
     from sts_callback.monitor import Monitor
 
@@ -116,7 +119,7 @@ def watched_run(out: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, max_ov
     def passes(seconds: float) -> None:
         clock.now += seconds
 
-    callback = made_callback(check_on=1, max_overhead=max_overhead)
+    callback = made_callback(check_on=check_on, max_overhead=max_overhead)
     options = {"max_steps": 20, "save_strategy": "no", "eval_strategy": "no", "gradient_accumulation_steps": 1} | options
     trainer = made_trainer("plain", out, [Slow(10.0, passes), callback], **options)
     trainer.train()
@@ -143,6 +146,37 @@ def test_without_a_limit_every_due_check_is_made(tmp_path: Path, clock: Clock, m
     watched_run(tmp_path, clock, monkeypatch, max_overhead=None, max_steps=4)
     assert checked_steps(tmp_path) == [1, 2, 3, 4]
     assert not (tmp_path / "sts" / "skipped.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "options", "checked"),
+    [
+        (0.015, {}, [20, 40]),  # 5 s, as guessed, are less than 1.5 % of 400 s, though more than of 200 s
+        (0.012, {}, [40]),  # more than 1.2 % of 400 s: it is not made, and since it was not due nothing is said
+        (None, {}, [20, 40]),
+        (None, {"warmup_steps": 5}, [25, 40]),
+        (None, {"warmup_steps": 0.1}, [24, 40]),
+        (None, {"warmup_steps": 20}, [40]),
+        (None, {"check_on": 15}, [15, 30, 40]),  # not if there was one
+    ],
+)
+def test_one_check_comes_early_if_the_whole_training_pays_for_it(
+    limit: float | None,
+    options: dict[str, Any],
+    checked: list[int],
+    tmp_path: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watched_run(tmp_path, clock, monkeypatch, limit, **{"check_on": 1000, "max_steps": 40, **options})
+    assert checked_steps(tmp_path) == checked
+    assert not (tmp_path / "sts" / "skipped.jsonl").exists()
+
+
+def test_an_early_check_and_a_save_at_the_same_step_are_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 22, "save_steps": 20, "eval_strategy": "no", "gradient_accumulation_steps": 1}
+    made_trainer("plain", tmp_path, [made_callback()], **options).train()
+    assert checked_steps(tmp_path) == [20, 22]
 
 
 def test_by_default_one_per_cent_is_the_limit(tmp_path: Path) -> None:
@@ -209,7 +243,7 @@ class Footprint(TrainerCallback):
 
 def test_memory_after_twenty_checks_is_that_after_one(tmp_path: Path) -> None:
     footprint = Footprint(2, 21)  # from the second step on the optimizer has its state
-    callback = made_callback(check_on=1)
+    callback = made_callback(check_on=1, policy=PolicyConfig(patience=2))
     options: dict[str, Any] = {"max_steps": 22, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
     made_trainer("plain", tmp_path, [callback, footprint], **options).train()
     assert len(checked_steps(tmp_path)) == 22
