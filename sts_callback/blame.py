@@ -20,7 +20,7 @@ from sts_callback.config import ROWS_READ, ROWS_SHOWN
 from sts_callback.domains.reader import Row
 from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.files import write_whole
-from sts_callback.metrics.rows import contributions, limit_of_scores
+from sts_callback.metrics.rows import contributions, limit_of_scores, roots
 from sts_callback.monitor import Monitor
 from sts_callback.readings import Peaks
 from sts_callback.records import Snippet
@@ -56,7 +56,7 @@ def blame(
 
     Raises:
         ConfigError: if no domain is protected or a number is below 1.
-        CannotTell: if the SAE does not fit, or a domain fires nothing by which rows could be told apart.
+        CannotTell: if the SAE does not fit, a domain fires nothing, or no row has a token that counts.
 
     """
     if not protected:
@@ -129,6 +129,10 @@ def _read(monitor: Monitor, features: list[int], rows: Sequence[Row], n_rows: in
     chosen = sorted(random.Random(f"{monitor.config.seed}/rows").sample(range(len(rows)), min(n_rows, len(rows))))
     texts, used, peaks = monitor.read_rows([rows[i] for i in chosen], features)
     counted = (peaks.n_tokens > 0).nonzero()[:, 0]  # a row may hold nothing but sinks and special tokens
+    if not len(counted):
+        raise CannotTell(
+            f"train_data: none of the {len(used)} rows read holds a token that is no attention sink; read more rows."
+        )
 
     def peak(row: int, feature: int) -> Snippet:
         text = int(counted[row])
@@ -143,13 +147,13 @@ def _read(monitor: Monitor, features: list[int], rows: Sequence[Row], n_rows: in
 def _blamed(domain: _Domain, read: _Read, n_top: int) -> tuple[DomainBlame, torch.Tensor]:
     """What rows have to do with one domain, and the scores of all, `(n_rows,)`."""
     columns = torch.searchsorted(torch.tensor(read.features), torch.tensor(domain.features)).tolist()
-    roots = read.mean_activity[:, columns].double().sqrt()
-    average = roots.mean(dim=0)
-    parts, own_parts = (contributions(x, domain.activity, average) for x in (roots.square(), domain.query_activity))
+    activity = read.mean_activity[:, columns]
+    average = roots(activity).mean(dim=0)
+    parts, own_parts = (contributions(x, domain.activity, average) for x in (activity, domain.query_activity))
     scores = parts.sum(dim=1)
     own_score = float(own_parts.sum(dim=1).quantile(0.5))
     limit = limit_of_scores(scores, own_score)
-    strongest = parts.where(roots > average, -math.inf).argmax(dim=1)
+    strongest = parts.where(roots(activity) > average, -math.inf).argmax(dim=1)
     top = [(i, columns[int(strongest[i])]) for i in scores.argsort(descending=True, stable=True)[:n_top].tolist()]
     made = DomainBlame(
         name=domain.name,

@@ -186,6 +186,16 @@ def test_a_domain_that_fires_nothing_cannot_tell(monkeypatch: pytest.MonkeyPatch
         made.blame()
 
 
+def test_rows_of_nothing_but_sinks_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mixture(0)
+    made.monitor.read_domains(["law"])
+    texts, used, peaks = made.monitor.read_rows(made.rows, [5])
+    silent = replace(peaks, n_tokens=0 * peaks.n_tokens)
+    monkeypatch.setattr(made.monitor, "read_rows", lambda rows, features: (texts, used, silent))
+    with pytest.raises(CannotTell, match="none of the 100 rows read holds a token that is no attention sink"):
+        made.blame()
+
+
 def test_rows_without_text_are_refused() -> None:
     made = mixture(0)
     with pytest.raises(DataError, match="none of the 1 rows read holds text"):

@@ -15,6 +15,11 @@ LEAST_LIKENESS = 0.5
 another kind is not enough. Our choice."""
 
 
+def roots(activity: torch.Tensor) -> torch.Tensor:
+    """Square roots of activations, in float64; one below zero, which few kinds of SAE have, counts as none."""
+    return activity.double().clamp_min(0).sqrt()
+
+
 def contributions(mean_activity: torch.Tensor, domain_activity: torch.Tensor, average: torch.Tensor) -> torch.Tensor:
     """What each feature adds to the score of each text.
 
@@ -24,14 +29,14 @@ def contributions(mean_activity: torch.Tensor, domain_activity: torch.Tensor, av
     Args:
         mean_activity: mean activation of each feature over each text's own tokens, `(n_texts, n_features)`.
         domain_activity: the same over all tokens of the domain, `(n_features,)`.
-        average: the mean over all training rows of the square roots of theirs, `(n_features,)`.
+        average: the mean over all training rows of the `roots` of theirs, `(n_features,)`.
 
     Returns:
         `(n_texts, n_features)`, float64, whose sums are in [-1, 1]: 1 as the domain, 0 as an average row. NaN if the domain does
         not depart from an average row.
 
     """
-    texts, domain = (activity.double().sqrt() - average for activity in (mean_activity, domain_activity))
+    texts, domain = (roots(activity) - average for activity in (mean_activity, domain_activity))
     lengths = texts.norm(dim=1, keepdim=True) * domain.norm()
     return texts * domain / torch.where((lengths == 0) & (domain.norm() > 0), 1.0, lengths)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sts_callback.metrics.rows import LEAST_LIKENESS, LEAST_SCORE, contributions, limit_of_scores
+from sts_callback.metrics.rows import LEAST_LIKENESS, LEAST_SCORE, contributions, limit_of_scores, roots
 
 AVERAGE = torch.tensor([1.0, 2.0, 1.0]).double()  # of roots
 DOMAIN = torch.tensor([16.0, 0.0, 1.0])  # departs by 3, -2, 0
@@ -41,3 +41,7 @@ def test_rows_that_are_alike_do_not_stand_out_by_next_to_nothing() -> None:
 
 def test_a_row_must_resemble_the_domain() -> None:
     assert limit_of_scores(torch.zeros(5).double(), 0.75) == LEAST_LIKENESS * 0.75
+
+
+def test_what_is_below_zero_counts_as_none() -> None:
+    assert roots(torch.tensor([-4.0, 0.0, 4.0])).tolist() == [0, 0, 2]
