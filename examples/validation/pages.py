@@ -19,7 +19,20 @@ from validation.alarms import Table, auroc_of_evidence, monitor, share
 from validation.data import DOMAINS
 from validation.mixtures import additivity
 from validation.plan import CANDIDATES, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
-from validation.scores import CLEAR, HARM, RIVALS, Scores, correlations, expected, harm, is_clear, is_harmed, movement, signed
+from validation.scores import (
+    CLEAR,
+    HARM,
+    RIVALS,
+    Scores,
+    correlations,
+    expected,
+    harm,
+    is_clear,
+    is_harmed,
+    movement,
+    partial_spearman,
+    signed,
+)
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -73,7 +86,10 @@ def half(
         "",
         "### Movement: which domains' representation moves most?",
         "",
-        *wrapped("Correlation over the 20 domains of each score with the relative feature drift at the end."),
+        *wrapped(
+            "Correlation over the 20 domains of each score with the relative feature drift at the end; given NLL at step 0: "
+            "Spearman's, with the ranks of that taken out of both."
+        ),
         "",
         *table(ranking(runs, scores, moved)),
         "",
@@ -182,19 +198,26 @@ def ranking(runs: list[dict[str, Any]], scores: Mapping[str, Scores], realised: 
         return [["no run"]]
     found = []
     for name in scores[runs[0]["fine_tune"]]:
-        ranks, lines = ({} for _ in range(2))
+        ranks, lines, given = ({} for _ in range(3))
         for run in runs:
             score = {name: scores[run["fine_tune"]][name]}
             ranks[run["run"]] = correlations(score, realised[run["run"]])[name]
             lines[run["run"]] = correlations(score, realised[run["run"]], stats.pearsonr)[name]
+            given[run["run"]] = partial_spearman(score[name], realised[run["run"]], scores[run["fine_tune"]]["NLL at step 0"])
         by_tune = by_fine_tune(runs, ranks)
         row = [
             f"*{name}*" if name in RIVALS else name,
             pooled(runs, ranks),
-            f"{np.mean(list(by_fine_tune(runs, lines).values())):.2f}",
+            *(f"{np.mean(list(by_fine_tune(runs, values).values())):.2f}".replace("nan", "-") for values in (lines, given)),
         ]
         found.append((np.mean(list(by_tune.values())), [*row, *(f"{value:.2f}" for value in by_tune.values())]))
-    head = ["score (*rival*)", "Spearman [interval]", "Pearson", *by_fine_tune(runs, {run["run"]: 0.0 for run in runs})]
+    head = [
+        "score (*rival*)",
+        "Spearman [interval]",
+        "Pearson",
+        "given NLL at step 0",
+        *by_fine_tune(runs, {run["run"]: 0.0 for run in runs}),
+    ]
     return [head, *(row for _, row in sorted(found, key=lambda pair: -np.nan_to_num(pair[0], nan=-2)))]
 
 

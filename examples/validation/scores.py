@@ -129,5 +129,12 @@ def correlations(scores: Scores, realised: np.ndarray, correlate: Callable[..., 
     }
 
 
+def partial_spearman(one: np.ndarray, other: np.ndarray, given: np.ndarray) -> float:
+    """Spearman's correlation of what is left of the ranks when those of a third are taken out linearly; NaN if nothing is."""
+    r, one_given, other_given = (float(stats.spearmanr(*pair).statistic) for pair in ((one, other), (one, given), (other, given)))
+    left = (1 - one_given**2) * (1 - other_given**2)
+    return (r - one_given * other_given) / float(np.sqrt(left)) if left > 1e-12 else float("nan")
+
+
 def _cosines(rows: np.ndarray, one: np.ndarray) -> np.ndarray:
     return rows @ one / (np.linalg.norm(rows, axis=1) * np.linalg.norm(one))

@@ -29,7 +29,7 @@ from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
 from validation.pages import elsewhere
 from validation.plan import HERE
-from validation.scores import ratio
+from validation.scores import partial_spearman, ratio
 from validation.train import tune
 
 BOS = (1,)
@@ -209,6 +209,14 @@ def test_a_domains_past_is_that_of_other_fine_tunes_at_the_same_rate() -> None:
     assert [found[f"{name}/gentle"] for name in "abc"] == pytest.approx([1, 1, 1])
     assert found["a/harsh"] == pytest.approx(-1)  # mean ranks of the two others: 1, 2.5, 3, 3.5
     assert found["b/harsh"] == pytest.approx(-3 / (4.5 * 5) ** 0.5)  # 2.5, 3, 2, 2.5 against 1, 2, 4, 3
+
+
+def test_a_correlation_that_a_third_number_makes_is_gone_without_it() -> None:
+    draw = np.random.default_rng(0)
+    third = draw.normal(size=2000)
+    one, other = (third + draw.normal(size=2000) for _ in range(2))
+    assert abs(partial_spearman(one, other, third)) < 0.05 < 0.3 < partial_spearman(one, other, draw.normal(size=2000))
+    assert np.isnan(partial_spearman(third, other, third))
 
 
 def test_what_is_told_with_a_forecast_is_what_came_out() -> None:
