@@ -71,8 +71,8 @@ class PolicyConfig:
     min_drift: float = 0.05
     """A domain moves if its squared feature drift is at least this share of its squared feature activity at step 0."""
     patience: int = 1
-    """Successive checks that a threat must hold before it alarms. In the validation's development half one was enough: none of 86
-    domains without harm alarmed, and of 74 with it 48 did instead of 28 with two (examples/validation/RESULTS.md)."""
+    """Successive checks that a threat must hold before it alarms. One was chosen on the validation's development half; in the
+    other, none of 67 domains without harm alarmed, and of 93 with it 48 did instead of 28 (examples/validation/RESULTS.md)."""
     alpha: float = 0.01
     """Of one check without any harm, the chance that some protected domain's NLL passes the test of a rise."""
     max_unseen: float = 0.5
