@@ -19,7 +19,7 @@ _BEFORE: dict[Decision, str] = {
 _DURING: dict[Decision, str] = {
     "go": "At step {step}, no protected domain has both moved and got worse ({protected}).",
     "watch": "At step {step}, {threatened} {have} moved and got worse, not yet for long enough to alarm.",
-    "no-go": "At step {step}, {threatened} {have} moved and got worse, and that has held.",
+    "no-go": "At step {step}, {threatened} {have} moved and got worse.",
     "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there is nothing that the SAE can "
     "express.",
     "cannot tell": "At step {step}, the evidence does not suffice for {threatened}.",
