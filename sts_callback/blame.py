@@ -56,7 +56,8 @@ def blame(
 
     Raises:
         ConfigError: if no domain is protected or a number is below 1.
-        CannotTell: if the SAE does not fit, a domain fires nothing, or no row has a token that counts.
+        CannotTell: if the SAE does not fit, a domain fires nothing or just what an average row does, or no row has a token that
+            counts.
 
     """
     if not protected:
@@ -140,7 +141,7 @@ def _read(monitor: Monitor, features: list[int], rows: Sequence[Row], n_rows: in
         column = list(itertools.compress(itertools.count(), query.counts))[int(peaks.place[text, feature])]
         return snippet(query.query, column, float(peaks.highest[text, feature]), monitor.tokenizer)
 
-    mean_activity = peaks.activity[counted] / peaks.n_tokens[counted].unsqueeze(1)
+    mean_activity = peaks.activity[counted].double() / peaks.n_tokens[counted].unsqueeze(1)
     return _Read(features, [chosen[used[i]] for i in counted.tolist()], mean_activity, peak, texts.n_cut)
 
 
@@ -148,12 +149,17 @@ def _blamed(domain: _Domain, read: _Read, n_top: int) -> tuple[DomainBlame, torc
     """What rows have to do with one domain, and the scores of all, `(n_rows,)`."""
     columns = torch.searchsorted(torch.tensor(read.features), torch.tensor(domain.features)).tolist()
     activity = read.mean_activity[:, columns]
-    average = roots(activity).mean(dim=0)
+    fired = roots(activity)
+    average = fired.mean(dim=0)
     parts, own_parts = (contributions(x, domain.activity, average) for x in (activity, domain.query_activity))
     scores = parts.sum(dim=1)
+    if not bool(scores.isfinite().all()):
+        raise CannotTell(
+            f"{domain.name}: its texts fire just what an average training row does; by these no row can be told apart."
+        )
     own_score = float(own_parts.sum(dim=1).quantile(0.5))
     limit = limit_of_scores(scores, own_score)
-    strongest = parts.where(roots(activity) > average, -math.inf).argmax(dim=1)
+    strongest = parts.where(fired > average, -math.inf).argmax(dim=1)
     top = [(i, columns[int(strongest[i])]) for i in scores.argsort(descending=True, stable=True)[:n_top].tolist()]
     made = DomainBlame(
         name=domain.name,

@@ -186,6 +186,16 @@ def test_a_domain_that_fires_nothing_cannot_tell(monkeypatch: pytest.MonkeyPatch
         made.blame()
 
 
+def test_rows_that_are_all_the_domains_own_text_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mixture(0)
+    row = made.rows[0]
+    made.monitor.read_domains(["law"])
+    peaks = made.monitor.read_rows([row], range(64))[2]
+    monkeypatch.setattr(made.monitor, "read_domains", lambda names: {"law": peaks})
+    with pytest.raises(CannotTell, match="law: its texts fire just what an average training row does"):
+        blame(made.monitor, [row], ["law"])
+
+
 def test_rows_of_nothing_but_sinks_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     made = mixture(0)
     made.monitor.read_domains(["law"])

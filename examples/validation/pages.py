@@ -31,6 +31,7 @@ from validation.scores import (
     is_harmed,
     movement,
     partial_spearman,
+    right_signs,
     signed,
 )
 
@@ -245,10 +246,9 @@ def directions(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed
     signs = []
     for run in runs:
         value, error = changed[run["run"]]
-        clear = is_clear(value, error)
-        signs += (value[clear] > 0).tolist()
+        signs += (value[is_clear(value, error)] > 0).tolist()
         for name, score in signed(forecasts[run["fine_tune"]]).items():
-            hits.setdefault(name, []).extend((np.sign(score[clear]) == np.sign(value[clear])).tolist())
+            hits.setdefault(name, []).extend(right_signs(score, value, error))
     worse = float(np.mean(signs)) if signs else math.nan
     rows = [[name, f"{np.mean(right):.0%} of {len(right)}"] for name, right in hits.items()]
     side = "worse" if worse >= 0.5 else "better"
@@ -320,8 +320,7 @@ def early(
             drifts[run["run"]] = spearman(np.array([d["relative_drift"]["value"] for d in domains]), moved[run["run"]])
             losses[run["run"]] = spearman(np.abs(so_far), absolute[run["run"]])
             value, error = changed[run["run"]]
-            clear = is_clear(value, error)
-            signs += (np.sign(so_far[clear]) == np.sign(value[clear])).tolist()
+            signs += right_signs(so_far, value, error)
             is_kept = [judge_budget(Estimate(**d["nll_change"]), HARM) == "within" for d in domains]
             harmed[run["setting"]] += is_harmed(value, error)[is_kept].tolist()
         shares = (share(sum(hits), len(hits)) for hits in harmed.values())

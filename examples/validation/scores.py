@@ -108,6 +108,13 @@ def is_clear(value: np.ndarray, error: np.ndarray) -> np.ndarray:
     return clear
 
 
+def right_signs(said: np.ndarray, value: np.ndarray, error: np.ndarray) -> list[bool]:
+    """For each change that is clear of its error, whether it was said with the right sign."""
+    clear = is_clear(value, error)
+    right: list[bool] = (np.sign(said[clear]) == np.sign(value[clear])).tolist()
+    return right
+
+
 def is_harmed(value: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Whether changes are harm: by the threshold, and clear of their errors."""
     harmed: np.ndarray = (value >= HARM) & is_clear(value, error)
