@@ -38,7 +38,7 @@ from tuning import ON_CPU
 
 STEPS, N_PROMPTS, N_COMPLETIONS, CHECK_ON = 20, 16, 4, 5
 PROBES = ProbeConfig(n_queries=12, max_tokens=48, n_domain_demonstrations=2)
-SCORES = ("sts_act", "sts_icl", "sts_rel", "sts_cross")
+SCORES = ("sts_act", "sts_icl", "sts_rel", "sts_cross", "sts_net")
 
 
 def prompts(n: int) -> list[dict[str, str]]:

@@ -42,6 +42,8 @@ class SetBaseline:
     """Mean squared shift by the set's own demonstrations, `(d_sae,)`: STS_ICL and STS_rel."""
     mean_train_shift: torch.Tensor
     """Mean squared shift by the training demonstrations, `(d_sae,)`: STS_cross."""
+    mean_neutral_shift: torch.Tensor
+    """Mean squared shift by plain prose of equal length, `(d_sae,)`: STS_net."""
 
 
 _TENSORS = [f.name for f in fields(SetBaseline) if f.name != "acts"]

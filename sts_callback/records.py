@@ -230,6 +230,8 @@ class DomainDrift(Record):
     """STS_rel with them."""
     sts_cross: float
     """STS_cross with them."""
+    sts_net: float
+    """STS_net with them: the score of record."""
     nll: float
     """NLL of the answers now, in nats per token."""
     nll_change: Estimate

@@ -163,6 +163,7 @@ def set_baseline(reading: Reading) -> SetBaseline:
         mean_activity=token_mean(reading.activity, reading.n_tokens),
         mean_own_shift=token_mean(own.features, reading.n_tokens),
         mean_train_shift=token_mean(reading.shifts[TAUGHT].features, reading.n_tokens),
+        mean_neutral_shift=token_mean(reading.shifts[NEUTRAL].features, reading.n_tokens),
     )
 
 
@@ -224,6 +225,7 @@ def domain_drift(
         sts_icl=scores.shift_score(step_zero.mean_own_shift, realised),
         sts_rel=scores.shift_share(step_zero.mean_own_shift, realised),
         sts_cross=scores.shift_share(step_zero.mean_train_shift, realised),
+        sts_net=scores.net_share(step_zero.mean_train_shift, step_zero.mean_neutral_shift, realised),
         nll=nll,
         nll_change=nll_change(probes, reading.nll, step_zero.nll),
         p_worse=p_worse,

@@ -104,6 +104,7 @@ def domain_drift(name: str = "law", **changes: Any) -> DomainDrift:
         "sts_icl": 0.5,
         "sts_rel": 0.25,
         "sts_cross": 0.125,
+        "sts_net": 0.0625,
         "nll": 2.5,
         "nll_change": 0.0,
         "p_worse": 0.5,

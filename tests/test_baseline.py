@@ -30,6 +30,7 @@ def _set(seed: int, n_tokens: int = 9, n_queries: int = 4, d_sae: int = 6) -> Se
         mean_activity=torch.rand(d_sae, generator=generator, dtype=torch.float64),
         mean_own_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
         mean_train_shift=torch.rand(2 * d_sae, generator=generator, dtype=torch.float64)[::2],
+        mean_neutral_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
     )
 
 

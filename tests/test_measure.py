@@ -1088,12 +1088,13 @@ def test_drift_record_is_that_of_numpy(architecture: str) -> None:
         assert_close([share for _, share in record.top_features], np.sort(mean)[::-1][:10] / mean.sum())
     j = sorted(realised)
     step_zero = numpy_sums(plain, sae, domain, in_front(), limit=1e9)
-    own, taught = (step_zero.shifts[name].features.sum(0) / step_zero.n_tokens.sum() for name in (OWN, TAUGHT))
+    own, taught, prose = (step_zero.shifts[name].features.sum(0) / step_zero.n_tokens.sum() for name in (OWN, TAUGHT, NEUTRAL))
     record = found.domains["poems"]
     assert record.sts_act == pytest.approx((step_zero.activity.sum(0) / step_zero.n_tokens.sum())[j].sum(), rel=1e-4)
     assert record.sts_icl == pytest.approx(own[j].sum(), rel=1e-4)
     assert record.sts_rel == pytest.approx(own[j].sum() / own.sum(), rel=1e-4)
     assert record.sts_cross == pytest.approx(taught[j].sum() / taught.sum(), rel=1e-4)
+    assert record.sts_net == pytest.approx((taught - prose)[j].sum() / taught.sum(), rel=1e-3, abs=1e-6)
 
 
 def test_token_that_becomes_a_sink_is_left_out_and_counted() -> None:
@@ -1151,6 +1152,7 @@ def drift_numbers(record: DomainDrift) -> tuple[float, ...]:
         record.sts_icl,
         record.sts_rel,
         record.sts_cross,
+        record.sts_net,
         record.nll,
         *vars(record.nll_change).values(),
     )

@@ -343,6 +343,7 @@ def test_a_baseline_keeps_what_drift_needs() -> None:
         (step_zero.mean_activity, LAW.activity),
         (step_zero.mean_own_shift, LAW.shifts[OWN].features),
         (step_zero.mean_train_shift, LAW.shifts[TAUGHT].features),
+        (step_zero.mean_neutral_shift, LAW.shifts[NEUTRAL].features),
     ):
         assert found.numpy() == pytest.approx(sums.double().numpy().sum(axis=0) / tokens)
     for name in ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy"):

@@ -75,6 +75,22 @@ def shift_share(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
     return shift_score(mean_shift, features) / total if total > 0 else float("nan")
 
 
+def net_share(mean_shift: torch.Tensor, neutral_shift: torch.Tensor, features: tuple[int, ...]) -> float:
+    """STS_net: what the training demonstrations shift on the shifted features beyond plain prose, as a share of all they shift.
+
+    Args:
+        mean_shift: mean squared shift that the training demonstrations cause, `(d_sae,)`.
+        neutral_shift: the same by plain prose of equal length, `(d_sae,)`.
+        features: D_N.
+
+    Returns:
+        At most 1, below 0 where plain prose shifts more; NaN where nothing shifts.
+
+    """
+    total = float(mean_shift.sum())
+    return shift_score(mean_shift - neutral_shift, features) / total if total > 0 else float("nan")
+
+
 def n_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """How many features two sets share."""
     return len(set(one) & set(other))

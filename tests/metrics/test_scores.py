@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sts_callback.metrics.scores import activity_score, n_shared, shift_score, shift_share, shifted_features
+from sts_callback.metrics.scores import activity_score, n_shared, net_share, shift_score, shift_share, shifted_features
 from sts_callback.metrics.sums import QuerySums, token_mean
 
 Acts = NDArray[np.float64]
@@ -46,12 +46,19 @@ def test_scores_add_up_the_shifted_features_only() -> None:
 
 
 def test_scores_of_no_feature_are_zero() -> None:
-    assert activity_score(MEAN, ()) == shift_score(MEAN, ()) == shift_share(MEAN, ()) == 0.0
+    assert activity_score(MEAN, ()) == shift_score(MEAN, ()) == shift_share(MEAN, ()) == net_share(MEAN, MEAN, ()) == 0.0
 
 
 def test_share_is_nan_where_nothing_shifts() -> None:
     assert math.isnan(shift_share(torch.zeros(3), (0, 1)))
     assert math.isnan(shift_share(torch.full((3,), float("nan")), (0, 1)))
+    assert math.isnan(net_share(torch.zeros(3), torch.zeros(3), (0, 1)))
+
+
+def test_net_share_is_the_share_less_that_of_plain_prose() -> None:
+    assert net_share(MEAN, torch.zeros(5), (1, 3)) == shift_share(MEAN, (1, 3))
+    assert net_share(MEAN, MEAN, (1, 3)) == 0.0
+    assert net_share(MEAN, torch.tensor([0.0, 6.0, 0.0, 2.0, 9.0]), (1, 3)) == (5.5 - 8.0) / 8
 
 
 def test_shares_lie_between_nothing_and_all_and_add_up() -> None:
@@ -97,18 +104,18 @@ def test_every_score_equals_its_equation(draw: Callable[[], Acts]) -> None:
     train, train_in_context = draw(), draw()
     domain, domain_after_own, domain_after_train = draw(), draw(), draw()
 
-    # STS.md section 2: shift_j = mean over query tokens of (h_j(x) - h_j(demos, x))^2; D_N = the N largest
+    # arXiv 2603.02908, section 3.2: shift_j = mean over query tokens of (h_j(x) - h_j(demos, x))^2; D_N = the N largest
     shift = ((train - train_in_context) ** 2).mean(axis=0)
     d_n = np.argsort(-shift, kind="stable")[:N_FEATURES]
     features = shifted_features(_streamed_mean((train_in_context - train) ** 2), N_FEATURES)
     assert features == tuple(d_n.tolist())
 
-    # section 3: mean over tokens of the sum over j in D_N
+    # section 4.1: mean over tokens of the sum over j in D_N
     own, cross = (domain_after_own - domain) ** 2, (domain_after_train - domain) ** 2
     assert activity_score(_streamed_mean(domain), features) == pytest.approx(domain[:, d_n].sum(axis=1).mean(), rel=1e-5)
     assert shift_score(_streamed_mean(own), features) == pytest.approx(own[:, d_n].sum(axis=1).mean(), rel=1e-5)
 
-    # section 6: the share of a shift that falls on D_N, for the domain's own and for the training demonstrations
+    # ours: the share of a shift that falls on D_N, for the domain's own and for the training demonstrations
     sts_rel, sts_cross = own[:, d_n].sum() / own.sum(), cross[:, d_n].sum() / cross.sum()
     assert shift_share(_streamed_mean(own), features) == pytest.approx(sts_rel, rel=1e-5)
     assert shift_share(_streamed_mean(cross), features) == pytest.approx(sts_cross, rel=1e-5)
