@@ -2,6 +2,7 @@
 
     python examples/validate.py forecast --data-dir DIR               what is expected of each fine-tune
     python examples/validate.py candidates --data-dir DIR             two more forms of the score, for the development half
+    python examples/validate.py costs --data-dir DIR                  what each score costs
     python examples/validate.py train --data-dir DIR [--share 1/2]    the fine-tunes; each is stored as it ends
     python examples/validate.py mix --data-dir DIR [--share 1/2]      fine-tunes on mixtures of the development half's rows
     python examples/validate.py report [--open]                       tables and plots, with the held-out half if it is opened
@@ -25,7 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["forecast", "candidates", "train", "mix", "report"])
+    parser.add_argument("stage", choices=["forecast", "candidates", "costs", "train", "mix", "report"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/validation"))
     parser.add_argument("--share", default="1/1", help="of the fine-tunes, which part this process runs")
@@ -41,10 +42,12 @@ def main(argv: list[str]) -> None:
     from validation.lab import Lab
 
     lab = Lab(args.data_dir, args.work_dir)
-    if args.stage in ("forecast", "candidates"):
+    if args.stage in ("forecast", "candidates", "costs"):
         getattr(lab, args.stage)()
     else:
         part, n_parts = (int(number) for number in args.share.split("/"))
+        if not 1 <= part <= n_parts:
+            parser.error(f"--share: got {args.share}; allowed is i/n with i from 1 to n")
         (lab.train if args.stage == "train" else lab.mix)(part - 1, n_parts)
 
 

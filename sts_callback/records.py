@@ -199,6 +199,18 @@ class Forecast(Record):
     train_source: TrainSource = "reference answers"
     """Whose answers the training examples have: the data's, or the model's own best-rewarded ones at step 0."""
 
+    @property
+    def harm_places(self) -> Mapping[str, int]:
+        """Each domain's place by how it is expected to fare, 1 the worst: ranks in `nll_change` and `gradient_change` together.
+
+        An order only, for neither tells the sign of a change; equals share a place. One of them decides where the other is not
+        known of all domains; without both it is empty.
+        """
+        by_nll = {name: d.nll_change.value for name, d in self.domains.items()}
+        by_gradient = {name: d.gradient_change.value for name, d in self.domains.items()}
+        ranks = [_places(values) for values in (by_nll, by_gradient) if all(map(math.isfinite, values.values()))]
+        return _places({name: -sum(places[name] for places in ranks) for name in self.domains}) if ranks else {}
+
 
 @dataclass(frozen=True)
 class DomainDrift(Record):
@@ -318,6 +330,11 @@ class Verdict(Record):
 def in_capitals(decision: Decision, step: int) -> str:
     """A decision as a word that catches the eye; a no-go in training, at a step above 0, is an alarm."""
     return "ALARM" if decision == "no-go" and step else decision.upper()
+
+
+def _places(values: Mapping[str, float]) -> dict[str, int]:
+    """1 for the largest value; equals share a place."""
+    return {name: 1 + sum(other > value for other in values.values()) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:

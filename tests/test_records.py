@@ -199,6 +199,24 @@ def test_a_score_has_no_place_where_the_training_data_is_no_better_than_random(r
     assert math.isnan(score(0.5, random=random, own=own).place(0.5))
 
 
+def harm_places(**changes: tuple[float, float]) -> dict[str, int]:
+    domains = (domain_forecast(n, nll_change=nll, gradient_change=gradient) for n, (nll, gradient) in changes.items())
+    return dict(forecast(*domains).harm_places)
+
+
+def test_who_fares_worst_is_told_by_both_orders_together() -> None:
+    assert harm_places(law=(0.1, -0.3), code=(0.5, -0.1), web=(-0.5, -0.2)) == {"code": 1, "law": 2, "web": 2}
+    assert harm_places(law=(0.1, 0.2), code=(0.2, 0.1)) == {"law": 1, "code": 1}  # they contradict one another
+    assert harm_places(a=(0.4, 0.1), b=(0.3, 0.2), c=(0.2, 0.4), d=(0.1, 0.3)) == {"a": 2, "b": 2, "c": 1, "d": 4}
+
+
+def test_who_fares_worst_is_told_by_one_order_or_not_at_all_where_the_other_is_unknown() -> None:
+    unknown = float("nan")
+    assert harm_places(law=(0.1, 0.3), code=(0.5, unknown)) == {"code": 1, "law": 2}
+    assert harm_places(law=(unknown, 0.3), code=(0.5, 0.1)) == {"law": 1, "code": 2}
+    assert harm_places(law=(unknown, unknown), code=(unknown, unknown)) == {}
+
+
 def test_an_explanation_names_the_threatened_domains_or_else_all() -> None:
     reasons = {"law": "moves.", "code": "stays."}
     assert Verdict("no-go", ("law",), reasons, 0).explanation == "law: moves."

@@ -59,7 +59,7 @@ def _table(text: str, last_title: str) -> list[str]:
 
 
 def _rows(text: str) -> list[str]:
-    return _table(text, "gradient")
+    return _table(text, "harm")
 
 
 def _rivals(text: str) -> list[str]:
@@ -158,7 +158,7 @@ def test_a_row_holds_the_numbers_of_its_domain() -> None:
     record = forecast(law)
     text = forecast_table(record, _judged(record), colour=False)
     (row,) = [r for r in _rows(text) if "law" in r]
-    assert " ".join(row.split()) == "! law 25% 15% to 75% 2-3 -0.25 -0.50 to +0.12 +0.75"
+    assert " ".join(row.split()) == "! law 25% 15% to 75% 2-3 -0.25 -0.50 to +0.12 +0.75 1"
     (row,) = [r for r in _rivals(text) if "law" in r]
     assert " ".join(row.split()) == "law 0.250 0.250 0.000 0.250 0.5 3.25 0.031 0.50 2.50 25%"
 
@@ -287,7 +287,7 @@ def test_a_name_too_long_for_its_column_loses_no_letter() -> None:
     record = forecast(domain_forecast(name), domain_forecast("law", sts_net=0.01))
     text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
     _assert_narrow(text)
-    for last_title in ("gradient", "unseen"):
+    for last_title in ("harm", "unseen"):
         below = re.split(rf"\n\s*domain .*{last_title}\n", text)[1].split("\n\n")[0].splitlines()
         column = below[0].index("1")  # where the numbers of the training data begin
         assert "".join(line[:column].split()[0] for line in below).startswith(f"train{name}law")

@@ -32,7 +32,7 @@ from sts_callback.records import TRAIN, DriftSnapshot
 from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
 from validation import measure, mixtures
 from validation.data import CATEGORIES, DOMAINS, Row, deal
-from validation.plan import CANDIDATES, FORECASTS, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, Run, planned, stored
+from validation.plan import CANDIDATES, COSTS, FORECASTS, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, Run, planned, stored
 from validation.train import tune
 
 T = TypeVar("T")
@@ -102,6 +102,43 @@ class Lab:
                         line = {"kind": kind, "fine_tune": name, "domain": domain, "net": net}
                         with CANDIDATES.open("a") as file:
                             file.write(json.dumps(_rounded(line)) + "\n")
+
+    def costs(self) -> None:
+        """Time what each score needs of one domain; contexts that all domains share are read before."""
+        self._calibrated()
+        fine_tune, asked = self._fine_tunes[0], self._asked[DOMAINS[0]]
+        taught = self._taught[fine_tune]
+        many = self._probes(TRAIN, self._rows[fine_tune].training, SETTINGS["n_many_demonstrations"])
+        seconds: dict[str, list[float]] = {}
+        with undisturbed(self._model):
+            bare, answered = (self._context((), with_answers=whole) for whole in (False, True))
+            behind, eight = ([self._context(draw, with_answers=False) for draw in draws] for draws in (taught.draws, many.draws))
+            whole = [self._context(draw, with_answers=True) for draw in taught.draws]
+            prose, prose_whole = (
+                [self._context(neutral_tokens(self._tokenizer, len(taught.draws[0])), with_answers=w)] for w in (False, True)
+            )
+
+            def own() -> dict[str, list[Context]]:
+                return {OWN: [self._context(draw, with_answers=False) for draw in asked.draws]}
+
+            read = self._gauge.read
+            ways: dict[str, Callable[[], object]] = {
+                "STS_act, cosines of activities": lambda: read(asked, bare, {}),
+                "NLL at step 0": lambda: read(asked, answered, {}),
+                "raw and relative shift, STS_cross": lambda: read(asked, bare, {TAUGHT: behind}),
+                "STS_ICL, STS_rel": lambda: read(asked, bare, own()),
+                "STS_net": lambda: read(asked, bare, {TAUGHT: behind, NEUTRAL: prose}),
+                "STS_net, answer tokens": lambda: read(_answers_only(asked), bare, {TAUGHT: behind, NEUTRAL: prose}),
+                "STS_net, more demonstrations": lambda: read(asked, bare, {TAUGHT: eight, NEUTRAL: prose}),
+                "NLL change in context": lambda: read(asked, answered, {TAUGHT: whole, NEUTRAL: prose_whole}),
+                "gradient alignment": lambda: read(asked, answered, {}, with_gradients=True),
+            }
+            for _ in range(SETTINGS["n_timings"]):
+                for title, way in tqdm(ways.items(), desc="Costs", unit="score"):
+                    started = time.monotonic()
+                    way()
+                    seconds.setdefault(title, []).append(time.monotonic() - started)
+        COSTS.write_text(json.dumps(_rounded(seconds), indent=1) + "\n")
 
     def train(self, part: int, n_parts: int) -> None:
         """Run the fine-tunes that are not stored yet."""

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from scipy import stats
 
-from sts_callback.policy import judge_budget
-from sts_callback.records import Estimate
-from validation.alarms import Table, auroc_of_evidence, monitor, share
+from validation.alarms import Table, auroc_of_evidence, monitor
 from validation.data import DOMAINS
 from validation.mixtures import additivity
-from validation.plan import CANDIDATES, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
-from validation.scores import (
-    CLEAR,
-    HARM,
-    RIVALS,
-    Scores,
-    correlations,
-    expected,
-    harm,
-    is_clear,
-    is_harmed,
-    movement,
-    partial_spearman,
-    right_signs,
-    signed,
+from validation.plan import CANDIDATES, COSTS, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
+from validation.scores import CLEAR, HARM, Scores, expected, harm, movement, signed_orders
+from validation.tables import (
+    above_chance,
+    by_fine_tune,
+    directions,
+    early,
+    elsewhere,
+    other_measures,
+    pooled,
+    ranking,
+    reach,
+    run_by_run,
+    spearman,
+    verdicts,
 )
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
-
-N_BOOT = 2000
 
 
 def write_report(*, opened: bool) -> None:
@@ -68,6 +62,8 @@ def write_report(*, opened: bool) -> None:
         own = [run for run in runs if run["fine_tune"] in SETTINGS["fine_tunes"][key]]
         if own:
             lines += ["", f"## {title}: {len(own)} runs", *half(own, scores, forecasts, zero, key)]
+    if COSTS.exists():
+        lines += ["", "## What the scores cost", *costs(json.loads(COSTS.read_text()))]
     mixed = stored(MIXTURES)
     if mixed:
         lines += ["", f"## Mixtures: {len(mixed)} runs", *mixtures(mixed, {run["run"]: run for run in runs}, zero)]
@@ -80,8 +76,10 @@ def half(
     """Tables and plots of one half."""
     moved = {run["run"]: movement(run) for run in runs}
     changed = {run["run"]: harm(run, zero) for run in runs}
+    value = {name: change for name, (change, _) in changed.items()}
     clear = [run for run in runs if np.std(changed[run["run"]][0]) >= CLEAR * changed[run["run"]][1].mean()]
-    absolute = {name: np.abs(value) for name, (value, _) in changed.items()}
+    absolute = {name: np.abs(change) for name, change in value.items()}
+    orders = {name: signed_orders(forecasts[name], scores[name]) for name in {run["fine_tune"] for run in runs}}
     plot_pairs(runs, scores, moved, absolute, HERE / f"{key}.svg")
     return [
         "",
@@ -111,6 +109,37 @@ def half(
             "change."
         ),
         "",
+        "### Harm with its sign: which domains fare worst?",
+        "",
+        *wrapped(
+            "The same with the change itself, above 0 where a domain has become worse. The NLL change in context and gradient "
+            "alignment keep their signs here; the others have none, so that large says worse."
+        ),
+        "",
+        *table(ranking(clear, orders, value)),
+        "",
+        "### What any forecast could reach",
+        "",
+        *wrapped(
+            "Spearman's correlation over domains of what happened in one run with what happened in another of the same "
+            "fine-tune. A forecast does not know the rate: where two rates agree by r, one order for both can agree with them by "
+            "about sqrt((1 + r) / 2) on average and no more."
+        ),
+        "",
+        *table(reach(runs, {"movement": moved, "absolute change": absolute, "change with its sign": value})),
+        "",
+        "### Other measures of change",
+        "",
+        *wrapped(
+            "Raw drift is that of activations without an SAE; late, NLL after the first "
+            f"{SETTINGS['n_first']} answer tokens, where a new style is spent; margin, by how much the right option of MMLU-Pro "
+            "is likelier than a wrong one, nats per token. Spearman's correlations of sizes: with the measure above (movement or "
+            "harm), then of scores with this one. Accuracy is told only where the untuned model is above chance "
+            f"(p < 0.05, {SETTINGS['n_wrong']} questions each): of the 14 domains of MMLU-Pro, in {above_chance(zero)}."
+        ),
+        "",
+        *table(other_measures(runs, scores, zero, moved, absolute)),
+        "",
         "### Direction",
         "",
         *table(directions(runs, forecasts, changed)),
@@ -132,7 +161,8 @@ def half(
         "",
         *wrapped(
             "What a check after so many steps, of 12 other questions a domain, tells of what is measured at the end: Spearman of "
-            f"sizes, signs of clear changes, and the harm of domains that had kept their budget of {HARM} by the whole interval."
+            f"sizes, signs of clear changes, and the harm of domains that had kept their budget of {HARM} by the whole interval. "
+            "Made anew: STS_net of step 0 with the features that have moved by then, the paper's late forecast."
         ),
         "",
         *table(early(runs, moved, absolute, changed)),
@@ -148,6 +178,23 @@ def half(
         *table(monitor(runs, zero, changed)),
         "",
         f"![Scores against what happened]({key}.svg)",
+    ]
+
+
+def costs(seconds: Mapping[str, list[float]]) -> list[str]:
+    """Of each score, against that of the cheapest."""
+    typical = {name: float(np.median(of_each)) for name, of_each in seconds.items()}
+    cheapest = min(typical.values())
+    rows = [[name, f"{value / cheapest:.1f}"] for name, value in sorted(typical.items(), key=lambda pair: pair[1])]
+    return [
+        "",
+        *wrapped(
+            f"Time for the {SETTINGS['probes']['n_queries']} queries of {DOMAINS[0]} behind the demonstrations of one fine-tune, "
+            "against the least: a pass over the bare queries up to the SAE's layer. Median of "
+            f"{SETTINGS['n_timings']} rounds, side by side in one run; what all domains share is read before."
+        ),
+        "",
+        *table([["score", "time"], *rows]),
     ]
 
 
@@ -191,155 +238,6 @@ def mixtures(mixed: list[dict[str, Any]], runs: Mapping[str, Any], zero: Mapping
         "",
         *table(kept),
     ]
-
-
-def ranking(runs: list[dict[str, Any]], scores: Mapping[str, Scores], realised: Mapping[str, np.ndarray]) -> Table:
-    """Scores by how well they rank, best first."""
-    if not runs:
-        return [["no run"]]
-    found = []
-    for name in scores[runs[0]["fine_tune"]]:
-        ranks, lines, given = ({} for _ in range(3))
-        for run in runs:
-            score = {name: scores[run["fine_tune"]][name]}
-            ranks[run["run"]] = correlations(score, realised[run["run"]])[name]
-            lines[run["run"]] = correlations(score, realised[run["run"]], stats.pearsonr)[name]
-            given[run["run"]] = partial_spearman(score[name], realised[run["run"]], scores[run["fine_tune"]]["NLL at step 0"])
-        by_tune = by_fine_tune(runs, ranks)
-        row = [
-            f"*{name}*" if name in RIVALS else name,
-            pooled(runs, ranks),
-            *(f"{np.mean(list(by_fine_tune(runs, values).values())):.2f}".replace("nan", "-") for values in (lines, given)),
-        ]
-        found.append((np.mean(list(by_tune.values())), [*row, *(f"{value:.2f}" for value in by_tune.values())]))
-    head = [
-        "score (*rival*)",
-        "Spearman [interval]",
-        "Pearson",
-        "given NLL at step 0",
-        *by_fine_tune(runs, {run["run"]: 0.0 for run in runs}),
-    ]
-    return [head, *(row for _, row in sorted(found, key=lambda pair: -np.nan_to_num(pair[0], nan=-2)))]
-
-
-def by_fine_tune(runs: Iterable[Mapping[str, Any]], values: Mapping[str, float]) -> dict[str, float]:
-    """Means over the runs of each fine-tune."""
-    groups: dict[str, list[float]] = {}
-    for run in runs:
-        groups.setdefault(run["fine_tune"], []).append(values[run["run"]])
-    return {name: float(np.mean(group)) for name, group in groups.items()}
-
-
-def pooled(runs: Iterable[Mapping[str, Any]], values: Mapping[str, float]) -> str:
-    """Mean over fine-tunes, with a bootstrap interval over them."""
-    means = np.array(list(by_fine_tune(runs, values).values()))
-    if len(means) == 0:
-        return "-"
-    draws = np.random.default_rng(0).choice(means, (N_BOOT, len(means))).mean(axis=1)
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return f"{means.mean():.2f} [{low:.2f}, {high:.2f}]"
-
-
-def directions(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed: Mapping[str, Any]) -> Table:
-    """How often a signed score has the sign of a clear change."""
-    hits: dict[str, list[bool]] = {}
-    signs = []
-    for run in runs:
-        value, error = changed[run["run"]]
-        signs += (value[is_clear(value, error)] > 0).tolist()
-        for name, score in signed(forecasts[run["fine_tune"]]).items():
-            hits.setdefault(name, []).extend(right_signs(score, value, error))
-    worse = float(np.mean(signs)) if signs else math.nan
-    rows = [[name, f"{np.mean(right):.0%} of {len(right)}"] for name, right in hits.items()]
-    side = "worse" if worse >= 0.5 else "better"
-    return [["says", "sign right"], *rows, [f"always {side} (the majority)", f"{max(worse, 1 - worse):.0%} of {len(signs)}"]]
-
-
-def verdicts(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed: Mapping[str, Any]) -> Table:
-    """How often each finding before training was followed by harm."""
-    followed: dict[tuple[str, str], list[bool]] = {}
-    for run in runs:
-        harmed = is_harmed(*changed[run["run"]])
-        for place, name in enumerate(DOMAINS):
-            change = Estimate(**forecasts[run["fine_tune"]]["domains"][name]["nll_change"])
-            finding = {"within": "go", "beyond": "no-go"}.get(judge_budget(change, HARM), "cannot tell")
-            followed.setdefault((finding, run["setting"]), []).append(bool(harmed[place]))
-    settings = list(SETTINGS["learning_rates"])
-    rows = [
-        [finding, *(share(sum(hits), len(hits)) for hits in (followed.get((finding, setting), []) for setting in settings))]
-        for finding in ("no-go", "cannot tell", "go")
-    ]
-    return [["verdict", *(f"harmed, {setting}" for setting in settings)], *rows]
-
-
-def run_by_run(
-    runs: list[dict[str, Any]], zero: Mapping[str, Any], moved: Mapping[str, np.ndarray], changed: Mapping[str, Any]
-) -> Table:
-    head = [
-        "run",
-        "loss, first and last 5 steps",
-        "overlap",
-        "drift, median (most)",
-        "NLL change, median (worst)",
-        "error",
-        "late",
-    ]
-    rows = [head]
-    for run in runs:
-        value, error = changed[run["run"]]
-        drift, late = moved[run["run"]], harm(run, zero, "late")[0]
-        worst, most = int(np.argmax(value)), int(np.argmax(drift))
-        first, last = np.mean(run["loss"][:5]), np.mean(run["loss"][-5:])
-        rows.append(
-            [
-                run["run"],
-                f"{first:.2f}, {last:.2f}",
-                str(run["checks"][-1]["n_shared"]),
-                f"{np.median(drift):.1%} ({DOMAINS[most]} {drift[most]:.1%})",
-                f"{np.median(value):+.2f} ({DOMAINS[worst]} {value[worst]:+.2f})",
-                f"{error.mean():.2f}",
-                f"{np.nanmedian(late):+.2f}",
-            ]
-        )
-    return rows
-
-
-def early(
-    runs: list[dict[str, Any]], moved: Mapping[str, np.ndarray], absolute: Mapping[str, np.ndarray], changed: Mapping[str, Any]
-) -> Table:
-    """What checks on the way tell of the end: ranks, signs, and what came of domains that kept their budgets so far."""
-    settings = list(SETTINGS["learning_rates"])
-    kept = [f"budget kept so far, harmed at the end, {setting}" for setting in settings]
-    rows = [["after steps", "drift so far, with movement", "change so far, with harm", "sign right", *kept]]
-    for i, step in enumerate(SETTINGS["training"]["checks"]):
-        drifts, losses, signs = {}, {}, []
-        harmed: dict[str, list[bool]] = {setting: [] for setting in settings}
-        for run in runs:
-            domains = [run["checks"][i]["domains"][name] for name in DOMAINS]
-            so_far = np.array([d["nll_change"]["value"] for d in domains])
-            drifts[run["run"]] = spearman(np.array([d["relative_drift"]["value"] for d in domains]), moved[run["run"]])
-            losses[run["run"]] = spearman(np.abs(so_far), absolute[run["run"]])
-            value, error = changed[run["run"]]
-            signs += right_signs(so_far, value, error)
-            is_kept = [judge_budget(Estimate(**d["nll_change"]), HARM) == "within" for d in domains]
-            harmed[run["setting"]] += is_harmed(value, error)[is_kept].tolist()
-        shares = (share(sum(hits), len(hits)) for hits in harmed.values())
-        rows.append([str(step), pooled(runs, drifts), pooled(runs, losses), f"{np.mean(signs):.0%} of {len(signs)}", *shares])
-    return rows
-
-
-def elsewhere(runs: list[dict[str, Any]], realised: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """For each run, Spearman of what happened with the domains' mean ranks in other fine-tunes' runs at the same rate."""
-    found = {}
-    for run in runs:
-        others = [r for r in runs if r["setting"] == run["setting"] and r["fine_tune"] != run["fine_tune"]]
-        ranks = [stats.rankdata(realised[other["run"]]) for other in others]
-        found[run["run"]] = spearman(np.mean(ranks, axis=0), realised[run["run"]]) if ranks else math.nan
-    return found
-
-
-def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    return float(stats.spearmanr(one, other).statistic)
 
 
 def plot_pairs(

@@ -10,9 +10,8 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-FORECASTS, CANDIDATES, STEP_ZERO, RUNS, MIXTURES, SUMS = (
-    HERE / name for name in ("forecasts.jsonl", "candidates.jsonl", "step_zero.json", "runs.jsonl", "mixtures.jsonl", "sums.npz")
-)
+FORECASTS, CANDIDATES, RUNS, MIXTURES = (HERE / f"{name}.jsonl" for name in ("forecasts", "candidates", "runs", "mixtures"))
+STEP_ZERO, COSTS, SUMS = (HERE / name for name in ("step_zero.json", "costs.json", "sums.npz"))
 SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "settings.yaml").read_text())
 
 

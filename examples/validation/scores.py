@@ -79,6 +79,13 @@ def signed(forecast: Mapping[str, Any]) -> Scores:
     }
 
 
+def signed_orders(forecast: Mapping[str, Any], unsigned: Scores) -> Scores:
+    """All scores as orders from the worst to the best: those that tell a direction, their ranks together, and the others."""
+    with_sign = signed(forecast)
+    together = sum(stats.rankdata(values) for values in with_sign.values())
+    return {**unsigned, **with_sign, "ranks of " + " and ".join(with_sign): together}
+
+
 def movement(run: Mapping[str, Any]) -> np.ndarray:
     """Relative feature drift at the end, for each of `DOMAINS`."""
     return np.array([run["after"][name]["drift"]["value"] for name in DOMAINS], dtype=float)
@@ -100,6 +107,22 @@ def harm(run: Mapping[str, Any], zero: Mapping[str, Any], kind: str = "nll") -> 
     ]
     values, errors = zip(*pairs, strict=True)
     return np.array(values), np.array(errors)
+
+
+def margins(answers: Mapping[str, Any], zero: Mapping[str, Any], name: str) -> np.ndarray:
+    """By how much the right options of a domain's questions are likelier than wrong ones, nats per token, one for each question.
+
+    Args:
+        answers: `step_zero.json`, or what a line of `runs.jsonl` has of the tuned model.
+        zero: `step_zero.json`.
+        name: of the domain, one of MMLU-Pro.
+
+    """
+    wrong = np.array(answers[name]["wrong"])
+    counts = zero[name]["n"][: len(wrong)]
+    right: np.ndarray = np.array(answers[name]["nll"][: len(wrong)]) / counts
+    difference: np.ndarray = wrong - right
+    return difference
 
 
 def is_clear(value: np.ndarray, error: np.ndarray) -> np.ndarray:

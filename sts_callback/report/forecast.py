@@ -122,7 +122,8 @@ def _judged(story: Story) -> Html:
 
 def _all_scores(story: Story, forecast: Forecast) -> Html:
     ordered = [forecast.train, *(forecast.domains[name] for name in story.domains if name in forecast.domains)]
-    titles = ["domain", "transfer", "95%", "rank", "above next", "NLL change", "95%", "gradient", "95%"]
+    places = forecast.harm_places
+    titles = ["domain", "transfer", "95%", "rank", "above next", "NLL change", "95%", "gradient", "95%", "harm"]
     first = [
         [
             name_row(d.name, story.budgets),
@@ -134,6 +135,7 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
             figures.interval(d.nll_change, figures.nats),
             figures.nats(d.gradient_change.value),
             figures.interval(d.gradient_change, figures.nats),
+            str(places.get(d.name, "")),
         ]
         for d in ordered
     ]
@@ -159,6 +161,7 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
         meanings(
             ("rank", "between which ranks by transfer the domain lies, at 95%"),
             ("above next", "how sure it is that the domain moves more than the next one in that order"),
+            ("harm", "place by NLL change and gradient together, 1 the worst: an order, not a sign"),
             ("net", "the score behind transfer: cross, less what plain prose in place of the examples shifts on these features"),
             ("cross", "share of the shift by the examples that falls on the training data's features"),
             ("random", "the same over random features of like activity"),

@@ -36,7 +36,7 @@ _OWN_ROLLOUTS = "training examples: the model's own best-rewarded rollouts of th
 def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
     """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on."""
     rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: downwards(d.sts_net.value)))
-    table = new_table("domain", "transfer", "95 %", "rank", "NLL change", "95 %", "gradient")
+    table = new_table("domain", "transfer", "95 %", "rank", "change", "95 %", "grad", "harm")
     for row in rows:
         transfer, change = row.transfer, row.nll_change
         table.add_row(
@@ -47,6 +47,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
             f"{change.value:+.2f}",
             f"{change.low:+.2f} to {change.high:+.2f}",
             f"{row.gradient_change.value:+.2f}",
+            str(forecast.harm_places.get(row.name, "")),
             style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
     rivals = new_table("domain", "net", "cross", "random", "rel", "ICL", "act", "raw", "cosine", "NLL", "unseen")
@@ -68,9 +69,10 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
     held = f"{len(forecast.features)} features hold {forecast.features_share:.0%} of the shift"
     legend = (
         "transfer: STS_net, 0 % as by plain prose, 100 % as the training data itself;\n"
-        "how much, not in which direction. NLL change: of the answers, with training\n"
-        "examples in context against plain prose, nats a token; gradient: by a small\n"
-        "step that gains the training data one nat; + is bad."
+        "how much, not in which direction. change: of the answers' NLL, with training\n"
+        "examples in context against plain prose, nats a token; grad: the same by a small\n"
+        "step that gains the training data one nat; + is bad. harm: the place by both\n"
+        "together, 1 the worst; an order, not a sign."
     )
     if math.isnan(forecast.train.transfer.value):
         legend += (
