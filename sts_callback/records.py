@@ -155,6 +155,8 @@ class DomainForecast(Record):
     """Squared shift by the training demonstrations over squared activity, at least 0."""
     raw_shift: Estimate
     """The same of raw activations: a rival without an SAE."""
+    raw_over_prose: Estimate
+    """The raw shift over that by plain prose of equal length, above 1 where the examples shift more: the strongest such rival."""
     unseen: float
     """Share of that raw shift that the SAE's dictionary cannot express; NaN for a transcoder."""
     cosine: float

@@ -76,6 +76,7 @@ class ForecastScorer:
             above_next=_NAN,
             relative_shift=estimate(taught_total, reading.energy, taught_group),
             raw_shift=estimate(taught.raw, reading.raw_energy, taught_group),
+            raw_over_prose=estimate(taught.raw, reading.shifts[NEUTRAL].raw, taught_group),
             unseen=_ratio(taught.unseen, taught.raw),
             cosine=float(torch.cosine_similarity(token_mean(reading.raw, n), self._train_raw, dim=0)),
             nll=changes[0],

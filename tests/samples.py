@@ -61,6 +61,7 @@ def domain_forecast(name: str = "law", **changes: Any) -> DomainForecast:
         "above_next": 0.75,
         "relative_shift": 0.0625,
         "raw_shift": 0.03125,
+        "raw_over_prose": 1.25,
         "unseen": 0.25,
         "cosine": 0.5,
         "nll": 2.5,

@@ -911,8 +911,8 @@ def test_domain_of_sinks_alone_has_no_score() -> None:
     found = forecast.domains["commas"]
     assert found.n_tokens == 0
     assert found.n_masked == sum(len(q.query) for q in monitor.domains["commas"].queries)
-    for score in (found.sts_act, found.sts_icl, found.sts_rel, found.sts_cross, found.relative_shift, found.raw_shift):
-        assert math.isnan(score.value)
+    for score in ("sts_act", "sts_icl", "sts_rel", "sts_cross", "relative_shift", "raw_shift", "raw_over_prose"):
+        assert math.isnan(getattr(found, score).value)
     assert math.isfinite(found.nll.value)
     assert math.isfinite(forecast.domains["poems"].sts_cross.value)
     assert Forecast.from_json(forecast.to_json()).domains["commas"].n_tokens == 0
@@ -1129,7 +1129,7 @@ def test_model_without_head_is_scored_without_likelihood(make: Any) -> None:
     assert set(found.features) == set(wanted.features)
     for one, other in ((found.train, wanted.train), (found.domains["poems"], wanted.domains["poems"])):
         assert all(math.isnan(e.value) for e in (one.nll, one.nll_change, one.gradient_change))
-        for score in ("sts_act", "sts_icl", "sts_rel", "sts_cross", "relative_shift", "raw_shift"):
+        for score in ("sts_act", "sts_icl", "sts_rel", "sts_cross", "relative_shift", "raw_shift", "raw_over_prose"):
             assert getattr(one, score).value == pytest.approx(getattr(other, score).value, rel=1e-4)
     still = monitor.check(0)
     assert still.train.relative_drift == STILL

@@ -133,6 +133,7 @@ def test_every_score_is_that_of_its_equation() -> None:
     assert_estimate(law.relative_shift, taught.sum(axis=1), LAW.energy.double().numpy(), N_DRAWS)
     raw = LAW.shifts[TAUGHT].raw.double().numpy()
     assert_estimate(law.raw_shift, raw, LAW.raw_energy.double().numpy(), N_DRAWS)
+    assert_estimate(law.raw_over_prose, raw, LAW.shifts[NEUTRAL].raw.double().numpy(), N_DRAWS)
     assert law.unseen == pytest.approx(LAW.shifts[TAUGHT].unseen.double().numpy().sum() / raw.sum(), rel=1e-6)
     neutral = LAW.shifts[NEUTRAL].features.double().numpy()
     assert_estimate(law.sts_net, (taught - neutral)[:, columns].sum(axis=1), taught.sum(axis=1), N_DRAWS)
@@ -230,7 +231,7 @@ def test_where_no_token_counts_scores_are_unknown() -> None:
     nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
     _, _, law = scored(dataclasses.replace(LAW, **none, shifts=dict.fromkeys((OWN, TAUGHT, NEUTRAL), nothing)))
     assert law.n_tokens == 0
-    assert all(math.isnan(getattr(law, name).value) for name in (*SCORES, "relative_shift", "raw_shift"))
+    assert all(math.isnan(getattr(law, name).value) for name in (*SCORES, "relative_shift", "raw_shift", "raw_over_prose"))
     assert math.isfinite(law.nll_change.value)
 
 

@@ -160,7 +160,7 @@ def test_a_row_holds_the_numbers_of_its_domain() -> None:
     (row,) = [r for r in _rows(text) if "law" in r]
     assert " ".join(row.split()) == "! law 25% 15% to 75% 2-3 -0.25 -0.50 to +0.12 +0.75 1"
     (row,) = [r for r in _rivals(text) if "law" in r]
-    assert " ".join(row.split()) == "law 0.250 0.250 0.000 0.250 0.5 3.25 0.031 0.50 2.50 25%"
+    assert " ".join(row.split()) == "law 0.250 0.250 0.000 0.250 0.5 3.25 1.25 0.50 2.50 25%"
 
 
 def test_the_training_data_has_no_rank() -> None:

@@ -15,7 +15,7 @@ Scores = dict[str, np.ndarray]
 """By the name of a score, one number for each of `DOMAINS`; for all but signed ones, large says that a domain changes much."""
 
 HARM, CLEAR = 0.1, 2.0  # nats per token, and times its standard error
-RIVALS = ("cosine of mean activations", "raw shift", "NLL at step 0")
+RIVALS = ("cosine of mean activations", "raw shift", "raw shift over that by plain prose", "NLL at step 0")
 """Scores that need no SAE."""
 
 
@@ -58,6 +58,7 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
         "cosine of root activities": _cosines(np.sqrt(of_domain("activity")), np.sqrt(means[f"train/{fine_tune}/activity"])),
         "cosine of mean activations": field("cosine"),
         "raw shift": field("raw_shift"),
+        "raw shift over that by plain prose": field("raw_over_prose"),
         "NLL at step 0": field("nll"),
     }
     for pair in (

@@ -149,7 +149,7 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
             figures.plain(d.sts_icl.value),
             figures.plain(d.sts_act.value),
             figures.plain(d.relative_shift.value),
-            figures.plain(d.raw_shift.value),
+            figures.plain(d.raw_over_prose.value),
             f"{d.cosine:.3f}" if math.isfinite(d.cosine) else figures.UNKNOWN,
             figures.plain(d.nll.value),
         ]
@@ -166,7 +166,8 @@ def _all_scores(story: Story, forecast: Forecast) -> Html:
             ("cross", "share of the shift by the examples that falls on the training data's features"),
             ("random", "the same over random features of like activity"),
             ("rel, ICL, act", "further scores by the domain's own examples; the last two grow with how active a domain is"),
-            ("shift, raw", "size of the whole shift, in features and in raw activations: the latter a rival without an SAE"),
+            ("shift", "size of the whole shift in features, over their activity"),
+            ("raw", "the shift of raw activations over that by plain prose: the strongest rival without an SAE"),
             ("cosine, NLL", "likeness of raw activations to the training data's, and NLL before training: rivals too"),
         ),
     )

@@ -60,7 +60,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
             f"{row.sts_rel.value:.3f}",
             _short(row.sts_icl.value),
             _short(row.sts_act.value),
-            f"{row.raw_shift.value:.3f}",
+            f"{row.raw_over_prose.value:.2f}",
             f"{row.cosine:.2f}",
             f"{row.nll.value:.2f}",
             f"{row.unseen:.0%}",

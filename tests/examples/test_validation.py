@@ -224,11 +224,15 @@ def test_what_is_told_with_a_forecast_is_what_came_out() -> None:
     n_runs = sum(int(n) for n in re.findall(r"^## .* half: (\d+) runs$", results, re.MULTILINE))
     held_out = results[results.index("## Held-out half") : results.index("## Mixtures")]
     (movement,) = re.findall(r"^\| STS_net \| (\S+) \[.*$", held_out[: held_out.index("### Harm")], re.MULTILINE)
+    (rival,) = re.findall(
+        r"^\| \*raw shift over that by plain prose\* \| (\S+) \[.*$", held_out[: held_out.index("### Harm")], re.MULTILINE
+    )
     (fared,) = re.findall(r"^\| ranks of NLL change in context and gradient alignment \| (\S+) \[.*$", held_out, re.MULTILINE)
     ((gentle, harsh),) = re.findall(r"^\| go \| .*?\((\S+)%\) \| .*?\((\S+)%\) \|$", held_out, re.MULTILINE)
     (sign,) = re.findall(r"^\| 5 \| .*? \| (\d+)% of \d+ \|", held_out, re.MULTILINE)
     assert f"({n_runs} LoRA runs" in WHAT_HOLDS
     assert f"Spearman {movement}" in WHAT_HOLDS
-    assert f"by how they then fared ({fared})" in WHAT_HOLDS
+    assert float(rival) >= float(movement) and "raw, without an SAE, did as well" in WHAT_HOLDS
+    assert f"harm by how they then fared ({fared})" in WHAT_HOLDS
     assert f"training harmed {float(gentle):.0f}% at a gentle rate and {float(harsh):.0f}% at a harsh one" in WHAT_HOLDS
     assert f"the direction of {sign}% of clear changes" in WHAT_HOLDS
