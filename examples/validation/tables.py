@@ -84,20 +84,19 @@ def reach(runs: list[dict[str, Any]], realised: Mapping[str, Mapping[str, np.nda
     """How far two runs of the same fine-tune agree: at two rates, and with two seeds."""
     rows: Table = [["what", "gentle with harsh", "so for one order of both at most", "first with second seed"]]
     names = {run["run"] for run in runs}
+    rates = [(r["run"], f"{r['fine_tune']}/harsh/{r['seed']}") for r in runs if r["setting"] == "gentle"]
+    seeds = [(r["run"], f"{r['fine_tune']}/{r['setting']}/1") for r in runs if r["seed"] == 0]
     for what, values in realised.items():
-        agreed: dict[str, list[float]] = {"rates": [], "seeds": []}
-        for run in runs:
-            tune, setting, seed = run["fine_tune"], run["setting"], run["seed"]
-            for kind, other, wanted in (
-                ("rates", f"{tune}/harsh/{seed}", setting == "gentle"),
-                ("seeds", f"{tune}/{setting}/1", seed == 0),
-            ):
-                if wanted and other in names:
-                    agreed[kind].append(spearman(values[run["run"]], values[other]))
-        found = [f"{np.mean(r):.2f} ({min(r):.2f} to {max(r):.2f})" if r else "-" for r in agreed.values()]
-        best = f"{np.mean([math.sqrt((1 + r) / 2) for r in agreed['rates']]):.2f}" if agreed["rates"] else "-"
-        rows.append([what, found[0], best, found[1]])
+        by_rate, by_seed = (
+            [spearman(values[one], values[other]) for one, other in pairs if other in names] for pairs in (rates, seeds)
+        )
+        at_most = f"{np.mean([math.sqrt((1 + r) / 2) for r in by_rate]):.2f}" if by_rate else "-"
+        rows.append([what, _mean_and_range(by_rate), at_most, _mean_and_range(by_seed)])
     return rows
+
+
+def _mean_and_range(values: list[float]) -> str:
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
 
 
 def other_measures(

@@ -27,9 +27,9 @@ from validation.alarms import auroc, harmed_at
 from validation.data import CATEGORIES, DOMAINS, deal
 from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
-from validation.pages import elsewhere
 from validation.plan import HERE
-from validation.scores import partial_spearman, ratio
+from validation.scores import margins, partial_spearman, ratio, signed_orders
+from validation.tables import above_chance, elsewhere, reach
 from validation.train import tune
 
 BOS = (1,)
@@ -217,6 +217,50 @@ def test_a_correlation_that_a_third_number_makes_is_gone_without_it() -> None:
     one, other = (third + draw.normal(size=2000) for _ in range(2))
     assert abs(partial_spearman(one, other, third)) < 0.05 < 0.3 < partial_spearman(one, other, draw.normal(size=2000))
     assert np.isnan(partial_spearman(third, other, third))
+
+
+def test_two_rates_that_contradict_one_another_bound_what_one_order_can_reach() -> None:
+    runs = [
+        {"run": f"a/{setting}/{seed}", "fine_tune": "a", "setting": setting, "seed": seed}
+        for setting, seed in (("gentle", 0), ("harsh", 0), ("harsh", 1))
+    ]
+    up, down = np.arange(5.0), -np.arange(5.0)
+    contrary = {"a/gentle/0": up, "a/harsh/0": down, "a/harsh/1": down}
+    alike = dict.fromkeys(contrary, up)
+    head, *rows = reach(runs, {"contrary": contrary, "alike": alike})
+    assert rows == [
+        ["contrary", "-1.00 (-1.00 to -1.00)", "0.00", "1.00 (1.00 to 1.00)"],
+        ["alike", "1.00 (1.00 to 1.00)", "1.00", "1.00 (1.00 to 1.00)"],
+    ]
+    assert reach(runs[:1], {"alone": contrary})[1] == ["alone", "-", "-", "-"]
+
+
+def test_a_margin_is_by_how_much_the_right_option_is_likelier_per_token() -> None:
+    zero = {"law": {"nll": [10.0, 30.0, 99.0], "n": [10, 10, 10], "wrong": [1.5, 2.0]}}
+    assert margins(zero, zero, "law").tolist() == [0.5, -1.0]  # the third question has no wrong option
+    tuned = {"law": {"nll": [20.0, 10.0, 99.0], "wrong": [1.5, 2.0]}}
+    assert margins(tuned, zero, "law").tolist() == [-0.5, 1.0]
+
+
+def test_a_domain_is_above_chance_only_where_that_is_hardly_luck() -> None:
+    def answers(n_right: int) -> dict[str, list[float]]:
+        return {"nll": [10.0] * 32, "n": [10] * 32, "wrong": [2.0] * n_right + [0.5] * (32 - n_right)}
+
+    assert above_chance({name: answers(21) for name in CATEGORIES}) == "none"
+    assert above_chance({name: answers(22 if name == "law" else 16) for name in CATEGORIES}) == "law"
+
+
+def test_orders_by_harm_keep_the_sign_and_take_both_ranks_together() -> None:
+    def says(change: float, gradient: float) -> dict[str, dict[str, float]]:
+        return {"nll_change": {"value": change}, "gradient_change": {"value": gradient}}
+
+    n = len(DOMAINS)
+    forecast = {"domains": {name: says(i - n / 2, (i * 7) % n) for i, name in enumerate(DOMAINS)}}
+    found = signed_orders(forecast, {"STS_net": np.ones(n), "NLL change in context": np.zeros(n)})
+    assert found["NLL change in context"].min() == -n / 2
+    assert found["STS_net"].tolist() == [1.0] * n
+    together = found["ranks of NLL change in context and gradient alignment"]
+    assert together.tolist() == [(i + 1) + ((i * 7) % n + 1) for i in range(n)]
 
 
 def test_what_is_told_with_a_forecast_is_what_came_out() -> None:
