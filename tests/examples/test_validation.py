@@ -227,7 +227,7 @@ def test_two_rates_that_contradict_one_another_bound_what_one_order_can_reach() 
     up, down = np.arange(5.0), -np.arange(5.0)
     contrary = {"a/gentle/0": up, "a/harsh/0": down, "a/harsh/1": down}
     alike = dict.fromkeys(contrary, up)
-    head, *rows = reach(runs, {"contrary": contrary, "alike": alike})
+    _, *rows = reach(runs, {"contrary": contrary, "alike": alike})
     assert rows == [
         ["contrary", "-1.00 (-1.00 to -1.00)", "0.00", "1.00 (1.00 to 1.00)"],
         ["alike", "1.00 (1.00 to 1.00)", "1.00", "1.00 (1.00 to 1.00)"],
