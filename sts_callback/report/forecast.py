@@ -67,7 +67,8 @@ def _pictures(story: Story, forecast: Forecast) -> Html:
         _panel(
             "Does it get worse? NLL change in context",
             "How much more the right answers surprise the model with the training examples in front than with plain prose, in "
-            "nats a token; right of 0 is worse." + (" Dashed: the budget." if budgets else ""),
+            "nats a token. Further right fares worse than others; the side of 0 is no sure sign."
+            + (" Dashed: the budget." if budgets else ""),
             rows,
             by_context,
             figures.nats,
@@ -77,7 +78,7 @@ def _pictures(story: Story, forecast: Forecast) -> Html:
         ),
         _panel(
             "Does it get worse? NLL change by gradient",
-            "The same after a small training step that gains the training data one nat a token; right of 0 is worse.",
+            "The same after a small training step that gains the training data one nat a token.",
             rows,
             by_gradient,
             figures.nats,
