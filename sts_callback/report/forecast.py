@@ -32,7 +32,7 @@ def forecast_section(story: Story) -> Html:
         ),
         _pictures(story, forecast),
         say(
-            "The first picture says how much, never in which direction; the other two ask which way. ",
+            "The first picture says how much, never in which direction; the other two, which fare worse than others. ",
             WHAT_HOLDS,
         ),
         _judged(story),
