@@ -39,15 +39,15 @@ def main(argv: list[str]) -> None:
         return
     if args.data_dir is None:
         parser.error(f"--data-dir: {args.stage} needs the data")
+    part, n_parts = (int(number) for number in args.share.split("/"))
+    if not 1 <= part <= n_parts:
+        parser.error(f"--share: got {args.share}; allowed is i/n with i from 1 to n")
     from validation.lab import Lab
 
     lab = Lab(args.data_dir, args.work_dir)
     if args.stage in ("forecast", "candidates", "costs"):
         getattr(lab, args.stage)()
     else:
-        part, n_parts = (int(number) for number in args.share.split("/"))
-        if not 1 <= part <= n_parts:
-            parser.error(f"--share: got {args.share}; allowed is i/n with i from 1 to n")
         (lab.train if args.stage == "train" else lab.mix)(part - 1, n_parts)
 
 

@@ -88,7 +88,7 @@ class Lab:
         few = {name: self._taught[name].draws for name in fine_tunes}
         for kind, draws, read in (("answer tokens", few, _answers_only), ("more demonstrations", many, lambda probes: probes)):
             with undisturbed(self._model):
-                contexts = {n: [self._context(draw, with_answers=False) for draw in some] for n, some in draws.items()}
+                contexts = {n: self._contexts(some, with_answers=False) for n, some in draws.items()}
                 lengths = [len(draw) for some in draws.values() for draw in some]
                 prose = neutral_tokens(self._tokenizer, sum(lengths) // len(lengths))
                 contexts[NEUTRAL] = [self._context(prose, with_answers=False)]
@@ -111,22 +111,17 @@ class Lab:
         many = self._probes(TRAIN, self._rows[fine_tune].training, SETTINGS["n_many_demonstrations"])
         seconds: dict[str, list[float]] = {}
         with undisturbed(self._model):
-            bare, answered = (self._context((), with_answers=whole) for whole in (False, True))
-            behind, eight = ([self._context(draw, with_answers=False) for draw in draws] for draws in (taught.draws, many.draws))
-            whole = [self._context(draw, with_answers=True) for draw in taught.draws]
-            prose, prose_whole = (
-                [self._context(neutral_tokens(self._tokenizer, len(taught.draws[0])), with_answers=w)] for w in (False, True)
-            )
-
-            def own() -> dict[str, list[Context]]:
-                return {OWN: [self._context(draw, with_answers=False) for draw in asked.draws]}
-
+            bare, answered = (self._context((), with_answers=answers) for answers in (False, True))
+            behind, eight = (self._contexts(draws, with_answers=False) for draws in (taught.draws, many.draws))
+            whole = self._contexts(taught.draws, with_answers=True)
+            text = neutral_tokens(self._tokenizer, len(taught.draws[0]))
+            prose, prose_whole = ([self._context(text, with_answers=answers)] for answers in (False, True))
             read = self._gauge.read
             ways: dict[str, Callable[[], object]] = {
                 "STS_act, cosines of activities": lambda: read(asked, bare, {}),
                 "NLL at step 0": lambda: read(asked, answered, {}),
                 "raw and relative shift, STS_cross": lambda: read(asked, bare, {TAUGHT: behind}),
-                "STS_ICL, STS_rel": lambda: read(asked, bare, own()),
+                "STS_ICL, STS_rel": lambda: read(asked, bare, {OWN: self._contexts(asked.draws, with_answers=False)}),
                 "STS_net": lambda: read(asked, bare, {TAUGHT: behind, NEUTRAL: prose}),
                 "STS_net, answer tokens": lambda: read(_answers_only(asked), bare, {TAUGHT: behind, NEUTRAL: prose}),
                 "STS_net, more demonstrations": lambda: read(asked, bare, {TAUGHT: eight, NEUTRAL: prose}),
@@ -294,7 +289,7 @@ class Lab:
         def read() -> Reading:
             probes = self._asked[name]
             with undisturbed(self._model):
-                own = [self._context(draw, with_answers=False) for draw in probes.draws]
+                own = self._contexts(probes.draws, with_answers=False)
                 contexts = {**self._taught_contexts, NEUTRAL: [self._neutral], OWN: own}
                 bare = self._context((), with_answers=True)
                 return self._gauge.read(probes, bare, contexts, with_gradients=True)[0]
@@ -304,7 +299,7 @@ class Lab:
     @functools.cached_property
     def _taught_contexts(self) -> dict[str, list[Context]]:
         sets = self._taught.items()
-        return {name: [self._context(draw, with_answers=True) for draw in probes.draws] for name, probes in sets}
+        return {name: self._contexts(probes.draws, with_answers=True) for name, probes in sets}
 
     @functools.cached_property
     def _neutral(self) -> Context:
@@ -321,6 +316,9 @@ class Lab:
 
     def _context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
         return self._gauge.context((*self._bos, *tokens), with_answers=with_answers)
+
+    def _contexts(self, draws: Sequence[Sequence[int]], *, with_answers: bool) -> list[Context]:
+        return [self._context(draw, with_answers=with_answers) for draw in draws]
 
     def _probes(self, name: str, rows: Sequence[Row], n_demonstrations: int) -> ProbeSet:
         return make_probe_set(name, rows, self._tokenizer, self._config, n_demonstrations=n_demonstrations, field=name)

@@ -15,7 +15,7 @@ from validation.alarms import Table, auroc_of_evidence, monitor
 from validation.data import DOMAINS
 from validation.mixtures import additivity
 from validation.plan import CANDIDATES, COSTS, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
-from validation.scores import CLEAR, HARM, Scores, expected, harm, movement, signed_orders
+from validation.scores import CLEAR, HARM, Scores, expected, harm, movement, signed_orders, spearman
 from validation.tables import (
     above_chance,
     by_fine_tune,
@@ -27,7 +27,6 @@ from validation.tables import (
     ranking,
     reach,
     run_by_run,
-    spearman,
     verdicts,
 )
 

@@ -152,20 +152,26 @@ def ratio(change: np.ndarray, n: np.ndarray) -> tuple[float, float]:
     return value, float(np.sqrt(len(n) / (len(n) - 1) * (left**2).sum()) / n.sum())
 
 
-def correlations(scores: Scores, realised: np.ndarray, correlate: Callable[..., Any] = stats.spearmanr) -> dict[str, float]:
-    """Of each score with what happened, over domains; NaN where a score is the same for all."""
-    return {
-        name: float(correlate(values, realised).statistic) if len(set(values.tolist())) > 1 else float("nan")
-        for name, values in scores.items()
-    }
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's correlation; NaN where the first is the same for all."""
+    return _correlation(one, other, stats.spearmanr)
+
+
+def pearson(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson's correlation; NaN where the first is the same for all."""
+    return _correlation(one, other, stats.pearsonr)
 
 
 def partial_spearman(one: np.ndarray, other: np.ndarray, given: np.ndarray) -> float:
     """Spearman's correlation of what is left of the ranks when those of a third are taken out linearly; NaN if nothing is."""
-    r, one_given, other_given = (float(stats.spearmanr(*pair).statistic) for pair in ((one, other), (one, given), (other, given)))
+    r, one_given, other_given = (spearman(*pair) for pair in ((one, other), (one, given), (other, given)))
     left = (1 - one_given**2) * (1 - other_given**2)
     return (r - one_given * other_given) / float(np.sqrt(left)) if left > 1e-12 else float("nan")
 
 
 def _cosines(rows: np.ndarray, one: np.ndarray) -> np.ndarray:
     return rows @ one / (np.linalg.norm(rows, axis=1) * np.linalg.norm(one))
+
+
+def _correlation(one: np.ndarray, other: np.ndarray, correlate: Callable[..., Any]) -> float:
+    return float(correlate(one, other).statistic) if len(set(one.tolist())) > 1 else float("nan")

@@ -18,14 +18,15 @@ from validation.scores import (
     HARM,
     RIVALS,
     Scores,
-    correlations,
     harm,
     is_clear,
     is_harmed,
     margins,
     partial_spearman,
+    pearson,
     right_signs,
     signed,
+    spearman,
 )
 
 N_BOOT = 2000
@@ -41,10 +42,9 @@ def ranking(runs: list[dict[str, Any]], scores: Mapping[str, Scores], realised: 
     for name in scores[runs[0]["fine_tune"]]:
         ranks, lines, given = ({} for _ in range(3))
         for run in runs:
-            score = {name: scores[run["fine_tune"]][name]}
-            ranks[run["run"]] = correlations(score, realised[run["run"]])[name]
-            lines[run["run"]] = correlations(score, realised[run["run"]], stats.pearsonr)[name]
-            given[run["run"]] = partial_spearman(score[name], realised[run["run"]], scores[run["fine_tune"]]["NLL at step 0"])
+            score, outcome = scores[run["fine_tune"]][name], realised[run["run"]]
+            ranks[run["run"]], lines[run["run"]] = spearman(score, outcome), pearson(score, outcome)
+            given[run["run"]] = partial_spearman(score, outcome, scores[run["fine_tune"]]["NLL at step 0"])
         by_tune = by_fine_tune(runs, ranks)
         row = [
             f"*{name}*" if name in RIVALS else name,
@@ -252,7 +252,3 @@ def elsewhere(runs: list[dict[str, Any]], realised: Mapping[str, np.ndarray]) ->
         ranks = [stats.rankdata(realised[other["run"]]) for other in others]
         found[run["run"]] = spearman(np.mean(ranks, axis=0), realised[run["run"]]) if ranks else math.nan
     return found
-
-
-def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    return float(stats.spearmanr(one, other).statistic)

@@ -37,6 +37,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
     """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on."""
     rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: downwards(d.sts_net.value)))
     table = new_table("domain", "transfer", "95 %", "rank", "change", "95 %", "grad", "harm")
+    places = forecast.harm_places
     for row in rows:
         transfer, change = row.transfer, row.nll_change
         table.add_row(
@@ -47,7 +48,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
             f"{change.value:+.2f}",
             f"{change.low:+.2f} to {change.high:+.2f}",
             f"{row.gradient_change.value:+.2f}",
-            str(forecast.harm_places.get(row.name, "")),
+            str(places.get(row.name, "")),
             style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
     rivals = new_table("domain", "net", "cross", "random", "rel", "ICL", "act", "raw", "cosine", "NLL", "unseen")

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 
-from samples import domain_forecast
+from samples import domain_forecast, forecast
 from sts_callback.config import ProbeConfig
 from sts_callback.lens import Lens
 from sts_callback.measure import Gauge
@@ -20,6 +21,7 @@ from sts_callback.model.capture import undisturbed
 from sts_callback.model.encoder import load_encoder
 from sts_callback.model.hooks import resolve
 from sts_callback.model.probes import ProbeSet, Query
+from sts_callback.records import DomainForecast
 from sts_callback.validated import WHAT_HOLDS
 from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
@@ -27,7 +29,7 @@ from validation.alarms import auroc, harmed_at
 from validation.data import CATEGORIES, DOMAINS, deal
 from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
-from validation.plan import HERE
+from validation.plan import FORECASTS, HERE, stored
 from validation.scores import margins, partial_spearman, ratio, signed_orders
 from validation.tables import above_chance, elsewhere, reach
 from validation.train import tune
@@ -261,6 +263,14 @@ def test_orders_by_harm_keep_the_sign_and_take_both_ranks_together() -> None:
     assert found["STS_net"].tolist() == [1.0] * n
     together = found["ranks of NLL change in context and gradient alignment"]
     assert together.tolist() == [(i + 1) + ((i * 7) % n + 1) for i in range(n)]
+
+
+def test_the_order_that_is_shown_as_harm_is_the_one_that_was_validated() -> None:
+    for line in stored(FORECASTS):
+        domains = {name: DomainForecast.from_dict(line["domains"][name]) for name in DOMAINS}
+        shown = forecast(*domains.values()).harm_places
+        validated = signed_orders(line, {})["ranks of NLL change in context and gradient alignment"]
+        assert rankdata([shown[name] for name in DOMAINS]).tolist() == rankdata(-validated).tolist()
 
 
 def test_what_is_told_with_a_forecast_is_what_came_out() -> None:
