@@ -5,6 +5,7 @@
     python examples/validate.py costs --data-dir DIR                  what each score costs
     python examples/validate.py train --data-dir DIR [--share 1/2]    the fine-tunes; each is stored as it ends
     python examples/validate.py mix --data-dir DIR [--share 1/2]      fine-tunes on mixtures of the development half's rows
+    python examples/validate.py layer --data-dir DIR [--share 1/2]    forecast and movement by the SAE of another layer
     python examples/validate.py report [--open]                       tables and plots, with the held-out half if it is opened
 
 `validation/PROTOCOL.md` says what is done and why, `validation/settings.yaml` has the numbers. `DIR` holds `mmlu_pro`, `gsm8k`,
@@ -26,7 +27,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["forecast", "candidates", "costs", "train", "mix", "report"])
+    parser.add_argument("stage", choices=["forecast", "candidates", "costs", "train", "mix", "layer", "report"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/validation"))
     parser.add_argument("--share", default="1/1", help="of the fine-tunes, which part this process runs")
@@ -42,13 +43,19 @@ def main(argv: list[str]) -> None:
     part, n_parts = (int(number) for number in args.share.split("/"))
     if not 1 <= part <= n_parts:
         parser.error(f"--share: got {args.share}; allowed is i/n with i from 1 to n")
+    from validation import forecasts, layers, runs
     from validation.lab import Lab
+    from validation.plan import SETTINGS
 
-    lab = Lab(args.data_dir, args.work_dir)
+    if args.stage == "layer":
+        other: str = SETTINGS["other_sae"]
+        layers.ablate(Lab(args.data_dir, args.work_dir / other, other, with_answers=False), part - 1, n_parts)
+        return
+    lab = Lab(args.data_dir, args.work_dir, SETTINGS["sae"], with_answers=True)
     if args.stage in ("forecast", "candidates", "costs"):
-        getattr(lab, args.stage)()
+        getattr(forecasts, args.stage)(lab)
     else:
-        (lab.train if args.stage == "train" else lab.mix)(part - 1, n_parts)
+        getattr(runs, args.stage)(lab, part - 1, n_parts)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,26 @@ import numpy as np
 from validation.alarms import Table, auroc_of_evidence, monitor
 from validation.data import DOMAINS
 from validation.mixtures import additivity
-from validation.plan import CANDIDATES, COSTS, FORECASTS, HERE, MIXTURES, RUNS, SETTINGS, STEP_ZERO, SUMS, planned, stored
+from validation.plan import (
+    CANDIDATES,
+    COSTS,
+    FORECASTS,
+    HERE,
+    LAYER_FORECASTS,
+    LAYER_RUNS,
+    MIXTURES,
+    RUNS,
+    SETTINGS,
+    STEP_ZERO,
+    SUMS,
+    planned,
+    stored,
+)
 from validation.scores import CLEAR, HARM, Scores, expected, harm, movement, signed_orders, spearman
 from validation.tables import (
     above_chance,
     by_fine_tune,
+    by_layer,
     directions,
     early,
     elsewhere,
@@ -138,6 +153,7 @@ def half(
         ),
         "",
         *table(other_measures(runs, scores, zero, moved, absolute)),
+        *layers(runs, forecasts, moved, absolute),
         "",
         "### Direction",
         "",
@@ -178,6 +194,48 @@ def half(
         "",
         f"![Scores against what happened]({key}.svg)",
     ]
+
+
+def layers(
+    runs: list[dict[str, Any]], forecasts: Mapping[str, Any], moved: Mapping[str, np.ndarray], absolute: Mapping[str, np.ndarray]
+) -> list[str]:
+    """The ablation over the layer, by the runs that were made again for it."""
+    again = {line["run"]: line for line in stored(LAYER_RUNS)}
+    both = [run for run in runs if run["run"] in again]
+    if not both:
+        return []
+    (here, quality_here), (there, quality_there) = (sae(SETTINGS[key]) for key in ("sae", "other_sae"))
+    moved_there = {run["run"]: movement(again[run["run"]]) for run in both}
+    overlaps = [again[run["run"]]["n_shared"] for run in both]
+    losses = [np.abs(np.subtract(run["loss"], again[run["run"]]["loss"])).max() for run in both]
+    return [
+        "",
+        "### By the SAE of another layer",
+        "",
+        *wrapped(
+            f"{len(both)} runs of first seeds, made again to be measured at {there} too; the loss of no step differs by more "
+            f"than {max(losses):.0e} nats from that of the first time. The SAE at {here} leaves {quality_here}; that at {there} "
+            f"{quality_there}. Of the features that it named {min(overlaps)} to {max(overlaps)} of 100 were among those that "
+            f"moved most there. How far domains move at one layer agrees with how far they move at the other by "
+            f"{pooled(both, {r['run']: spearman(moved[r['run']], moved_there[r['run']]) for r in both})} (Spearman)."
+        ),
+        "",
+        *table(
+            by_layer(
+                both,
+                {here: forecasts, there: {line["fine_tune"]: line for line in stored(LAYER_FORECASTS)}},
+                {here: moved, there: moved_there},
+                absolute,
+            )
+        ),
+    ]
+
+
+def sae(name: str) -> tuple[str, str]:
+    """Hook point and quality of an SAE."""
+    config, metrics = (json.loads((HERE.parent / name / file).read_text()) for file in ("cfg.json", "metrics.json"))
+    quality = f"{metrics['fvu']:.3f} of the variance unexplained at {metrics['l0']:.0f} active features a token"
+    return config["metadata"]["hook_name"], quality
 
 
 def costs(seconds: Mapping[str, list[float]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 HERE = Path(__file__).parent
 FORECASTS, CANDIDATES, RUNS, MIXTURES = (HERE / f"{name}.jsonl" for name in ("forecasts", "candidates", "runs", "mixtures"))
 STEP_ZERO, COSTS, SUMS = (HERE / name for name in ("step_zero.json", "costs.json", "sums.npz"))
+LAYER_FORECASTS, LAYER_RUNS = (HERE / f"other_layer_{name}.jsonl" for name in ("forecasts", "runs"))
 SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "settings.yaml").read_text())
 
 
@@ -39,3 +41,18 @@ def planned() -> list[Run]:
 def stored(file: Path) -> list[dict[str, Any]]:
     """Lines of results so far."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def store(file: Path, line: Mapping[str, Any]) -> None:
+    """One more."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six digits: lines stay short."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -19,6 +19,31 @@ RIVALS = ("cosine of mean activations", "raw shift", "raw shift over that by pla
 """Scores that need no SAE."""
 
 
+def recorded(forecast: Mapping[str, Any]) -> Scores:
+    """The scores that a forecast itself has.
+
+    Args:
+        forecast: a line of `forecasts.jsonl`.
+
+    """
+    domains = [forecast["domains"][name] for name in DOMAINS]
+    return {
+        title: np.array([d[key]["value"] if isinstance(d[key], dict) else d[key] for d in domains], dtype=float)
+        for title, key in (
+            ("STS_act", "sts_act"),
+            ("STS_ICL", "sts_icl"),
+            ("STS_rel", "sts_rel"),
+            ("STS_cross", "sts_cross"),
+            ("STS_net", "sts_net"),
+            ("relative shift", "relative_shift"),
+            ("cosine of mean activations", "cosine"),
+            ("raw shift", "raw_shift"),
+            ("raw shift over that by plain prose", "raw_over_prose"),
+            ("NLL at step 0", "nll"),
+        )
+    }
+
+
 def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scores:
     """All scores of one fine-tune.
 
@@ -28,10 +53,7 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
         n_features: N.
 
     """
-    fine_tune, domains = forecast["fine_tune"], [forecast["domains"][name] for name in DOMAINS]
-
-    def field(name: str) -> np.ndarray:
-        return np.array([d[name]["value"] if isinstance(d[name], dict) else d[name] for d in domains], dtype=float)
+    fine_tune, said, with_sign = forecast["fine_tune"], recorded(forecast), signed(forecast)
 
     def of_domain(key: str) -> np.ndarray:
         return np.stack([means[f"{name}/{key}"] for name in DOMAINS]).astype(float)
@@ -41,25 +63,15 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
     contrast = np.argsort(train["neutral"] - train["training demonstrations"])[:n_features]
     gradients = of_domain("gradient")
     found = {
-        "STS_act": field("sts_act"),
-        "STS_ICL": field("sts_icl"),
-        "STS_rel": field("sts_rel"),
-        "STS_cross": field("sts_cross"),
+        **said,
         "STS_cross, features above plain prose": taught[:, contrast].sum(axis=1) / taught.sum(axis=1),
-        "STS_net": field("sts_net"),
         "STS_rel, features above plain prose": own[:, contrast].sum(axis=1) / own.sum(axis=1),
-        "shift on the features, over activity": field("relative_shift") * field("sts_cross"),
-        "relative shift": field("relative_shift"),
+        "shift on the features, over activity": said["relative shift"] * said["STS_cross"],
         "relative shift over that by plain prose": taught.sum(axis=1) / neutral.sum(axis=1),
         "cosine of shifts": _cosines(np.sqrt(taught), np.sqrt(train["training demonstrations"])),
-        "NLL change in context": np.abs(field("nll_change")),
-        "gradient alignment": np.abs(field("gradient_change")),
+        **{title: np.abs(values) for title, values in with_sign.items()},
         "cosine of gradients": np.abs(_cosines(gradients, train["gradient"])),
         "cosine of root activities": _cosines(np.sqrt(of_domain("activity")), np.sqrt(means[f"train/{fine_tune}/activity"])),
-        "cosine of mean activations": field("cosine"),
-        "raw shift": field("raw_shift"),
-        "raw shift over that by plain prose": field("raw_over_prose"),
-        "NLL at step 0": field("nll"),
     }
     for pair in (
         ("STS_cross", "cosine of mean activations"),

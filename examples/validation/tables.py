@@ -24,6 +24,7 @@ from validation.scores import (
     margins,
     partial_spearman,
     pearson,
+    recorded,
     right_signs,
     signed,
     spearman,
@@ -32,6 +33,8 @@ from validation.scores import (
 N_BOOT = 2000
 OTHERS = ("STS_net", "STS_cross", "gradient alignment", "NLL change in context", *RIVALS)
 """Scores that are held against the other measures of change too."""
+LAYER_SCORES = ("STS_net", "STS_cross", "STS_rel", "STS_ICL", "STS_act", "raw shift over that by plain prose", "raw shift")
+"""Scores that depend on the layer; those by NLL do not."""
 
 
 def ranking(runs: list[dict[str, Any]], scores: Mapping[str, Scores], realised: Mapping[str, np.ndarray]) -> Table:
@@ -129,6 +132,33 @@ def other_measures(
         )
         cells = (f"{median:{style}}" for median in medians)
         rows.append([title, *cells, *(pooled(runs, values) for values in (agreement, *by_score))])
+    return rows
+
+
+def by_layer(
+    runs: list[dict[str, Any]],
+    forecasts: Mapping[str, Mapping[str, Any]],
+    moved: Mapping[str, Mapping[str, np.ndarray]],
+    absolute: Mapping[str, np.ndarray],
+) -> Table:
+    """Scores by the SAEs of several layers.
+
+    Args:
+        runs: those whose movement was measured at all of these.
+        forecasts: by hook point, then by fine-tune.
+        moved: by hook point, then by run.
+        absolute: change of answer NLL by run.
+
+    """
+    rows: Table = [["by the SAE at", "score (*rival*)", *(f"movement at {hook_name}" for hook_name in moved), "absolute change"]]
+    for hook_name, lines in forecasts.items():
+        scores = {fine_tune: recorded(line) for fine_tune, line in lines.items()}
+        for name in LAYER_SCORES:
+            found = (
+                {r["run"]: spearman(scores[r["fine_tune"]][name], realised[r["run"]]) for r in runs}
+                for realised in (*moved.values(), absolute)
+            )
+            rows.append([hook_name, f"*{name}*" if name in RIVALS else name, *(pooled(runs, values) for values in found)])
     return rows
 
 

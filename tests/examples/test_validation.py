@@ -27,11 +27,11 @@ from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
 from validation.alarms import auroc, harmed_at
 from validation.data import CATEGORIES, DOMAINS, deal
-from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
 from validation.plan import FORECASTS, HERE, stored
+from validation.runs import require_untuned
 from validation.scores import margins, partial_spearman, ratio, signed_orders
-from validation.tables import above_chance, elsewhere, reach
+from validation.tables import above_chance, by_layer, elsewhere, reach
 from validation.train import tune
 
 BOS = (1,)
@@ -235,6 +235,26 @@ def test_two_rates_that_contradict_one_another_bound_what_one_order_can_reach() 
         ["alike", "1.00 (1.00 to 1.00)", "1.00", "1.00 (1.00 to 1.00)"],
     ]
     assert reach(runs[:1], {"alone": contrary})[1] == ["alone", "-", "-", "-"]
+
+
+def test_each_layers_forecast_is_held_against_what_moved_at_either() -> None:
+    n = len(DOMAINS)
+    runs = [{"run": "a/harsh/0", "fine_tune": "a"}]
+
+    def expects(order: np.ndarray) -> dict[str, dict[str, object]]:
+        scores = ("sts_act", "sts_icl", "sts_rel", "sts_cross", "sts_net", "raw_shift", "raw_over_prose")
+        places = dict(zip(DOMAINS, order.tolist(), strict=True))
+        found = {name: domain_forecast(name, **dict.fromkeys(scores, x)).to_dict() for name, x in places.items()}
+        return {"a": {"fine_tune": "a", "domains": found}}
+
+    up = np.arange(n) / n
+    moved = {"early": {"a/harsh/0": up}, "late": {"a/harsh/0": -up}}
+    head, *rows = by_layer(runs, {"early": expects(up), "late": expects(-up)}, moved, {"a/harsh/0": up})
+    assert head[2:] == ["movement at early", "movement at late", "absolute change"]
+    one, other = "1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"
+    for hook_name, name, *found in rows:
+        assert found == {"early": [one, other, one], "late": [other, one, other]}[hook_name], name
+    assert {row[1] for row in rows} >= {"STS_net", "STS_act", "*raw shift*"}
 
 
 def test_a_margin_is_by_how_much_the_right_option_is_likelier_per_token() -> None:

@@ -1,0 +1,177 @@
+"""The fine-tunes: what each did to every domain, at checks on the way and at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from tqdm import tqdm
+
+from sts_callback import scoring
+from sts_callback.baseline import SetBaseline
+from sts_callback.metrics.scores import n_shared
+from sts_callback.model.capture import undisturbed
+from sts_callback.model.probes import ProbeSet, Query
+from sts_callback.readings import Reading
+from sts_callback.records import TRAIN, DriftSnapshot
+from validation import measure, mixtures
+from validation.data import CATEGORIES, DOMAINS
+from validation.forecasts import as_of
+from validation.lab import Lab
+from validation.plan import FORECASTS, MIXTURES, RUNS, SETTINGS, STEP_ZERO, Run, planned, rounded, store, stored
+from validation.train import tune
+
+
+def train(lab: Lab, part: int, n_parts: int) -> None:
+    """Run the fine-tunes that are not stored yet."""
+    forecasts = {line["fine_tune"]: tuple(line["features"]) for line in stored(FORECASTS)}
+    if not STEP_ZERO.exists():
+        STEP_ZERO.write_text(json.dumps({name: _step_zero(lab, name) for name in DOMAINS}) + "\n")
+    for name in DOMAINS:
+        _before(lab, name)
+    runs = planned()[part::n_parts]
+    for run in tqdm(runs, desc="Fine-tunes", unit="run"):
+        if run.name not in {line["run"] for line in stored(RUNS)}:
+            line = _run(lab, run, forecasts[run.fine_tune])
+            store(RUNS, line)
+
+
+def mix(lab: Lab, part: int, n_parts: int) -> None:
+    """Run the mixtures that are not stored yet; only their end is measured."""
+    forecasts = {line["fine_tune"]: line for line in stored(FORECASTS)}
+    settings = SETTINGS["training"]
+    for mixture in tqdm(mixtures.planned(SETTINGS, forecasts)[part::n_parts], desc="Mixtures", unit="run"):
+        if mixture.run in {line["run"] for line in stored(MIXTURES)}:
+            continue
+        for name in DOMAINS:
+            _before(lab, name)
+        rows = [row for name, n in mixture.rows.items() for row in lab.queries(lab.rows[name].training[:n])]
+        line: dict[str, Any] = {"run": mixture.run, **dataclasses.asdict(mixture)}
+
+        def on_step(step: int, line: dict[str, Any] = line) -> None:
+            if step == settings["steps"]:
+                line["after"] = {name: _after(lab, name) for name in DOMAINS}
+
+        rate = SETTINGS["learning_rates"][mixture.setting]
+        line["loss"] = rounded(tune(lab.model, rows, lab.bos, settings, learning_rate=rate, seed=mixture.seed, on_step=on_step))
+        store(MIXTURES, line)
+
+
+def _run(lab: Lab, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
+    started = time.monotonic()
+    _check_baselines(lab, run.fine_tune)  # now: from the first step on the weights are others
+    rows = lab.queries(lab.rows[run.fine_tune].training)
+    line: dict[str, Any] = {"run": run.name, **dataclasses.asdict(run), "checks": [], "on_the_way": {}}
+    settings = SETTINGS["training"]
+
+    def on_step(step: int) -> None:
+        if step in settings["checks"]:
+            line["checks"].append(rounded(_check(lab, run.fine_tune, step, forecast).to_dict()))
+            if step == settings["steps"]:
+                line["after"] = {name: _after(lab, name) for name in DOMAINS}
+            else:
+                line["on_the_way"][step] = {name: _nll_so_far(lab, name) for name in DOMAINS}
+
+    rate = SETTINGS["learning_rates"][run.setting]
+    line["loss"] = rounded(tune(lab.model, rows, lab.bos, settings, learning_rate=rate, seed=run.seed, on_step=on_step))
+    return {**line, "seconds": round(time.monotonic() - started)}
+
+
+def _check(lab: Lab, fine_tune: str, step: int, forecast: tuple[int, ...]) -> DriftSnapshot:
+    """The tool's own check, on the first queries of the forecast's."""
+    started, zero, sets = time.monotonic(), _check_baselines(lab, fine_tune), _checked_sets(lab, fine_tune)
+    with undisturbed(lab.model):
+        bare = lab.context((), with_answers=True)
+        readings = {s.name: lab.gauge.read_drift(s, bare, [zero[s.name]])[0] for s in sets}
+    realised, drifts = scoring.domain_drifts(sets, readings, zero, forecast, lab.config.n_features)
+    shared, seconds = n_shared(realised, forecast), time.monotonic() - started
+    return DriftSnapshot(step, realised, shared, drifts.pop(TRAIN), drifts, seconds)
+
+
+def _checked_sets(lab: Lab, fine_tune: str) -> list[ProbeSet]:
+    whole = [lab.taught[fine_tune], *lab.asked.values()]
+    return [ProbeSet(s.name, s.queries[: SETTINGS["n_checked"]], ((),), s.n_cut) for s in whole]
+
+
+@functools.cache
+def _check_baselines(lab: Lab, fine_tune: str) -> dict[str, SetBaseline]:
+    zero = {}
+    for probes in _checked_sets(lab, fine_tune):
+        is_train = probes.name == TRAIN
+        whole = lab.train_reading(fine_tune) if is_train else as_of(lab.domain_reading(probes.name), fine_tune)
+        key = f"checked-{f'train-{fine_tune}' if is_train else probes.name}"
+        bare = lab.kept(key, functools.partial(_bare_reading, lab, probes))
+        fields = ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy")
+        zero[probes.name] = dataclasses.replace(
+            scoring.set_baseline(whole), **{field: getattr(bare, field) for field in fields}, nll=bare.bare_nll
+        )
+    return zero
+
+
+def _bare_reading(lab: Lab, probes: ProbeSet) -> Reading:
+    require_untuned(lab.model)
+    with undisturbed(lab.model):
+        return lab.gauge.read(probes, lab.context((), with_answers=True), {})[0]
+
+
+def _step_zero(lab: Lab, name: str) -> dict[str, list[float]]:
+    """Of the untuned model, what a run's line has of the tuned one."""
+    found, _ = _before(lab, name)
+    return _answers(found) | {"n": found.counts(), "n_late": found.counts(SETTINGS["n_first"]), **_wrong(lab, name)}
+
+
+def _before(lab: Lab, name: str) -> tuple[measure.Losses, Reading]:
+    def read() -> tuple[measure.Losses, Reading]:
+        require_untuned(lab.model)
+        return measure.before(lab.model, lab.lens, _measured(lab, name), lab.bos)
+
+    return lab.kept(f"measured-{name}", read)
+
+
+def _after(lab: Lab, name: str) -> dict[str, Any]:
+    zero = _before(lab, name)[1]
+    found, drift = measure.after(lab.model, lab.lens, _measured(lab, name), lab.bos, zero)
+    return {
+        **_answers(found),
+        **_wrong(lab, name),
+        "drift": scoring.relative_drift(drift, zero).to_dict(),
+        "raw_drift": scoring.raw_drift(drift, zero),
+        "unseen": float(drift.shift.unseen.sum() / drift.shift.raw.sum()),
+    }
+
+
+def _nll_so_far(lab: Lab, name: str) -> list[float]:
+    queries = _measured(lab, name)[: SETTINGS["n_on_the_way"]]
+    sums: list[float] = rounded(measure.losses(lab.model, lab.lens, queries, lab.bos).sums())
+    return sums
+
+
+def _wrong(lab: Lab, name: str) -> dict[str, list[float]]:
+    """NLL per token of wrong options, where there are such."""
+    if name not in CATEGORIES:
+        return {}
+    rows = lab.rows[name].measured[: SETTINGS["n_wrong"]]
+    queries = lab.queries([{"prompt": row["prompt"], "completion": row["wrong"]} for row in rows])
+    found = measure.losses(lab.model, lab.lens, queries, lab.bos)
+    return {"wrong": rounded([total / n for total, n in zip(found.sums(), found.counts(), strict=True)])}
+
+
+@functools.cache
+def _measured(lab: Lab, name: str) -> list[Query]:
+    return lab.queries(lab.rows[name].measured)
+
+
+def require_untuned(model: nn.Module) -> None:
+    """What is kept as step 0 must be."""
+    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules()), (
+        "step 0 was asked for in the middle of a run"
+    )
+
+
+def _answers(found: measure.Losses) -> dict[str, list[float]]:
+    return {"nll": rounded(found.sums()), "late": rounded(found.sums(SETTINGS["n_first"]))}
