@@ -29,11 +29,12 @@ from validation.plan import (
     planned,
     stored,
 )
-from validation.scores import CLEAR, HARM, Scores, expected, harm, movement, signed_orders, spearman
+from validation.scores import CLEAR, HARM, Means, Scores, expected, harm, movement, signed_orders, spearman
 from validation.tables import (
     above_chance,
     by_fine_tune,
     by_layer,
+    by_size,
     directions,
     early,
     elsewhere,
@@ -75,7 +76,7 @@ def write_report(*, opened: bool) -> None:
     for title, key in halves:
         own = [run for run in runs if run["fine_tune"] in SETTINGS["fine_tunes"][key]]
         if own:
-            lines += ["", f"## {title}: {len(own)} runs", *half(own, scores, forecasts, zero, key)]
+            lines += ["", f"## {title}: {len(own)} runs", *half(own, scores, forecasts, zero, means, key)]
     if COSTS.exists():
         lines += ["", "## What the scores cost", *costs(json.loads(COSTS.read_text()))]
     mixed = stored(MIXTURES)
@@ -85,7 +86,12 @@ def write_report(*, opened: bool) -> None:
 
 
 def half(
-    runs: list[dict[str, Any]], scores: Mapping[str, Scores], forecasts: Mapping[str, Any], zero: Mapping[str, Any], key: str
+    runs: list[dict[str, Any]],
+    scores: Mapping[str, Scores],
+    forecasts: Mapping[str, Any],
+    zero: Mapping[str, Any],
+    means: Means,
+    key: str,
 ) -> list[str]:
     """Tables and plots of one half."""
     moved = {run["run"]: movement(run) for run in runs}
@@ -153,6 +159,14 @@ def half(
         ),
         "",
         *table(other_measures(runs, scores, zero, moved, absolute)),
+        "",
+        "### By the number of features",
+        "",
+        *wrapped(
+            "Spearman of STS_net with movement and with absolute change, by how many of the most shifted features it counts."
+        ),
+        "",
+        *table(by_size(runs, means, moved, absolute)),
         *layers(runs, forecasts, moved, absolute),
         "",
         "### Direction",

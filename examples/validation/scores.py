@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,14 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
     ):
         found["ranks of " + " and ".join(pair)] = stats.rankdata(found[pair[0]]) + stats.rankdata(found[pair[1]])
     return found
+
+
+def net_by_size(fine_tune: str, means: Means, sizes: Sequence[int]) -> dict[int, np.ndarray]:
+    """STS_net with other numbers of features than the forecast's, for each of `DOMAINS`."""
+    taught, neutral = (np.stack([means[f"{name}/{key}"] for name in DOMAINS]).astype(float) for key in (fine_tune, "neutral"))
+    most_shifted = np.argsort(-means[f"train/{fine_tune}/training demonstrations"])
+    net, total = (taught - neutral)[:, most_shifted], taught.sum(axis=1)
+    return {n: net[:, :n].sum(axis=1) / total for n in sizes}
 
 
 def signed(forecast: Mapping[str, Any]) -> Scores:

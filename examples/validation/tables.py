@@ -22,6 +22,7 @@ from validation.scores import (
     is_clear,
     is_harmed,
     margins,
+    net_by_size,
     partial_spearman,
     pearson,
     recorded,
@@ -33,6 +34,8 @@ from validation.scores import (
 N_BOOT = 2000
 OTHERS = ("STS_net", "STS_cross", "gradient alignment", "NLL change in context", *RIVALS)
 """Scores that are held against the other measures of change too."""
+SIZES = (25, 50, 100, 200, 400, 800, 1600)
+"""Numbers of features; the forecast's own is 100."""
 LAYER_SCORES = ("STS_net", "STS_cross", "STS_rel", "STS_ICL", "STS_act", "raw shift over that by plain prose", "raw shift")
 """Scores that depend on the layer; those by NLL do not."""
 
@@ -132,6 +135,25 @@ def other_measures(
         )
         cells = (f"{median:{style}}" for median in medians)
         rows.append([title, *cells, *(pooled(runs, values) for values in (agreement, *by_score))])
+    return rows
+
+
+def by_size(
+    runs: list[dict[str, Any]],
+    means: Mapping[str, np.ndarray],
+    moved: Mapping[str, np.ndarray],
+    absolute: Mapping[str, np.ndarray],
+) -> Table:
+    """STS_net by the number of its features."""
+    scores = {run["fine_tune"]: net_by_size(run["fine_tune"], means, SIZES) for run in runs}
+    rows: Table = [["features", "share of the training data's shift", "movement", "absolute change"]]
+    for n in SIZES:
+        shares = []
+        for fine_tune in scores:
+            shift = np.sort(means[f"train/{fine_tune}/training demonstrations"].astype(float))
+            shares.append(shift[-n:].sum() / shift.sum())
+        found = ({r["run"]: spearman(scores[r["fine_tune"]][n], w[r["run"]]) for r in runs} for w in (moved, absolute))
+        rows.append([str(n), f"{min(shares):.0%} to {max(shares):.0%}", *(pooled(runs, values) for values in found)])
     return rows
 
 

@@ -28,9 +28,9 @@ from validation import measure
 from validation.alarms import auroc, harmed_at
 from validation.data import CATEGORIES, DOMAINS, deal
 from validation.mixtures import additivity, planned
-from validation.plan import FORECASTS, HERE, stored
+from validation.plan import FORECASTS, HERE, SUMS, stored
 from validation.runs import require_untuned
-from validation.scores import margins, partial_spearman, ratio, signed_orders
+from validation.scores import margins, net_by_size, partial_spearman, ratio, signed_orders
 from validation.tables import above_chance, by_layer, elsewhere, reach
 from validation.train import tune
 
@@ -235,6 +235,16 @@ def test_two_rates_that_contradict_one_another_bound_what_one_order_can_reach() 
         ["alike", "1.00 (1.00 to 1.00)", "1.00", "1.00 (1.00 to 1.00)"],
     ]
     assert reach(runs[:1], {"alone": contrary})[1] == ["alone", "-", "-", "-"]
+
+
+def test_the_score_by_size_is_the_forecasts_own_at_its_own_number_of_features() -> None:
+    means = dict(np.load(SUMS))
+    for line in stored(FORECASTS):
+        own = [line["domains"][name]["sts_net"]["value"] for name in DOMAINS]
+        n = len(line["features"])
+        by_size = net_by_size(line["fine_tune"], means, (n, n // 2))
+        assert by_size[n].tolist() == pytest.approx(own, abs=1e-5)
+        assert np.abs(by_size[n // 2] - own).max() > 1e-3
 
 
 def test_each_layers_forecast_is_held_against_what_moved_at_either() -> None:
