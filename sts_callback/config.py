@@ -72,7 +72,7 @@ class PolicyConfig:
     """A domain moves if its squared feature drift is at least this share of its squared feature activity at step 0."""
     patience: int = 1
     """Successive checks that a threat must hold before it alarms. One was chosen on the validation's development half; in the
-    other, 1 of 88 domains without harm alarmed, and of 112 with it 67 did instead of 47 (examples/validation/RESULTS.md)."""
+    other, 1 of 94 domains without harm alarmed, and of 146 with it 78 did instead of 53 (examples/validation/RESULTS.md)."""
     alpha: float = 0.01
     """Of one check without any harm, the chance that some protected domain's NLL passes the test of a rise."""
     max_unseen: float = 0.5
