@@ -29,7 +29,7 @@ from validation.plan import (
     planned,
     stored,
 )
-from validation.scores import CLEAR, HARM, Means, Scores, expected, harm, movement, signed_orders, spearman
+from validation.scores import CLEAR, HARM, Means, Scores, expected, harm, movement, recorded, signed_orders, spearman
 from validation.tables import (
     above_chance,
     by_fine_tune,
@@ -219,7 +219,13 @@ def layers(
     if not both:
         return []
     (here, quality_here), (there, quality_there) = (sae(SETTINGS[key]) for key in ("sae", "other_sae"))
+    forecasts_there = {line["fine_tune"]: line for line in stored(LAYER_FORECASTS)}
     moved_there = {run["run"]: movement(again[run["run"]]) for run in both}
+    agreement_of_movement = {name: spearman(moved[name], values) for name, values in moved_there.items()}
+    agreement_of_forecasts = {
+        run["run"]: spearman(*(recorded(lines[run["fine_tune"]])["STS_net"] for lines in (forecasts, forecasts_there)))
+        for run in both
+    }
     overlaps = [again[run["run"]]["n_shared"] for run in both]
     losses = [np.abs(np.subtract(run["loss"], again[run["run"]]["loss"])).max() for run in both]
     return [
@@ -227,29 +233,22 @@ def layers(
         "### By the SAE of another layer",
         "",
         *wrapped(
-            f"{len(both)} runs of first seeds, made again to be measured at {there} too; the loss of no step differs by more "
-            f"than {max(losses):.0e} nats from that of the first time. The SAE at {here} leaves {quality_here}; that at {there} "
-            f"{quality_there}. Of the features that it named {min(overlaps)} to {max(overlaps)} of 100 were among those that "
-            f"moved most there. How far domains move at one layer agrees with how far they move at the other by "
-            f"{pooled(both, {r['run']: spearman(moved[r['run']], moved_there[r['run']]) for r in both})} (Spearman)."
+            f"Runs made again to be measured at {there} too: {', '.join(run['run'] for run in both)}; no loss of a step differs "
+            f"from that of the first time by more than {max(losses):.1g} nats. The SAE of {here} leaves {quality_here}, that of "
+            f"{there} {quality_there}. Of the 100 features that the latter named, {min(overlaps)} to {max(overlaps)} were among "
+            f"those that moved most there. The two layers agree by {pooled(both, agreement_of_forecasts)} in the order of "
+            f"domains by STS_net, and by {pooled(both, agreement_of_movement)} in the order by movement (Spearman)."
         ),
         "",
-        *table(
-            by_layer(
-                both,
-                {here: forecasts, there: {line["fine_tune"]: line for line in stored(LAYER_FORECASTS)}},
-                {here: moved, there: moved_there},
-                absolute,
-            )
-        ),
+        *table(by_layer(both, {here: forecasts, there: forecasts_there}, {here: moved, there: moved_there}, absolute)),
     ]
 
 
 def sae(name: str) -> tuple[str, str]:
-    """Hook point and quality of an SAE."""
+    """Layer and quality of an SAE."""
     config, metrics = (json.loads((HERE.parent / name / file).read_text()) for file in ("cfg.json", "metrics.json"))
     quality = f"{metrics['fvu']:.3f} of the variance unexplained at {metrics['l0']:.0f} active features a token"
-    return config["metadata"]["hook_name"], quality
+    return f"layer {config['metadata']['hook_name'].split('.')[1]}", quality
 
 
 def costs(seconds: Mapping[str, list[float]]) -> list[str]:

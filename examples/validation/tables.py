@@ -167,20 +167,20 @@ def by_layer(
 
     Args:
         runs: those whose movement was measured at all of these.
-        forecasts: by hook point, then by fine-tune.
-        moved: by hook point, then by run.
+        forecasts: by layer, then by fine-tune.
+        moved: by layer, then by run.
         absolute: change of answer NLL by run.
 
     """
-    rows: Table = [["by the SAE at", "score (*rival*)", *(f"movement at {hook_name}" for hook_name in moved), "absolute change"]]
-    for hook_name, lines in forecasts.items():
+    rows: Table = [["by the SAE of", "score (*rival*)", *(f"movement in {layer}" for layer in moved), "absolute change"]]
+    for layer, lines in forecasts.items():
         scores = {fine_tune: recorded(line) for fine_tune, line in lines.items()}
         for name in LAYER_SCORES:
             found = (
                 {r["run"]: spearman(scores[r["fine_tune"]][name], realised[r["run"]]) for r in runs}
                 for realised in (*moved.values(), absolute)
             )
-            rows.append([hook_name, f"*{name}*" if name in RIVALS else name, *(pooled(runs, values) for values in found)])
+            rows.append([layer, f"*{name}*" if name in RIVALS else name, *(pooled(runs, values) for values in found)])
     return rows
 
 

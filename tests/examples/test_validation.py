@@ -260,10 +260,10 @@ def test_each_layers_forecast_is_held_against_what_moved_at_either() -> None:
     up = np.arange(n) / n
     moved = {"early": {"a/harsh/0": up}, "late": {"a/harsh/0": -up}}
     head, *rows = by_layer(runs, {"early": expects(up), "late": expects(-up)}, moved, {"a/harsh/0": up})
-    assert head[2:] == ["movement at early", "movement at late", "absolute change"]
+    assert head[2:] == ["movement in early", "movement in late", "absolute change"]
     one, other = "1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"
-    for hook_name, name, *found in rows:
-        assert found == {"early": [one, other, one], "late": [other, one, other]}[hook_name], name
+    for layer, name, *found in rows:
+        assert found == {"early": [one, other, one], "late": [other, one, other]}[layer], name
     assert {row[1] for row in rows} >= {"STS_net", "STS_act", "*raw shift*"}
 
 
