@@ -29,8 +29,21 @@ from validation.plan import (
     planned,
     stored,
 )
-from validation.scores import CLEAR, HARM, Means, Scores, expected, harm, movement, recorded, signed_orders, spearman
+from validation.scores import (
+    CLEAR,
+    HARM,
+    Means,
+    Scores,
+    expected,
+    harm,
+    movement,
+    movement_error,
+    recorded,
+    signed_orders,
+    spearman,
+)
 from validation.tables import (
+    N_BOOT,
     above_chance,
     by_fine_tune,
     by_layer,
@@ -99,6 +112,9 @@ def half(
     value = {name: change for name, (change, _) in changed.items()}
     clear = [run for run in runs if np.std(changed[run["run"]][0]) >= CLEAR * changed[run["run"]][1].mean()]
     absolute = {name: np.abs(change) for name, change in value.items()}
+    chance = np.random.default_rng(0)
+    drawn_moved = {r["run"]: with_errors(moved[r["run"]], movement_error(r, SETTINGS["n_measured"]), chance) for r in runs}
+    drawn = {name: with_errors(*change, chance) for name, change in changed.items()}
     orders = {name: signed_orders(forecasts[name], scores[name]) for name in {run["fine_tune"] for run in runs}}
     plot_pairs(runs, scores, moved, absolute, HERE / f"{key}.svg")
     return [
@@ -107,10 +123,11 @@ def half(
         "",
         *wrapped(
             "Correlation over the 20 domains of each score with the relative feature drift at the end; given NLL at step 0: "
-            "Spearman's, with the ranks of that taken out of both."
+            "Spearman's, with the ranks of that taken out of both. Intervals are a bootstrap over fine-tunes; in the three "
+            "tables of scores, what happened is drawn with its standard error over questions each time."
         ),
         "",
-        *table(ranking(runs, scores, moved)),
+        *table(ranking(runs, scores, moved, drawn_moved)),
         "",
         "### Harm: which domains' loss changes most?",
         "",
@@ -119,7 +136,7 @@ def half(
             "least twice as far as their mean standard error."
         ),
         "",
-        *table(ranking(clear, scores, absolute)),
+        *table(ranking(clear, scores, absolute, {name: np.abs(draws) for name, draws in drawn.items()})),
         "",
         *wrapped(
             "What moved against what changed, after the fact: Spearman "
@@ -136,7 +153,7 @@ def half(
             "alignment keep their signs here; the others have none, so that large says worse."
         ),
         "",
-        *table(ranking(clear, orders, value)),
+        *table(ranking(clear, orders, value, drawn)),
         "",
         "### What any forecast could reach",
         "",
@@ -208,6 +225,12 @@ def half(
         "",
         f"![Scores against what happened]({key}.svg)",
     ]
+
+
+def with_errors(value: np.ndarray, error: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+    """What might as well have been measured, `(N_BOOT, n_domains)`."""
+    draws: np.ndarray = chance.normal(value, error, (N_BOOT, len(value)))
+    return draws
 
 
 def layers(

@@ -112,6 +112,13 @@ def movement(run: Mapping[str, Any]) -> np.ndarray:
     return np.array([run["after"][name]["drift"]["value"] for name in DOMAINS], dtype=float)
 
 
+def movement_error(run: Mapping[str, Any], n_questions: int) -> np.ndarray:
+    """Standard error over questions of what `movement` gives, from its 95 % interval."""
+    reach = [(drift["high"] - drift["low"]) / 2 for drift in (run["after"][name]["drift"] for name in DOMAINS)]
+    error: np.ndarray = np.array(reach) / stats.t.ppf(0.975, n_questions - 1)
+    return error
+
+
 def harm(run: Mapping[str, Any], zero: Mapping[str, Any], kind: str = "nll") -> tuple[np.ndarray, np.ndarray]:
     """Change of the answers' NLL in nats per token for each of `DOMAINS`, and its standard error over questions.
 
@@ -175,6 +182,25 @@ def ratio(change: np.ndarray, n: np.ndarray) -> tuple[float, float]:
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's correlation; NaN where the first is the same for all."""
     return _correlation(one, other, stats.spearmanr)
+
+
+def spearman_by_draw(one: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Spearman's correlation with each draw of an outcome; NaN where the first is the same for all.
+
+    Args:
+        one: `(n_domains,)`.
+        draws: `(n_draws, n_domains)`.
+
+    Returns:
+        `(n_draws,)`.
+
+    """
+    if len(set(one.tolist())) == 1:
+        return np.full(len(draws), np.nan)
+    mine, theirs = stats.rankdata(one), stats.rankdata(draws, axis=1)
+    mine, theirs = mine - mine.mean(), theirs - theirs.mean(axis=1, keepdims=True)
+    found: np.ndarray = theirs @ mine / (np.linalg.norm(theirs, axis=1) * np.linalg.norm(mine))
+    return found
 
 
 def pearson(one: np.ndarray, other: np.ndarray) -> float:

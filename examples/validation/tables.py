@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from validation.scores import (
     right_signs,
     signed,
     spearman,
+    spearman_by_draw,
 )
 
 N_BOOT = 2000
@@ -40,30 +41,46 @@ LAYER_SCORES = ("STS_net", "STS_cross", "STS_rel", "STS_ICL", "STS_act", "raw sh
 """Scores that depend on the layer; those by NLL do not."""
 
 
-def ranking(runs: list[dict[str, Any]], scores: Mapping[str, Scores], realised: Mapping[str, np.ndarray]) -> Table:
-    """Scores by how well they rank, best first."""
+def ranking(
+    runs: list[dict[str, Any]],
+    scores: Mapping[str, Scores],
+    realised: Mapping[str, np.ndarray],
+    draws: Mapping[str, np.ndarray],
+) -> Table:
+    """Scores by how well they rank, best first.
+
+    Args:
+        runs: all that count.
+        scores: by fine-tune.
+        realised: what happened, by run.
+        draws: the same by run, `N_BOOT` times with errors of measurement, which so enter the interval.
+
+    """
     if not runs:
         return [["no run"]]
     found = []
     for name in scores[runs[0]["fine_tune"]]:
         ranks, lines, given = ({} for _ in range(3))
+        by_draw: dict[str, np.ndarray] = {}
         for run in runs:
             score, outcome = scores[run["fine_tune"]][name], realised[run["run"]]
             ranks[run["run"]], lines[run["run"]] = spearman(score, outcome), pearson(score, outcome)
+            by_draw[run["run"]] = spearman_by_draw(score, draws[run["run"]])
             given[run["run"]] = partial_spearman(score, outcome, scores[run["fine_tune"]]["NLL at step 0"])
-        by_tune = by_fine_tune(runs, ranks)
+        by_tune, lines_by_tune = by_fine_tune(runs, ranks), by_fine_tune(runs, lines)
         row = [
             f"*{name}*" if name in RIVALS else name,
-            pooled(runs, ranks),
+            pooled(runs, ranks, by_draw),
             *(f"{np.mean(list(by_fine_tune(runs, values).values())):.2f}".replace("nan", "-") for values in (lines, given)),
         ]
-        found.append((np.mean(list(by_tune.values())), [*row, *(f"{value:.2f}" for value in by_tune.values())]))
+        both = (f"{value:.2f} ({lines_by_tune[tune]:.2f})" for tune, value in by_tune.items())
+        found.append((np.mean(list(by_tune.values())), [*row, *both]))
     head = [
         "score (*rival*)",
         "Spearman [interval]",
         "Pearson",
         "given NLL at step 0",
-        *by_fine_tune(runs, {run["run"]: 0.0 for run in runs}),
+        *(f"{tune} (Pearson)" for tune in by_fine_tune(runs, {run["run"]: 0.0 for run in runs})),
     ]
     return [head, *(row for _, row in sorted(found, key=lambda pair: -np.nan_to_num(pair[0], nan=-2)))]
 
@@ -76,13 +93,26 @@ def by_fine_tune(runs: Iterable[Mapping[str, Any]], values: Mapping[str, float])
     return {name: float(np.mean(group)) for name, group in groups.items()}
 
 
-def pooled(runs: Iterable[Mapping[str, Any]], values: Mapping[str, float]) -> str:
-    """Mean over fine-tunes, with a bootstrap interval over them."""
+def pooled(
+    runs: Sequence[Mapping[str, Any]], values: Mapping[str, float], by_draw: Mapping[str, np.ndarray] | None = None
+) -> str:
+    """Mean over fine-tunes, with a bootstrap interval over them.
+
+    Args:
+        runs: all that count.
+        values: by run.
+        by_draw: values by run that errors of measurement would give, `(N_BOOT,)`, to be part of the interval.
+
+    """
     means = np.array(list(by_fine_tune(runs, values).values()))
     if len(means) == 0:
         return "-"
-    draws = np.random.default_rng(0).choice(means, (N_BOOT, len(means))).mean(axis=1)
-    low, high = np.nanquantile(draws, [0.025, 0.975])
+    chosen = np.random.default_rng(0).choice(len(means), (N_BOOT, len(means)))
+    draws = means[chosen]
+    if by_draw is not None:
+        of_draw = [by_fine_tune(runs, {run: row[i] for run, row in by_draw.items()}) for i in range(N_BOOT)]
+        draws = np.array([[*one.values()] for one in of_draw])[np.arange(N_BOOT)[:, None], chosen]
+    low, high = np.nanquantile(draws.mean(axis=1), [0.025, 0.975])
     return f"{means.mean():.2f} [{low:.2f}, {high:.2f}]"
 
 

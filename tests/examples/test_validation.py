@@ -21,7 +21,7 @@ from sts_callback.model.capture import undisturbed
 from sts_callback.model.encoder import load_encoder
 from sts_callback.model.hooks import resolve
 from sts_callback.model.probes import ProbeSet, Query
-from sts_callback.records import DomainForecast
+from sts_callback.records import DomainForecast, Estimate
 from sts_callback.validated import WHAT_HOLDS
 from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
@@ -30,8 +30,17 @@ from validation.data import CATEGORIES, DOMAINS, deal
 from validation.mixtures import additivity, planned
 from validation.plan import FORECASTS, HERE, SUMS, stored
 from validation.runs import require_untuned
-from validation.scores import margins, net_by_size, partial_spearman, ratio, signed_orders
-from validation.tables import above_chance, by_layer, elsewhere, reach
+from validation.scores import (
+    margins,
+    movement_error,
+    net_by_size,
+    partial_spearman,
+    ratio,
+    signed_orders,
+    spearman,
+    spearman_by_draw,
+)
+from validation.tables import N_BOOT, above_chance, by_layer, elsewhere, ranking, reach
 from validation.train import tune
 
 BOS = (1,)
@@ -211,6 +220,40 @@ def test_a_domains_past_is_that_of_other_fine_tunes_at_the_same_rate() -> None:
     assert [found[f"{name}/gentle"] for name in "abc"] == pytest.approx([1, 1, 1])
     assert found["a/harsh"] == pytest.approx(-1)  # mean ranks of the two others: 1, 2.5, 3, 3.5
     assert found["b/harsh"] == pytest.approx(-3 / (4.5 * 5) ** 0.5)  # 2.5, 3, 2, 2.5 against 1, 2, 4, 3
+
+
+def test_errors_of_measurement_widen_an_interval_and_never_touch_its_middle() -> None:
+    draw = np.random.default_rng(0)
+    runs = [{"run": name, "fine_tune": name} for name in "abcd"]
+    score, outcome = np.arange(20.0), np.arange(20.0) + draw.normal(0, 4, 20)
+    realised = {name: outcome for name in "abcd"}
+
+    def interval(error: float) -> tuple[float, float, float]:
+        draws = {name: draw.normal(outcome, error, (N_BOOT, 20)) for name in "abcd"}
+        (cell,) = (
+            row[1]
+            for row in ranking(runs, {n: {"s": score, "NLL at step 0": -score} for n in "abcd"}, realised, draws)
+            if row[0] == "s"
+        )
+        middle, low, high = map(float, re.findall(r"-?[0-9.]+", cell))
+        return middle, low, high
+
+    exact, noisy = interval(0), interval(3)
+    assert exact[0] == exact[1] == exact[2] == noisy[0] == pytest.approx(spearman(score, outcome), abs=0.01)
+    assert noisy[1] < noisy[2] - 0.02
+
+
+def test_correlations_by_draw_are_those_of_each_draw() -> None:
+    draw = np.random.default_rng(0)
+    score, draws = draw.integers(0, 5, 20).astype(float), draw.normal(size=(7, 20))
+    assert spearman_by_draw(score, draws).tolist() == pytest.approx([spearman(score, one) for one in draws])
+    assert np.isnan(spearman_by_draw(np.ones(20), draws)).all()
+
+
+def test_the_error_of_movement_is_that_behind_its_interval() -> None:
+    drift = Estimate(0.2, 0.2 - 2.0010, 0.2 + 2.0010).to_dict()  # Student's quantile with 59 degrees of freedom
+    found = movement_error({"after": {name: {"drift": drift} for name in DOMAINS}}, 60)
+    assert found.tolist() == pytest.approx([1.0] * len(DOMAINS), abs=1e-4)
 
 
 def test_a_correlation_that_a_third_number_makes_is_gone_without_it() -> None:
