@@ -62,6 +62,13 @@ from validation.tables import (
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
+LOOKS = {
+    (setting, seed): {"color": color, "marker": marker}
+    for setting, color in (("gentle", "tab:blue"), ("harsh", "tab:red"))
+    for seed, marker in ((0, "o"), (1, "x"))
+}
+"""Of the runs in a plot."""
+
 
 def write_report(*, opened: bool) -> None:
     """Make RESULTS.md and the plots.
@@ -350,7 +357,8 @@ def plot_pairs(
                 (axes[0][column], "STS_net", moved[run["run"]]),
                 (axes[1][column], "NLL change in context", absolute[run["run"]]),
             ):
-                axis.scatter(scores[name][score], realised, s=12, label=f"{run['setting']} {run['seed']}")
+                label, look = f"{run['setting']} {run['seed']}", LOOKS[run["setting"], run["seed"]]
+                axis.scatter(scores[name][score], realised, s=16, linewidths=1, label=label, **look)
                 axis.set(xlabel=score, yscale="log")
         axes[0][column].set_title(name)
         axes[0][column].legend(fontsize=7)
