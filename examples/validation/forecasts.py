@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,23 @@ from validation.plan import CANDIDATES, COSTS, FORECASTS, SETTINGS, SUMS, rounde
 
 def forecast(lab: Lab) -> None:
     """Write what is expected of each fine-tune."""
-    FORECASTS.write_text("".join(json.dumps(line) + "\n" for line in lines(lab)))
-    readings = {f"train/{name}": lab.train_reading(name) for name in lab.fine_tunes}
-    readings |= {name: lab.domain_reading(name) for name in DOMAINS}
-    means = {f"{name}/{key}": value for name, reading in readings.items() for key, value in _means(reading).items()}
+    found = readings(lab)
+    FORECASTS.write_text("".join(json.dumps(line) + "\n" for line in lines(lab, found)))
+    means = {f"{name}/{key}": value for name, reading in found.items() for key, value in _means(reading).items()}
     np.savez_compressed(SUMS, **means)
 
 
-def lines(lab: Lab) -> list[dict[str, Any]]:
+def readings(lab: Lab) -> dict[str, Reading]:
+    """Of the training data, `train/` before their names, and of all domains."""
+    taught = {f"train/{name}": lab.train_reading(name) for name in lab.fine_tunes}
+    return taught | {name: lab.domain_reading(name) for name in DOMAINS}
+
+
+def lines(lab: Lab, readings: Mapping[str, Reading]) -> list[dict[str, Any]]:
     """What is expected of each fine-tune, by this lab's SAE."""
-    found, readings = [], {name: lab.domain_reading(name) for name in DOMAINS}
+    found = []
     for fine_tune in lab.fine_tunes:
-        train = lab.train_reading(fine_tune)
+        train = readings[f"train/{fine_tune}"]
         scorer = ForecastScorer(train, lab.config.n_features)
         own = scorer.domain(lab.taught[fine_tune], train)
         domains = {name: scorer.domain(lab.asked[name], as_of(readings[name], fine_tune)) for name in DOMAINS}

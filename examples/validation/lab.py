@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -61,8 +63,7 @@ class Lab:
         def read() -> Reading:
             with undisturbed(self.model):
                 contexts = {TAUGHT: self.taught_contexts[fine_tune], NEUTRAL: [self.neutral]}
-                bare = self.context((), with_answers=self._with_answers)
-                return self.gauge.read(self.taught[fine_tune], bare, contexts, with_gradients=True)[0]
+                return self.gauge.read(self.taught[fine_tune], self.bare(), contexts, with_gradients=True)[0]
 
         return self.kept(f"train-{fine_tune}", read)
 
@@ -74,10 +75,19 @@ class Lab:
             with undisturbed(self.model):
                 own = self.contexts(probes.draws, with_answers=False)
                 contexts = {**self.taught_contexts, NEUTRAL: [self.neutral], OWN: own}
-                bare = self.context((), with_answers=self._with_answers)
-                return self.gauge.read(probes, bare, contexts, with_gradients=True)[0]
+                return self.gauge.read(probes, self.bare(), contexts, with_gradients=True)[0]
 
         return self.kept(f"forecast-{name}", read)
+
+    def bare_reading(self, key: str, probes: ProbeSet) -> Reading:
+        """Without demonstrations: what later checks of a set compare with."""
+
+        def read() -> Reading:
+            require_untuned(self.model)
+            with undisturbed(self.model):
+                return self.gauge.read(probes, self.bare(), {})[0]
+
+        return self.kept(key, read)
 
     @functools.cached_property
     def taught_contexts(self) -> dict[str, list[Context]]:
@@ -99,6 +109,10 @@ class Lab:
         starts = [q.counts.index(True) for q in whole]
         return [Query(q.query[:n], q.query[n:], (True,) * n) for q, n in zip(whole, starts, strict=True)]
 
+    def bare(self) -> Context:
+        """No demonstrations, run with the weights of now."""
+        return self.context((), with_answers=self._with_answers)
+
     def context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
         return self.gauge.context((*self.bos, *tokens), with_answers=with_answers)
 
@@ -118,5 +132,12 @@ class Lab:
 
     def _calibrated(self) -> Reference:
         with undisturbed(self.model):
-            self.gauge.calibrate(list(self.asked.values()), self.context((), with_answers=self._with_answers))
+            self.gauge.calibrate(list(self.asked.values()), self.bare())
         return self.lens.reference
+
+
+def require_untuned(model: nn.Module) -> None:
+    """What is kept as step 0 must be."""
+    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules()), (
+        "step 0 was asked for in the middle of a run"
+    )

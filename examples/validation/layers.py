@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from tqdm import tqdm
@@ -17,18 +16,15 @@ from validation import forecasts
 from validation.data import DOMAINS
 from validation.lab import Lab
 from validation.plan import LAYER_FORECASTS, LAYER_RUNS, SETTINGS, Run, planned, rounded, store, stored
-from validation.runs import require_untuned
-from validation.train import tune
+from validation.runs import tuned
 
 
 def ablate(lab: Lab, part: int, n_parts: int) -> None:
     """Make the forecasts, then the fine-tunes of the first seeds again, harsh ones first; what is stored is not made again."""
     if not stored(LAYER_FORECASTS):
-        for line in forecasts.lines(lab):
+        for line in forecasts.lines(lab, forecasts.readings(lab)):
             store(LAYER_FORECASTS, line)
     features = {line["fine_tune"]: tuple(line["features"]) for line in stored(LAYER_FORECASTS)}
-    for name in lab.fine_tunes:
-        _sets(lab, name)
     runs = sorted((run for run in planned() if run.seed == 0), key=lambda run: run.setting != "harsh")
     for run in tqdm(runs[part::n_parts], desc="Fine-tunes", unit="run"):
         if run.name not in {line["run"] for line in stored(LAYER_RUNS)}:
@@ -36,23 +32,21 @@ def ablate(lab: Lab, part: int, n_parts: int) -> None:
 
 
 def _run(lab: Lab, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
-    sets = _sets(lab, run.fine_tune)
+    sets = _sets(lab, run.fine_tune)  # now: from the first step on the weights are others
     line: dict[str, Any] = {"run": run.name}
-    settings = SETTINGS["training"]
 
     def on_step(step: int) -> None:
-        if step < settings["steps"]:
+        if step < SETTINGS["training"]["steps"]:
             return
         with undisturbed(lab.model):
-            bare = lab.context((), with_answers=False)
+            bare = lab.bare()
             drifts = {probes.name: lab.gauge.read_drift(probes, bare, [zero])[0] for probes, zero in sets}
         zeros = {probes.name: zero for probes, zero in sets}
         line["n_shared"] = n_shared(scoring.realised_features(drifts[TRAIN], lab.config.n_features), forecast)
         line["after"] = {name: {"drift": scoring.relative_drift(drifts[name], zeros[name]).to_dict()} for name in DOMAINS}
 
     rows = lab.queries(lab.rows[run.fine_tune].training)
-    rate = SETTINGS["learning_rates"][run.setting]
-    line["loss"] = tune(lab.model, rows, lab.bos, settings, learning_rate=rate, seed=run.seed, on_step=on_step)
+    line["loss"] = tuned(lab, rows, run.setting, run.seed, on_step)
     return line
 
 
@@ -61,10 +55,4 @@ def _sets(lab: Lab, fine_tune: str) -> list[tuple[ProbeSet, Reading]]:
     queries = {f"checked-train-{fine_tune}": (TRAIN, lab.taught[fine_tune].queries)}
     queries |= {f"measured-{name}": (name, tuple(lab.queries(lab.rows[name].measured))) for name in DOMAINS}
     sets = {key: ProbeSet(name, some, ((),), 0) for key, (name, some) in queries.items()}
-    return [(probes, lab.kept(key, functools.partial(_bare_reading, lab, probes))) for key, probes in sets.items()]
-
-
-def _bare_reading(lab: Lab, probes: ProbeSet) -> Reading:
-    require_untuned(lab.model)
-    with undisturbed(lab.model):
-        return lab.gauge.read(probes, lab.context((), with_answers=False), {})[0]
+    return [(probes, lab.bare_reading(key, probes)) for key, probes in sets.items()]

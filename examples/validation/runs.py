@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from tqdm import tqdm
 
 from sts_callback import scoring
@@ -22,7 +21,7 @@ from sts_callback.records import TRAIN, DriftSnapshot
 from validation import measure, mixtures
 from validation.data import CATEGORIES, DOMAINS
 from validation.forecasts import as_of
-from validation.lab import Lab
+from validation.lab import Lab, require_untuned
 from validation.plan import FORECASTS, MIXTURES, RUNS, SETTINGS, STEP_ZERO, Run, planned, rounded, store, stored
 from validation.train import tune
 
@@ -57,9 +56,14 @@ def mix(lab: Lab, part: int, n_parts: int) -> None:
             if step == settings["steps"]:
                 line["after"] = {name: _after(lab, name) for name in DOMAINS}
 
-        rate = SETTINGS["learning_rates"][mixture.setting]
-        line["loss"] = rounded(tune(lab.model, rows, lab.bos, settings, learning_rate=rate, seed=mixture.seed, on_step=on_step))
+        line["loss"] = rounded(tuned(lab, rows, mixture.setting, mixture.seed, on_step))
         store(MIXTURES, line)
+
+
+def tuned(lab: Lab, rows: Sequence[Query], setting: str, seed: int, on_step: Callable[[int], None]) -> list[float]:
+    """Fine-tune as the settings have it; see `train.tune`."""
+    rate = SETTINGS["learning_rates"][setting]
+    return tune(lab.model, rows, lab.bos, SETTINGS["training"], learning_rate=rate, seed=seed, on_step=on_step)
 
 
 def _run(lab: Lab, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
@@ -77,8 +81,7 @@ def _run(lab: Lab, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
             else:
                 line["on_the_way"][step] = {name: _nll_so_far(lab, name) for name in DOMAINS}
 
-    rate = SETTINGS["learning_rates"][run.setting]
-    line["loss"] = rounded(tune(lab.model, rows, lab.bos, settings, learning_rate=rate, seed=run.seed, on_step=on_step))
+    line["loss"] = rounded(tuned(lab, rows, run.setting, run.seed, on_step))
     return {**line, "seconds": round(time.monotonic() - started)}
 
 
@@ -86,7 +89,7 @@ def _check(lab: Lab, fine_tune: str, step: int, forecast: tuple[int, ...]) -> Dr
     """The tool's own check, on the first queries of the forecast's."""
     started, zero, sets = time.monotonic(), _check_baselines(lab, fine_tune), _checked_sets(lab, fine_tune)
     with undisturbed(lab.model):
-        bare = lab.context((), with_answers=True)
+        bare = lab.bare()
         readings = {s.name: lab.gauge.read_drift(s, bare, [zero[s.name]])[0] for s in sets}
     realised, drifts = scoring.domain_drifts(sets, readings, zero, forecast, lab.config.n_features)
     shared, seconds = n_shared(realised, forecast), time.monotonic() - started
@@ -105,18 +108,12 @@ def _check_baselines(lab: Lab, fine_tune: str) -> dict[str, SetBaseline]:
         is_train = probes.name == TRAIN
         whole = lab.train_reading(fine_tune) if is_train else as_of(lab.domain_reading(probes.name), fine_tune)
         key = f"checked-{f'train-{fine_tune}' if is_train else probes.name}"
-        bare = lab.kept(key, functools.partial(_bare_reading, lab, probes))
+        bare = lab.bare_reading(key, probes)
         fields = ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy")
         zero[probes.name] = dataclasses.replace(
             scoring.set_baseline(whole), **{field: getattr(bare, field) for field in fields}, nll=bare.bare_nll
         )
     return zero
-
-
-def _bare_reading(lab: Lab, probes: ProbeSet) -> Reading:
-    require_untuned(lab.model)
-    with undisturbed(lab.model):
-        return lab.gauge.read(probes, lab.context((), with_answers=True), {})[0]
 
 
 def _step_zero(lab: Lab, name: str) -> dict[str, list[float]]:
@@ -164,13 +161,6 @@ def _wrong(lab: Lab, name: str) -> dict[str, list[float]]:
 @functools.cache
 def _measured(lab: Lab, name: str) -> list[Query]:
     return lab.queries(lab.rows[name].measured)
-
-
-def require_untuned(model: nn.Module) -> None:
-    """What is kept as step 0 must be."""
-    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules()), (
-        "step 0 was asked for in the middle of a run"
-    )
 
 
 def _answers(found: measure.Losses) -> dict[str, list[float]]:

@@ -54,14 +54,11 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
 
     """
     fine_tune, said, with_sign = forecast["fine_tune"], recorded(forecast), signed(forecast)
-
-    def of_domain(key: str) -> np.ndarray:
-        return np.stack([means[f"{name}/{key}"] for name in DOMAINS]).astype(float)
-
-    taught, neutral, own = of_domain(fine_tune), of_domain("neutral"), of_domain("own demonstrations")
+    taught, neutral, own, gradients, activity = (
+        _of_domains(means, key) for key in (fine_tune, "neutral", "own demonstrations", "gradient", "activity")
+    )
     train = {key: means[f"train/{fine_tune}/{key}"].astype(float) for key in ("training demonstrations", "neutral", "gradient")}
     contrast = np.argsort(train["neutral"] - train["training demonstrations"])[:n_features]
-    gradients = of_domain("gradient")
     found = {
         **said,
         "STS_cross, features above plain prose": taught[:, contrast].sum(axis=1) / taught.sum(axis=1),
@@ -71,7 +68,7 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
         "cosine of shifts": _cosines(np.sqrt(taught), np.sqrt(train["training demonstrations"])),
         **{title: np.abs(values) for title, values in with_sign.items()},
         "cosine of gradients": np.abs(_cosines(gradients, train["gradient"])),
-        "cosine of root activities": _cosines(np.sqrt(of_domain("activity")), np.sqrt(means[f"train/{fine_tune}/activity"])),
+        "cosine of root activities": _cosines(np.sqrt(activity), np.sqrt(means[f"train/{fine_tune}/activity"])),
     }
     for pair in (
         ("STS_cross", "cosine of mean activations"),
@@ -86,7 +83,7 @@ def expected(forecast: Mapping[str, Any], means: Means, n_features: int) -> Scor
 
 def net_by_size(fine_tune: str, means: Means, sizes: Sequence[int]) -> dict[int, np.ndarray]:
     """STS_net with other numbers of features than the forecast's, for each of `DOMAINS`."""
-    taught, neutral = (np.stack([means[f"{name}/{key}"] for name in DOMAINS]).astype(float) for key in (fine_tune, "neutral"))
+    taught, neutral = (_of_domains(means, key) for key in (fine_tune, "neutral"))
     most_shifted = np.argsort(-means[f"train/{fine_tune}/training demonstrations"])
     net, total = (taught - neutral)[:, most_shifted], taught.sum(axis=1)
     return {n: net[:, :n].sum(axis=1) / total for n in sizes}
@@ -213,6 +210,11 @@ def partial_spearman(one: np.ndarray, other: np.ndarray, given: np.ndarray) -> f
     r, one_given, other_given = (spearman(*pair) for pair in ((one, other), (one, given), (other, given)))
     left = (1 - one_given**2) * (1 - other_given**2)
     return (r - one_given * other_given) / float(np.sqrt(left)) if left > 1e-12 else float("nan")
+
+
+def _of_domains(means: Means, key: str) -> np.ndarray:
+    """Means of one kind, `(n_domains, d_sae)`."""
+    return np.stack([means[f"{name}/{key}"] for name in DOMAINS]).astype(float)
 
 
 def _cosines(rows: np.ndarray, one: np.ndarray) -> np.ndarray:

@@ -85,12 +85,12 @@ def ranking(
     return [head, *(row for _, row in sorted(found, key=lambda pair: -np.nan_to_num(pair[0], nan=-2)))]
 
 
-def by_fine_tune(runs: Iterable[Mapping[str, Any]], values: Mapping[str, float]) -> dict[str, float]:
-    """Means over the runs of each fine-tune."""
-    groups: dict[str, list[float]] = {}
+def by_fine_tune(runs: Iterable[Mapping[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Means over the runs of each fine-tune, of numbers or of arrays of one shape."""
+    groups: dict[str, list[Any]] = {}
     for run in runs:
         groups.setdefault(run["fine_tune"], []).append(values[run["run"]])
-    return {name: float(np.mean(group)) for name, group in groups.items()}
+    return {name: np.mean(group, axis=0) for name, group in groups.items()}
 
 
 def pooled(
@@ -110,8 +110,7 @@ def pooled(
     chosen = np.random.default_rng(0).choice(len(means), (N_BOOT, len(means)))
     draws = means[chosen]
     if by_draw is not None:
-        of_draw = [by_fine_tune(runs, {run: row[i] for run, row in by_draw.items()}) for i in range(N_BOOT)]
-        draws = np.array([[*one.values()] for one in of_draw])[np.arange(N_BOOT)[:, None], chosen]
+        draws = np.stack(list(by_fine_tune(runs, by_draw).values()), axis=1)[np.arange(N_BOOT)[:, None], chosen]
     low, high = np.nanquantile(draws.mean(axis=1), [0.025, 0.975])
     return f"{means.mean():.2f} [{low:.2f}, {high:.2f}]"
 

@@ -27,9 +27,9 @@ from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
 from validation.alarms import auroc, harmed_at
 from validation.data import CATEGORIES, DOMAINS, deal
+from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
 from validation.plan import FORECASTS, HERE, SUMS, stored
-from validation.runs import require_untuned
 from validation.scores import (
     margins,
     movement_error,
