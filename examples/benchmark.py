@@ -8,7 +8,7 @@ Three ways to find the features that a context shifts, two thirds up a model, wi
 - reference: each query with its whole context through the whole model with logits, all activations `(n_tokens, d_sae)` kept, then
   subtracted, squared and sorted;
 - limit: a forward truncated at the layer over the context once and the queries twice, one encoder product, nothing kept;
-- ours: `Gauge.calibrate` and `Gauge.read` with one context and no answers; the latter alone is the probe.
+- ours: `ProbeRunner.calibrate` and `ProbeRunner.read` with one context and no answers; the latter alone is the probe.
 
 Reference and ours must name the same features, to rounding. Times are of the measurement alone, after one short forward that
 pages the weights in; memory is the peak over what the process takes then. Machine-readable results go to `benchmark.json`, a
@@ -90,13 +90,13 @@ def measured(way: str, cell: dict[str, Any]) -> dict[str, Any]:
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
     from sts_callback.config import ProbeConfig
-    from sts_callback.measure import Gauge
+    from sts_callback.data.probes import ProbeSet, Query
+    from sts_callback.measure.runner import ProbeRunner
     from sts_callback.metrics.scores import shifted_features
     from sts_callback.metrics.sums import token_mean
     from sts_callback.model.capture import Capture, undisturbed
-    from sts_callback.model.encoder import load_encoder
     from sts_callback.model.hooks import resolve
-    from sts_callback.model.probes import ProbeSet, Query
+    from sts_callback.model.sae import load_encoder
 
     model, layer = loaded(cell["model"])
     d_in, d_sae, hook_name = model.config.hidden_size, cell["d_sae"], f"blocks.{layer}.hook_resid_post"
@@ -148,12 +148,12 @@ def measured(way: str, cell: dict[str, Any]) -> dict[str, Any]:
         return ()
 
     def ours() -> tuple[int, ...]:
-        gauge = Gauge(model, [encoder], ProbeConfig(n_features=N_FEATURES, max_norm_multiple=1e9))
+        runner = ProbeRunner(model, [encoder], ProbeConfig(n_features=N_FEATURES, max_norm_multiple=1e9))
         probes = ProbeSet("train", tuple(Query(tuple(q), (), (True,) * len(q)) for q in queries), (tuple(context),), 0)
-        bare = gauge.context((bos,), with_answers=False)
-        gauge.calibrate([probes], bare)
+        zero_shot = runner.context((bos,), with_answers=False)
+        runner.calibrate([probes], zero_shot)
         started = time.perf_counter()
-        (reading,) = gauge.read(probes, bare, {"own": [gauge.context((bos, *context), with_answers=False)]})
+        (reading,) = runner.read(probes, zero_shot, {"own": [runner.context((bos, *context), with_answers=False)]})
         seconds["probe"] = time.perf_counter() - started
         return shifted_features(token_mean(reading.shifts["own"].features, reading.n_tokens), N_FEATURES)
 

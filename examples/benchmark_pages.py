@@ -10,7 +10,7 @@ from typing import Any
 
 WAYS = ("reference", "limit", "ours")
 N_SETS, N_QUERIES, N_DRAWS = 15, 32, 8  # 14 domains and the training data, at default size
-QUERY, ANSWER, TAUGHT, OWN = 150, 150, 600, 1500  # tokens: of a query, of its answer, of two and of five demonstrations
+QUERY, ANSWER, TRAIN_ICL, DOMAIN_ICL = 150, 150, 600, 1500  # tokens: of a query, of its answer, of two and of five demonstrations
 DEFAULT_STEPS = 500  # between two saves of the Trainer
 DEPTH = 2 / 3  # where SAEs are usually read
 H100_TFLOPS, H100_GB = 989, 80  # bfloat16, dense, by its data sheet
@@ -220,10 +220,10 @@ def scaling(results: dict[str, Any]) -> list[str]:
 def forecast_flop(model: Large, depth: float) -> float:
     """Of one forecast."""
     token, head, encode = 2e9 * model.billions, 2 * model.width * model.vocab, 2 * model.width * model.d_sae
-    contexts = N_DRAWS * TAUGHT + TAUGHT
+    contexts = N_DRAWS * TRAIN_ICL + TRAIN_ICL
     whole = N_QUERIES * (QUERY + ANSWER)
     a_set = (
-        N_DRAWS * OWN * token * depth  # contexts of its own
+        N_DRAWS * DOMAIN_ICL * token * depth  # contexts of its own
         + 3 * whole * token  # bare, taught, neutral
         + (2 * whole * token * (1 - depth) if depth < 1 else 0)  # the backward pass, which a sharded model does without
         + N_QUERIES * QUERY * token * depth  # behind its own demonstrations

@@ -28,8 +28,8 @@ from demo import SAE_FOLDER
 from gemma import loaded_gemma
 from rows import law_rows
 from sts_callback import Monitor, ProbeConfig
-from sts_callback.blame import blame
-from sts_callback.domains.starter import choose_domains
+from sts_callback.data.starter import choose_domains
+from sts_callback.remedies.attribution import blame
 from word_problems import word_problems
 
 PROBES = ProbeConfig(n_queries=24, max_tokens=128)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from demo import SAE_FOLDER
 from gemma import cached_gemma
-from sts_callback.domains.starter import starter_domains
+from sts_callback.data.starter import starter_domains
 from word_problems import word_problems
 
 HERE = Path(__file__).parent

@@ -38,10 +38,10 @@ from demo import PROTECTED, SAE_FOLDER
 from gemma import cached_gemma
 from sts_callback import Monitor, PolicyConfig, ProbeConfig, STSCallback, judge_drift
 from sts_callback.config import DEFAULT_BUDGET
-from sts_callback.domains.starter import starter_domains
-from sts_callback.metrics.resample import p_of_rise
+from sts_callback.data.starter import starter_domains
+from sts_callback.measure.scoring import estimate
+from sts_callback.metrics.statistics import p_of_rise
 from sts_callback.records import DriftSnapshot
-from sts_callback.scoring import estimate
 from tuning import tuned
 from word_problems import word_problems
 

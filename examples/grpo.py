@@ -33,7 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 from demo import SAE_FOLDER
 from gemma import cached_gemma
 from sts_callback import ProbeConfig, STSCallback
-from sts_callback.runlog import RunLog
+from sts_callback.runs.directory import RunDirectory
 from tuning import ON_CPU
 
 STEPS, N_PROMPTS, N_COMPLETIONS, CHECK_ON = 20, 16, 4, 5
@@ -85,7 +85,7 @@ def main() -> None:
         )
         callback.attach(trainer)
         trainer.train()
-        checks = RunLog(Path(out) / "sts").checks_before(STEPS)
+        checks = RunDirectory(Path(out) / "sts").checks_before(STEPS)
         rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     forecast, last = callback.forecast, checks[-1]
     assert forecast is not None
@@ -101,7 +101,7 @@ def main() -> None:
         "train_source": forecast.train_source,
         "rewards": rewards,
         "n_shared": {check.step: check.n_shared for check in checks},
-        "text_drift": {check.step: check.text_drift.to_dict() for check in checks},
+        "text_drift": {check.step: check.output_drift.to_dict() for check in checks},
         "outcomes": {"domains": names, **outcomes},
         "spearman": {
             source: {

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         "forecast_code_and_law_shared": len(set(made["code"].features) & set(made["law"].features)),
         "share_of_tokens_masked": masked,
         "tokens": {s: f.train.n_tokens for s, f in made.items()},
-        "unexplained": {s: f.unexplained for s, f in made.items()},
+        "unexplained": {s: f.fvu for s, f in made.items()},
     }
     gsm8k = [{"prompt": str(r["prompt"]), "completion": "\n" + str(r["completion"])} for r in lines(data_dir / "gsm8k.jsonl.gz")]
     results["gsm8k_forecast_and_realised"] = realised_overlap(cached_gemma(), gsm8k, "law")

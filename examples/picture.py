@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
-from sts_callback.terminal.forecast import check_lines, forecast_table
+from sts_callback.report.terminal.forecast import check_lines, forecast_table
 
 # Rich's own template would fetch a font from outside.
 _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">

@@ -25,8 +25,8 @@ from demo import PROTECTED, SAE_FOLDER
 from gemma import loaded_gemma
 from sts_callback import Monitor, PolicyConfig, ProbeConfig
 from sts_callback.config import DEFAULT_BUDGET
-from sts_callback.domains.starter import starter_domains
-from sts_callback.terminal.forecast import doctor_table
+from sts_callback.data.starter import starter_domains
+from sts_callback.report.terminal.forecast import doctor_table
 from word_problems import word_problems
 
 PROBES = ProbeConfig(n_queries=16)
@@ -85,7 +85,7 @@ def main() -> None:
         )
         checks = monitor.examine(policy)
         refused = {check.name: check.found for check in checks if check.status == "refuse"}
-        results[case] = {"refused": refused, "explained_variance": 1 - monitor.fits[0].unexplained, "l0": monitor.fits[0].l0}
+        results[case] = {"refused": refused, "explained_variance": 1 - monitor.fits[0].fvu, "l0": monitor.fits[0].l0}
         print(f"\n{case}: {'refused' if refused else 'passed'}\n{doctor_table(checks)}", flush=True)
     (Path(__file__).parent / "refusals.json").write_text(json.dumps(results, indent=1) + "\n")
 

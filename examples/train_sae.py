@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma import cached_gemma
-from sts_callback.metrics.tokens import is_ordinary
+from sts_callback.metrics.sums import is_not_outlier
 from sts_callback.model.capture import Capture, Prefix, undisturbed
 from sts_callback.model.hooks import find_layers, resolve
 
@@ -113,10 +113,10 @@ class Activations:
         norms = keep.norm(dim=1)
         if self.median_norm is None:
             self.median_norm = norms.median().item()
-        ordinary = is_ordinary(norms, self.median_norm, MAX_NORM_MULTIPLE)
+        not_outlier = is_not_outlier(norms, self.median_norm, MAX_NORM_MULTIPLE)
         self.n_seen += len(norms)
-        self.n_left_out += int((~ordinary).sum())
-        return keep[ordinary]
+        self.n_left_out += int((~not_outlier).sum())
+        return keep[not_outlier]
 
 
 def collect(source: Activations, texts: list[str], n_tokens: int) -> torch.Tensor:
@@ -206,8 +206,8 @@ def spliced_cross_entropy(model: PreTrainedModel, sae: SAE, source: Activations,
         for name, replace in replacements.items():
 
             def hook(module: object, args: object, output: torch.Tensor, replace: object = replace) -> torch.Tensor:
-                ordinary = is_ordinary(output.norm(dim=-1), source.median_norm, MAX_NORM_MULTIPLE)
-                return torch.where(ordinary[..., None], replace(output), output)
+                not_outlier = is_not_outlier(output.norm(dim=-1), source.median_norm, MAX_NORM_MULTIPLE)
+                return torch.where(not_outlier[..., None], replace(output), output)
 
             handle = layer.register_forward_hook(hook)
             logits = model(input_ids=ids).logits[0, :-1]

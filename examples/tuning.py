@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from sts_callback import STSCallback
 from sts_callback.records import DriftSnapshot
-from sts_callback.runlog import RunLog
+from sts_callback.runs.directory import RunDirectory
 
 BATCH = 2  # rows
 ON_CPU: dict[str, Any] = {
@@ -49,4 +49,4 @@ def tuned(
             callbacks=[callback],
         )
         trainer.train()
-        return RunLog(Path(out) / "sts").checks_before(steps)
+        return RunDirectory(Path(out) / "sts").checks_before(steps)

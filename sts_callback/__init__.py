@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sts_callback.callback import STSCallback as STSCallback
-    from sts_callback.card import add_to_card as add_to_card
     from sts_callback.config import PolicyConfig as PolicyConfig
     from sts_callback.config import ProbeConfig as ProbeConfig
-    from sts_callback.monitor import Monitor as Monitor
-    from sts_callback.monitor import forecast as forecast
+    from sts_callback.measure.monitor import Monitor as Monitor
     from sts_callback.policy import judge_drift as judge_drift
     from sts_callback.policy import judge_forecast as judge_forecast
-    from sts_callback.settings import STSArguments as STSArguments
+    from sts_callback.report.card import add_to_card as add_to_card
+    from sts_callback.training.arguments import STSArguments as STSArguments
 
 __version__ = "0.1.0"
 
 _HOME = {
     "STSCallback": "callback",
-    "add_to_card": "card",
-    "STSArguments": "settings",
-    "Monitor": "monitor",
-    "forecast": "monitor",
+    "add_to_card": "report.card",
+    "STSArguments": "training.arguments",
+    "Monitor": "measure.monitor",
     "ProbeConfig": "config",
     "PolicyConfig": "config",
     "judge_forecast": "policy",

@@ -1,4 +1,4 @@
-"""STSCallback: what the user asks for, and when the trainer's events make it happen. What happens then is a `Run`'s."""
+"""STSCallback: what the user asks for, and when events of the trainer make it happen. What happens then: `training.session`."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 
-from sts_callback import scalars
 from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.data.reader import Source
+from sts_callback.data.starter import choose_domains
 from sts_callback.distributed import Ranks
-from sts_callback.domains.reader import Source
-from sts_callback.domains.starter import choose_domains
 from sts_callback.errors import ConfigError
 from sts_callback.records import TRAIN, Forecast, Verdict
-from sts_callback.rollouts import Rollouts
-from sts_callback.run import Run
-from sts_callback.settings import Action, CheckOn, Settings, STSArguments
+from sts_callback.training import trainer_log
+from sts_callback.training.arguments import Action, CheckOn, Settings, STSArguments
+from sts_callback.training.rollouts import Rollouts
+from sts_callback.training.session import Session
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from sts_callback.model.encoder import SaeSource
+    from sts_callback.model.sae import SaeSource
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class STSCallback(TrainerCallback):
         on_forecast: Literal["warn", "refuse"] = "warn",
         on_error: Literal["warn", "raise"] = "warn",
         max_overhead: float | None = 0.01,
+        ledger: str | Path | None = None,
         probes: ProbeConfig | None = None,
         policy: PolicyConfig | None = None,
     ) -> None:
@@ -79,8 +81,10 @@ class STSCallback(TrainerCallback):
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
-                put off until the next one that is due and does not. The early one is made if all of the training pays for it,
+                skipped until the next one that is due and does not. The early one is made if all of the training pays for it,
                 the last one, when training ends, always. None checks whenever asked.
+            ledger: a file that keeps how forecasts came out, from which later ones learn; by default the one that the environment
+                variable `STS_LEDGER` names, if any.
             probes: how texts become probes.
             policy: thresholds of the verdict; its budgets are those of `protect`.
 
@@ -116,12 +120,13 @@ class STSCallback(TrainerCallback):
             on_forecast=on_forecast,
             on_error=on_error,
             max_overhead=1.0 if max_overhead is None else max_overhead,
+            ledger=ledger,
             probes=probes or ProbeConfig(),
             policy=dataclasses.replace(policy or PolicyConfig(), budgets=budgets),
         )
         self._rollouts = Rollouts()
         self._trainer: Callable[[], Trainer | None] = lambda: None
-        self._run: Run | None = None
+        self._session: Session | None = None
 
     def attach(self, trainer: Trainer) -> STSCallback:
         """Let the callback read the trainer's raw training data and write into its log. Optional.
@@ -157,12 +162,12 @@ class STSCallback(TrainerCallback):
     @property
     def forecast(self) -> Forecast | None:
         """The forecast, from train begin on; if made from rollouts, from the first step on."""
-        return None if self._run is None else self._run.forecast
+        return None if self._session is None else self._session.forecast
 
     @property
     def verdict(self) -> Verdict | None:
         """The newest verdict: the forecast's, then each check's."""
-        return None if self._run is None else self._run.verdict
+        return None if self._session is None else self._session.verdict
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline; after a resume, take up the ones of the run's first session."""
@@ -175,7 +180,7 @@ class STSCallback(TrainerCallback):
         if ranks.n > 1:
             _require_whole_sequences(AcceleratorState().parallelism_config)
         names = (TRAIN, *settings.domains)
-        scalars.require_metric(args.metric_for_best_model, args.greater_is_better, names, settings.check_on)
+        trainer_log.require_metric(args.metric_for_best_model, args.greater_is_better, names, settings.check_on)
         _require_kept_checkpoint(args, settings)
         if args.push_to_hub and state.is_world_process_zero:
             logger.warning(
@@ -183,8 +188,8 @@ class STSCallback(TrainerCallback):
                 "and rollouts.jsonl quote your texts. To keep it back, leave push_to_hub out and upload by yourself with "
                 "HfApi().upload_folder(..., ignore_patterns=['sts*/*', 'checkpoint-*'])."
             )
-        self._run = Run(settings, self._rollouts, ranks, lambda: self._trainer(), args, state, earlier=self._run)
-        self._run.begin(args, state, control, **kwargs)
+        self._session = Session(settings, self._rollouts, ranks, lambda: self._trainer(), args, state, earlier=self._session)
+        self._session.begin(args, state, control, **kwargs)
         STSCallback._last_state = weakref.ref(state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -194,43 +199,43 @@ class STSCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the rollouts of step 0, and forecast from them if there are no answers: the weights have not moved yet."""
         self._rollouts.pause()
-        if self._run is not None:
-            self._run.take_rollouts(args, state, control, **kwargs)
+        if self._session is not None:
+            self._session.take_rollouts(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at a save, if that is when."""
-        if self._run is not None:
+        if self._session is not None:
             if self._settings.check_on == "save":
-                self._run.check(state, control, kwargs["model"])
-            self._run.saved()  # also what an alarm of this check asks for
+                self._session.check(state, control, kwargs["model"])
+            self._session.saved()  # also what an alarm of this check asks for
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at an evaluation, if that is when; its numbers join the evaluation's own."""
         if self._settings.check_on == "evaluate":
             wanted, check = args.metric_for_best_model, None
-            if self._run is not None:  # else it is an evaluation before training
-                self._run.check(state, control, kwargs["model"], always=scalars.is_ours(wanted))
-                check = self._run.checked_at(state.global_step)
-            kwargs["metrics"].update(scalars.evaluation_metrics(check, wanted))
+            if self._session is not None:  # else it is an evaluation before training
+                self._session.check(state, control, kwargs["model"], always=trainer_log.is_ours(wanted))
+                check = self._session.checked_at(state.global_step)
+            kwargs["metrics"].update(trainer_log.evaluation_metrics(check, wanted))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift every so many steps, if that is when, and once early."""
         every = self._settings.check_on
-        if self._run is not None:
+        if self._session is not None:
             if isinstance(every, int) and state.global_step % every == 0:
-                self._run.check(state, control, kwargs["model"])
-            self._run.check_early(args, state, control, kwargs["model"])
-            self._run.ask_for_checkpoint(control)
+                self._session.check(state, control, kwargs["model"])
+            self._session.check_early(args, state, control, kwargs["model"])
+            self._session.ask_for_checkpoint(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask again for the checkpoint of an alarm; where training stops, an epoch ends too."""
-        if self._run is not None:
-            self._run.ask_for_checkpoint(control)
+        if self._session is not None:
+            self._session.ask_for_checkpoint(control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the final weights, if the last check was not of them."""
-        if self._run is not None:
-            self._run.end(args, state, control, kwargs["model"])
+        if self._session is not None:
+            self._session.end(args, state, control, kwargs["model"])
 
 
 def _require_whole_sequences(parallelism: Any) -> None:

@@ -76,7 +76,7 @@ class PolicyConfig:
     alpha: float = 0.01
     """Of one check without any harm, the chance that some protected domain's NLL passes the test of a rise."""
     max_unseen: float = 0.5
-    """Where more than this share of a change is nothing that the SAE can express, a domain is not covered."""
+    """Where more than this share of a change lies outside the SAE, a domain is not covered."""
     max_masked_share: float = 0.05
     """With more than this share of tokens left out as attention sinks, a domain's score cannot be trusted."""
 

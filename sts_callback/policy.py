@@ -15,7 +15,7 @@ from typing import TypeAlias
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import CannotTell
 from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
-from sts_callback.remedies import BudgetFinding
+from sts_callback.records.remedies import BudgetFinding
 
 Judgement: TypeAlias = tuple[Decision, str]
 """A decision and, in a sentence, why."""
@@ -140,7 +140,7 @@ def judge_budget(change: Estimate, budget: float) -> BudgetFinding:
     return "cannot tell" if worse is None else "beyond" if worse else "within"
 
 
-def cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | None:
+def _cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | None:
     """Why a forecast says nothing about one of its domains, in a sentence; None if it does."""
     domain = forecast.domains[name]
     masked_share = domain.n_masked / max(1, domain.n_masked + domain.n_tokens)
@@ -161,7 +161,7 @@ def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
 
 
 def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> Judgement:
-    if doubt := cannot_read(forecast, name, policy):
+    if doubt := _cannot_read(forecast, name, policy):
         return "cannot tell", doubt
     domain, transfer = forecast.domains[name], forecast.domains[name].transfer
     known = math.isfinite(transfer.value)
@@ -170,8 +170,8 @@ def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: Polic
     if worse is None:
         return "cannot tell", f"direction unsure ({sentence}; {extent})."
     if worse:
-        return "no-go", f"worsens in context ({sentence}; {extent})."
-    return _safe(f"no harm in context ({sentence}; {extent})", domain.unseen, policy)
+        return "no-go", f"NLL rises in context ({sentence}; {extent})."
+    return _safe(f"no harm in context ({sentence}; {extent})", domain.sae_error_share, policy)
 
 
 def _drift_threats(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, Judgement]:
@@ -188,23 +188,23 @@ def _drift_threat(domain: DomainDrift, budget: float, p_value: float, policy: Po
     extent = f"{kind} {size:.1%}, {'at least' if moved else 'under'} {policy.min_drift:.0%}"
     worse, sentence = _worsens(domain.nll_change, budget)
     if not moved:
-        return "go", f"has not moved ({extent}; {sentence})."
+        return "go", f"representation has not drifted ({extent}; {sentence})."
     if worse and domain.n_queries < fewest_queries(policy):
         return (
             "cannot tell",
             f"{domain.n_queries} queries are too few for an alarm, {fewest_queries(policy)} are needed ({sentence}).",
         )
     if worse and p_value <= policy.alpha:
-        return "no-go", f"has moved ({extent}) and worsened ({sentence}, p {_p(p_value)})."
+        return "no-go", f"representation drifted ({extent}); NLL rose ({sentence}, p {_p(p_value)})."
     if worse is None or worse:
-        return "cannot tell", f"has moved ({extent}), direction unsure ({sentence})."
-    return _safe(f"has moved ({extent}) without harm ({sentence})", domain.unseen, policy)
+        return "cannot tell", f"representation drifted ({extent}); NLL change unsure ({sentence})."
+    return _safe(f"representation drifted ({extent}) without harm ({sentence})", domain.sae_error_share, policy)
 
 
-def _safe(reason: str, unseen: float, policy: PolicyConfig) -> Judgement:
+def _safe(reason: str, sae_error_share: float, policy: PolicyConfig) -> Judgement:
     """What speaks for no harm holds only for what the SAE can see."""
-    if unseen > policy.max_unseen:
-        return "not covered", f"{reason}, but {unseen:.0%} of the change is nothing that the SAE can express."
+    if sae_error_share > policy.max_unseen:
+        return "not covered", f"{reason}, but {sae_error_share:.0%} of the change lies outside the SAE."
     return "go", f"{reason}."
 
 

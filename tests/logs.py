@@ -6,10 +6,10 @@ from typing import Any
 
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.config import PolicyConfig, ProbeConfig
-from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
-from sts_callback.records import Check, Decision, FeatureInWords, Snippet, Verdict
-from sts_callback.remedies import Blame, BlamedRow, DomainBlame
-from sts_callback.runlog import RunLog
+from sts_callback.records import Check, Decision, Snippet, TopActivatingExamples, Verdict
+from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttribution
+from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
+from sts_callback.runs.directory import RunDirectory
 
 EMPTY = Logged(None, None, None, (), (), (), None, (), (), ())
 
@@ -29,10 +29,10 @@ def check(
     return JudgedCheck(snapshot(step, *domains, **changes), judged or verdict("go", step=step), time)
 
 
-def words(feature: int, *, token: str = " law", **changes: Any) -> FeatureInWords:
+def words(feature: int, *, token: str = " law", **changes: Any) -> TopActivatingExamples:
     """A feature that fires in the training data and in one domain."""
     snippets = {"train": (Snippet("before", token, " after", 2.0),), "law": (Snippet("in", token, " court", 1.0),), "code": ()}
-    return FeatureInWords(**({"feature": feature, "share": 0.25, "link": "", "snippets": snippets} | changes))
+    return TopActivatingExamples(**({"feature": feature, "share": 0.25, "link": "", "snippets": snippets} | changes))
 
 
 SETTINGS = RunSettings(
@@ -51,7 +51,7 @@ def whole_run(**changes: Any) -> Logged:
         "settings": SETTINGS,
         "forecast": forecast(
             domain_forecast("law", sts_net=0.75, nll_change=estimate(0.05, -0.1, 0.2)),
-            domain_forecast("code", unseen=0.625, n_cut=3),
+            domain_forecast("code", sae_error_share=0.625, n_cut=3),
             checks=(Check("explained variance", "warn", "0.70", "take another SAE"), Check("layer", "pass", "fits", "")),
         ),
         "forecast_verdict": verdict("go"),
@@ -60,7 +60,7 @@ def whole_run(**changes: Any) -> Logged:
             check(20, verdict("watch", "law", step=20), time=TimeSpent(2.0, 100.0), drift=0.25),
             check(30, verdict("no-go", "law", step=30, supersedes_forecast=True), time=TimeSpent(1.0, 25.0), drift=0.5),
         ),
-        "words": (words(7, link="https://example.org/7"), words(3), words(4), words(99)),
+        "top_examples": (words(7, link="https://example.org/7"), words(3), words(4), words(99)),
         "blame": blamed(),
         "postponed": (Postponed(15, "a check takes about 2 s"),),
         "faults": (Fault(5, "screen", "OSError('gone')", "Traceback"), Fault(6, "screen", "OSError('gone')", "Traceback")),
@@ -68,26 +68,26 @@ def whole_run(**changes: Any) -> Logged:
     return Logged(**(vars(EMPTY) | fields | changes))
 
 
-def blamed(text: str = "court") -> Blame:
+def blamed(text: str = "court") -> Attribution:
     """Two rows to blame for a domain, one of which stands out."""
     rows = (
-        BlamedRow(41, 0.75, 7, Snippet("the high ", text, " held", 2.0)),
-        BlamedRow(3, 0.25, 3, Snippet(text, " of", text, 1.0)),
+        AttributedRow(41, 0.75, 7, Snippet("the high ", text, " held", 2.0)),
+        AttributedRow(3, 0.25, 3, Snippet(text, " of", text, 1.0)),
     )
     name = "law" if text == "court" else text
-    found = DomainBlame(name, 0.75, -0.125, 0.5, 1, rows)
-    return Blame(IDENTITY, n_rows=400, n_read=400, n_cut=0, domains={name: found}, left_out=(41,), seconds=9.0)
+    found = DomainAttribution(name, 0.75, -0.125, 0.5, 1, rows)
+    return Attribution(IDENTITY, n_rows=400, n_read=400, n_cut=0, domains={name: found}, left_out=(41,), seconds=9.0)
 
 
-def written(log: RunLog, logged: Logged) -> None:
+def written(log: RunDirectory, logged: Logged) -> None:
     """Write a run as the callback does."""
     if logged.settings is not None:
         log.write_settings(logged.settings)
     if logged.forecast is not None and logged.forecast_verdict is not None:
         log.write_forecast(logged.forecast, logged.forecast_verdict, logged.other_forecasts)
-    log.append_words(logged.words)
+    log.append_top_examples(logged.top_examples)
     if logged.blame is not None:
-        log.write_blame(logged.blame)
+        log.write_attribution(logged.blame)
     for one in logged.checks:
         log.append_check(one.snapshot, one.verdict, one.time)
     for one in logged.postponed:

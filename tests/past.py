@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from samples import IDENTITY, domain_drift, domain_forecast, forecast, snapshot
-from sts_callback.ledger import Entry
 from sts_callback.records import Forecast
+from sts_callback.runs.ledger import Entry
 
 Numbers = tuple[float, float, float, float, float]
 """Of a domain: transfer, relative shift, NLL change in context; relative drift, NLL change of the outcome."""

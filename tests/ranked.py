@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from sts_callback.overhead import Overhead
+from sts_callback.training.overhead import Overhead
 from test_callback import PROBES, made_callback, made_trainer
 
 OPTIONS: dict[str, Any] = {"ddp_backend": "gloo", "save_strategy": "no", "eval_strategy": "no", "max_steps": 4}

@@ -8,17 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar, get_type_hints
 
-from sts_callback.records import (
-    DomainDrift,
-    DomainForecast,
-    DriftSnapshot,
-    Estimate,
-    Forecast,
-    Identity,
-    Record,
-    Score,
-    Verdict,
-)
+from sts_callback.records import DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Identity, Record, Score, Verdict
 
 R = TypeVar("R", bound=Record)
 
@@ -58,11 +48,11 @@ def domain_forecast(name: str = "law", **changes: Any) -> DomainForecast:
         "sts_cross": 0.25,
         "sts_net": 0.125,
         "rank": (1, 1),
-        "above_next": 0.75,
+        "p_above_next": 0.75,
         "relative_shift": 0.0625,
         "raw_shift": 0.03125,
         "raw_over_prose": 1.25,
-        "unseen": 0.25,
+        "sae_error_share": 0.25,
         "cosine": 0.5,
         "nll": 2.5,
         "nll_change": 0.0,
@@ -78,7 +68,7 @@ def forecast(*domains: DomainForecast, train: DomainForecast | None = None, **ch
         "features": (7, 3, 11),
         "features_share": 0.5,
         "median_norm": 12.5,
-        "unexplained": 0.25,
+        "fvu": 0.25,
         "checks": (),
         "noise_floor": 0.0,
         "train": train or domain_forecast("train", sts_net=1.0, rank=(0, 0), cosine=1.0, gradient_change=-1.0),
@@ -98,7 +88,7 @@ def domain_drift(name: str = "law", **changes: Any) -> DomainDrift:
         "n_masked": 1,
         "relative_drift": 0.01,
         "raw_drift": 0.01,
-        "unseen": 0.25,
+        "sae_error_share": 0.25,
         "share_on_forecast": 0.75,
         "top_features": ((7, 0.5), (3, 0.25)),
         "sts_act": 3.0,

@@ -8,48 +8,47 @@ from pathlib import Path
 import pytest
 import torch
 
-from sts_callback.baseline import Baseline, SetBaseline
 from sts_callback.errors import CannotTell
-from sts_callback.metrics.sketch import WIDTH
-from sts_callback.metrics.sparse import SparseActs
-from sts_callback.readings import Reference
+from sts_callback.measure.sae_reader import Reference
+from sts_callback.measure.step_zero import StepZeroReference, StepZeroStats
+from sts_callback.metrics.sums import SKETCH_WIDTH, SparseActs
 
 
-def _set(seed: int, n_tokens: int = 9, n_queries: int = 4, d_sae: int = 6) -> SetBaseline:
+def _set(seed: int, n_tokens: int = 9, n_queries: int = 4, d_sae: int = 6) -> StepZeroStats:
     generator = torch.Generator().manual_seed(seed)
     dense = torch.rand(n_tokens, d_sae, generator=generator)
-    both = torch.randn(2, n_tokens, WIDTH, generator=generator)
-    return SetBaseline(
+    both = torch.randn(2, n_tokens, SKETCH_WIDTH, generator=generator)
+    return StepZeroStats(
         counted=torch.rand(n_tokens, generator=generator) < 0.8,
         acts=SparseActs.of(dense * (dense > 0.5)),
         sketches=(both * float("nan") if seed == 1 else both).transpose(0, 1),  # not contiguous
         n_tokens=torch.randint(1, 5, (n_queries,), generator=generator),
-        energy=torch.rand(n_queries, generator=generator),
-        raw_energy=torch.rand(2 * n_queries, generator=generator)[::2],
+        sq_norm=torch.rand(n_queries, generator=generator),
+        raw_sq_norm=torch.rand(2 * n_queries, generator=generator)[::2],
         nll=torch.full((n_queries,), float("nan")) if seed == 1 else torch.rand(n_queries, generator=generator),
         mean_activity=torch.rand(d_sae, generator=generator, dtype=torch.float64),
         mean_own_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
         mean_train_shift=torch.rand(2 * d_sae, generator=generator, dtype=torch.float64)[::2],
-        mean_neutral_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
+        mean_filler_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
     )
 
 
 @pytest.fixture
-def baseline() -> Baseline:
-    return Baseline("f" * 64, Reference(12.5, 11.25), {"train": _set(0), "law": _set(1), "own/data 2": _set(2)})
+def baseline() -> StepZeroReference:
+    return StepZeroReference("f" * 64, Reference(12.5, 11.25), {"train": _set(0), "law": _set(1), "own/data 2": _set(2)})
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
 
 
-def test_every_tensor_comes_back(baseline: Baseline, tmp_path: Path) -> None:
+def test_every_tensor_comes_back(baseline: StepZeroReference, tmp_path: Path) -> None:
     file = tmp_path / "baseline.safetensors"
     baseline.save(file)
-    back = Baseline.load(file, baseline.fingerprint)
+    back = StepZeroReference.load(file, baseline.fingerprint)
     assert list(back.sets) == ["train", "law", "own/data 2"]
     for name, one in baseline.sets.items():
-        for field in fields(SetBaseline):
+        for field in fields(StepZeroStats):
             if field.name != "acts":
                 assert _same(getattr(back.sets[name], field.name), getattr(one, field.name)), (name, field.name)
         for field in fields(SparseActs):
@@ -60,28 +59,32 @@ def test_every_tensor_comes_back(baseline: Baseline, tmp_path: Path) -> None:
 
 
 def test_a_set_without_active_features_comes_back(tmp_path: Path) -> None:
-    silent = replace(_set(0), acts=SparseActs.of(torch.zeros(9, 6)))
-    Baseline("f", Reference(1.0, 1.0), {"train": silent}).save(tmp_path / "b.safetensors")
-    back = Baseline.load(tmp_path / "b.safetensors", "f").sets["train"]
+    dead_fraction = replace(_set(0), acts=SparseActs.of(torch.zeros(9, 6)))
+    StepZeroReference("f", Reference(1.0, 1.0), {"train": dead_fraction}).save(tmp_path / "b.safetensors")
+    back = StepZeroReference.load(tmp_path / "b.safetensors", "f").sets["train"]
     assert back.acts.n_active.tolist() == [0] * 9
     assert back.acts.values.shape == (0,)
 
 
 def test_a_set_without_a_token_that_counts_comes_back(tmp_path: Path) -> None:
-    empty = replace(_set(0), counted=torch.zeros(9, dtype=torch.bool), acts=SparseActs.cat([]), sketches=torch.zeros(0, 2, WIDTH))
-    Baseline("f", Reference(1.0, 1.0), {"train": empty}).save(tmp_path / "b.safetensors")
-    back = Baseline.load(tmp_path / "b.safetensors", "f").sets["train"]
+    empty = replace(
+        _set(0), counted=torch.zeros(9, dtype=torch.bool), acts=SparseActs.cat([]), sketches=torch.zeros(0, 2, SKETCH_WIDTH)
+    )
+    StepZeroReference("f", Reference(1.0, 1.0), {"train": empty}).save(tmp_path / "b.safetensors")
+    back = StepZeroReference.load(tmp_path / "b.safetensors", "f").sets["train"]
     assert _same(back.sketches, empty.sketches)
     assert _same(back.acts.n_active, empty.acts.n_active)
 
 
-def test_only_the_file_itself_is_left(baseline: Baseline, tmp_path: Path) -> None:
+def test_only_the_file_itself_is_left(baseline: StepZeroReference, tmp_path: Path) -> None:
     baseline.save(tmp_path / "baseline.safetensors")
     baseline.save(tmp_path / "baseline.safetensors")  # over an older one
     assert [p.name for p in tmp_path.iterdir()] == ["baseline.safetensors"]
 
 
-def test_a_kill_while_writing_leaves_the_older_one(baseline: Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_writing_leaves_the_older_one(
+    baseline: StepZeroReference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "baseline.safetensors"
     baseline.save(file)
     before = file.read_bytes()
@@ -90,41 +93,41 @@ def test_a_kill_while_writing_leaves_the_older_one(baseline: Baseline, tmp_path:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sts_callback.baseline.save_file", killed)
+    monkeypatch.setattr("sts_callback.measure.step_zero.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        Baseline("other", baseline.reference, {}).save(file)
+        StepZeroReference("other", baseline.reference, {}).save(file)
     assert file.read_bytes() == before
 
 
-def test_another_fingerprint_can_not_tell(baseline: Baseline, tmp_path: Path) -> None:
+def test_another_fingerprint_can_not_tell(baseline: StepZeroReference, tmp_path: Path) -> None:
     baseline.save(tmp_path / "baseline.safetensors")
     with pytest.raises(CannotTell, match=r"^baseline: .* was made with another model, SAE or probes; .* start the run anew"):
-        Baseline.load(tmp_path / "baseline.safetensors", "e" * 64)
+        StepZeroReference.load(tmp_path / "baseline.safetensors", "e" * 64)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_file_can_not_tell(baseline: Baseline, tmp_path: Path, share: float) -> None:
+def test_a_truncated_file_can_not_tell(baseline: StepZeroReference, tmp_path: Path, share: float) -> None:
     file = tmp_path / "baseline.safetensors"
     baseline.save(file)
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CannotTell, match=r"^baseline: baseline\.safetensors cannot be read .* start the run anew"):
-        Baseline.load(file, baseline.fingerprint)
+        StepZeroReference.load(file, baseline.fingerprint)
 
 
 def test_a_missing_or_foreign_file_can_not_tell(tmp_path: Path) -> None:
     with pytest.raises(CannotTell, match="cannot be read"):
-        Baseline.load(tmp_path / "none.safetensors", "f")
+        StepZeroReference.load(tmp_path / "none.safetensors", "f")
     (tmp_path / "text.safetensors").write_text("not a tensor in sight")
     with pytest.raises(CannotTell, match="cannot be read"):
-        Baseline.load(tmp_path / "text.safetensors", "f")
+        StepZeroReference.load(tmp_path / "text.safetensors", "f")
 
 
-def test_the_digest_is_that_of_all_contents_and_of_nothing_else(baseline: Baseline, tmp_path: Path) -> None:
+def test_the_digest_is_that_of_all_contents_and_of_nothing_else(baseline: StepZeroReference, tmp_path: Path) -> None:
     file = tmp_path / "baseline.safetensors"
     baseline.save(file)
-    assert Baseline.load(file, baseline.fingerprint).digest == baseline.digest
-    changed = replace(baseline.sets["train"], energy=baseline.sets["train"].energy.nextafter(torch.tensor(9.0)))
+    assert StepZeroReference.load(file, baseline.fingerprint).digest == baseline.digest
+    changed = replace(baseline.sets["train"], sq_norm=baseline.sets["train"].sq_norm.nextafter(torch.tensor(9.0)))
     others = [
         replace(baseline, fingerprint="g" * 64),
         replace(baseline, reference=Reference(12.5, 11.0)),

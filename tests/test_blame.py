@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from planted import KINDS, lettered_model, lettered_sae, row_of
-from sts_callback.blame import MOST_LEFT_OUT, blame, filter_files, write_filtered
 from sts_callback.config import ProbeConfig
 from sts_callback.errors import CannotTell, ConfigError, DataError
-from sts_callback.monitor import Monitor
-from sts_callback.remedies import Blame
+from sts_callback.measure.monitor import Monitor
+from sts_callback.records.remedies import Attribution
+from sts_callback.remedies.attribution import MOST_LEFT_OUT, blame, filter_files, write_filtered
 from tiny import tiny_tokenizer
 
 CONFIG = ProbeConfig(n_queries=12, n_features=16, n_domain_demonstrations=2, max_tokens=64)
@@ -36,7 +36,7 @@ class Mixture:
     planted: frozenset[int]
     monitor: Monitor
 
-    def blame(self, **options: Any) -> Blame:
+    def blame(self, **options: Any) -> Attribution:
         return blame(self.monitor, self.rows, ["law"], **options)
 
 
@@ -180,8 +180,10 @@ def test_what_cannot_be_asked_is_refused(protected: list[str], options: dict[str
 
 def test_a_domain_that_fires_nothing_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     made = mixture(0)
-    silent = made.monitor.read_domains(["law"])["law"]
-    monkeypatch.setattr(made.monitor, "read_domains", lambda names: {"law": replace(silent, activity=0 * silent.activity)})
+    dead_fraction = made.monitor.read_domains(["law"])["law"]
+    monkeypatch.setattr(
+        made.monitor, "read_domains", lambda names: {"law": replace(dead_fraction, activity=0 * dead_fraction.activity)}
+    )
     with pytest.raises(CannotTell, match="law: none of its 12 queries fires a feature"):
         made.blame()
 
@@ -200,8 +202,8 @@ def test_rows_of_nothing_but_sinks_cannot_tell(monkeypatch: pytest.MonkeyPatch) 
     made = mixture(0)
     made.monitor.read_domains(["law"])
     texts, used, peaks = made.monitor.read_rows(made.rows, [5])
-    silent = replace(peaks, n_tokens=0 * peaks.n_tokens)
-    monkeypatch.setattr(made.monitor, "read_rows", lambda rows, features: (texts, used, silent))
+    dead_fraction = replace(peaks, n_tokens=0 * peaks.n_tokens)
+    monkeypatch.setattr(made.monitor, "read_rows", lambda rows, features: (texts, used, dead_fraction))
     with pytest.raises(CannotTell, match="none of the 100 rows read holds a token that is no attention sink"):
         made.blame()
 

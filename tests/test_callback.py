@@ -22,8 +22,8 @@ from trl import SFTConfig, SFTTrainer
 from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps
 from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, SaeError
-from sts_callback.ledger import append, read
 from sts_callback.records import DriftSnapshot, Verdict
+from sts_callback.runs.ledger import append, read
 from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 
@@ -274,7 +274,7 @@ def test_an_alarms_checkpoint_is_made_once_whatever_else_is_saved(
         step = history[-1].step
         return Verdict("no-go", ("near",), {"near": "suffers."}, step) if step == alarm_at else Verdict("go", (), {}, step)
 
-    monkeypatch.setattr("sts_callback.run.judge_drift", judged)
+    monkeypatch.setattr("sts_callback.training.session.judge_drift", judged)
     made_trainer("sft", tmp_path, [Constant(), made_callback(action=action, check_on=check_on)], **options).train()
     assert sorted(int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.glob("checkpoint-*")) == saved
 
@@ -324,7 +324,7 @@ def test_a_failure_is_raised_if_asked(tmp_path: Path) -> None:
 
 def test_a_no_go_forecast_refuses_before_the_first_step_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = Verdict("no-go", ("near",), {"near": "will suffer."}, 0)
-    monkeypatch.setattr("sts_callback.run.judge_forecast", lambda forecast, policy: verdict)
+    monkeypatch.setattr("sts_callback.training.session.judge_forecast", lambda forecast, policy: verdict)
     norms = GradNorms()
     trainer = made_trainer("sft", tmp_path, [made_callback(on_forecast="refuse"), norms])
     with pytest.raises(NoGo, match="near: will suffer"):

@@ -19,11 +19,11 @@ from guest.runs import PROBES, TINY_DOMAINS
 from logs import EMPTY, check, verdict, whole_run, words, written
 from samples import domain_forecast, forecast
 from sts_callback import STSCallback, add_to_card
-from sts_callback.card import BEGIN, END, card_section, put_into
 from sts_callback.errors import DataError
-from sts_callback.logged import Logged
 from sts_callback.records import Verdict
-from sts_callback.runlog import RunLog
+from sts_callback.records.run import Logged
+from sts_callback.report.card import BEGIN, END, card_section, put_into
+from sts_callback.runs.directory import RunDirectory
 from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def section_of(tmp_path: Path) -> Callable[[Logged], str]:
     """The section that a run's folder gives."""
 
     def made(logged: Logged) -> str:
-        log = RunLog(tmp_path / "sts")
+        log = RunDirectory(tmp_path / "sts")
         written(log, logged)
         return card_section(log)
 
@@ -247,7 +247,7 @@ def test_without_the_recipe_it_has_none(tmp_path: Path, pushed: list[str | None]
     monkeypatch.setitem(globals(), "of_readme", lambda base: base)
     trainer = made_trainer(SFTTrainer, tmp_path, made_callback())
     trainer.train()
-    put_into(tmp_path / "README.md", card_section(RunLog(tmp_path / "sts")))  # what an event of a callback could do
+    put_into(tmp_path / "README.md", card_section(RunDirectory(tmp_path / "sts")))  # what an event of a callback could do
     trainer.push_to_hub()
     assert pushed[-1] is not None and BEGIN not in pushed[-1]
 
@@ -255,7 +255,7 @@ def test_without_the_recipe_it_has_none(tmp_path: Path, pushed: list[str | None]
 def test_a_card_that_cannot_be_had_stops_nothing(
     tmp_path: Path, pushed: list[str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sts_callback.card.tell", lambda logged: 1 / 0)
+    monkeypatch.setattr("sts_callback.report.card.tell", lambda logged: 1 / 0)
     trainer = made_trainer(SFTTrainer, tmp_path, made_callback())
     trainer.train()
     trainer.push_to_hub()
@@ -264,7 +264,7 @@ def test_a_card_that_cannot_be_had_stops_nothing(
 
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
-    written(RunLog(tmp_path / "sts"), whole_run())
+    written(RunDirectory(tmp_path / "sts"), whole_run())
     (tmp_path / "README.md").write_text("# Model\n")
     for is_first in (False, True):
         trainer: Any = SimpleNamespace(

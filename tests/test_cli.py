@@ -19,11 +19,11 @@ from past import lawful_runs
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.cli import PIPE_CLOSED, main
 from sts_callback.cli.common import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT
-from sts_callback.ledger import Entry, Expectations, TrackRecord, append
-from sts_callback.logged import JudgedCheck
 from sts_callback.records import Check, Forecast, Verdict
-from sts_callback.remedies import Blame, Dial, DialPoint, Mix
-from sts_callback.runlog import RunLog
+from sts_callback.records.remedies import AdapterScales, Attribution, Mix, ScalePoint
+from sts_callback.records.run import JudgedCheck
+from sts_callback.runs.directory import RunDirectory
+from sts_callback.runs.ledger import Entry, Expectations, TrackRecord, append
 from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
 
 
@@ -84,9 +84,11 @@ def test_the_number_of_draws_can_be_chosen(files: Path, capsys: pytest.CaptureFi
     for n_draws, made in (("2", 2), ("8", 3)):  # a group has two of the six queries at least
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sts_callback.monitor.Monitor.examine", lambda monitor, policy, seen=seen: seen.append(monitor) or ())
+            patch.setattr(
+                "sts_callback.measure.monitor.Monitor.examine", lambda monitor, policy, seen=seen: seen.append(monitor) or ()
+            )
             assert main(command(files, "--n-draws", n_draws, name="doctor")) == GO
-        assert len(seen[0].train.draws) == made
+        assert len(seen[0].train.demo_sets) == made
     capsys.readouterr()
 
 
@@ -132,7 +134,7 @@ def test_only_a_refusal_has_an_exit_code_of_its_own(
     statuses: tuple[str, ...], expected: int, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = tuple(Check("x", status, "", "") for status in statuses)  # type: ignore[arg-type]
-    monkeypatch.setattr("sts_callback.monitor.Monitor.examine", lambda monitor, policy: checks)
+    monkeypatch.setattr("sts_callback.measure.monitor.Monitor.examine", lambda monitor, policy: checks)
     assert main(command(files, name="doctor")) == expected
 
 
@@ -207,7 +209,7 @@ def test_a_bug_of_ours_is_told_apart(files: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_reader_that_has_seen_enough_is_no_bug(tmp_path: Path) -> None:
-    written(RunLog(tmp_path / "sts"), whole_run())
+    written(RunDirectory(tmp_path / "sts"), whole_run())
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "sts_callback", "card", str(tmp_path)]
@@ -272,7 +274,7 @@ def test_what_is_not_as_it_is_locked_is_refused_before_anything_is_forecast(
     tiny_model("llama", seed=1).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     capsys.readouterr()
-    monkeypatch.setattr("sts_callback.monitor.Monitor.forecasts", lambda monitor: pytest.fail("a forecast was made"))
+    monkeypatch.setattr("sts_callback.measure.monitor.Monitor.forecasts", lambda monitor: pytest.fail("a forecast was made"))
     changed = [str(other) if part == "other" else part for part in change]
     assert main(command(files, *locked, *changed)) == WRONG_INPUT
     error = capsys.readouterr().err
@@ -308,7 +310,7 @@ def test_files_that_cannot_be_used_are_refused_before_the_model_is_loaded(
 
 
 def test_a_card_section_is_printed_or_put_into_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written(RunLog(tmp_path / "run" / "sts"), whole_run())
+    written(RunDirectory(tmp_path / "run" / "sts"), whole_run())
     assert main(["card", str(tmp_path / "run")]) == GO
     section = capsys.readouterr().out
     card = tmp_path / "README.md"
@@ -323,7 +325,7 @@ def test_a_card_section_is_printed_or_put_into_a_card(tmp_path: Path, capsys: py
 def test_a_card_that_cannot_be_made_is_wrong_input(
     given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written(RunLog(tmp_path / "run" / "sts"), whole_run())
+    written(RunDirectory(tmp_path / "run" / "sts"), whole_run())
     assert main(["card", str(tmp_path / given), "--into", str(tmp_path / "README.md")]) == WRONG_INPUT
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err
@@ -370,7 +372,7 @@ def test_a_model_without_saes_is_told_so(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("given", ["run", "run/sts"])
 def test_a_report_is_made_of_a_run(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written(RunLog(tmp_path / "run" / "sts"), whole_run())
+    written(RunDirectory(tmp_path / "run" / "sts"), whole_run())
     assert main(["report", str(tmp_path / given)]) == GO
     made = tmp_path / "run" / "sts" / "report.html"
     assert capsys.readouterr().out == f"{made}\n"
@@ -391,7 +393,7 @@ def test_a_report_of_nothing_is_wrong_input(given: str, tmp_path: Path, capsys: 
 def test_a_report_that_cannot_be_written_is_no_bug(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written(RunLog(tmp_path), whole_run())
+    written(RunDirectory(tmp_path), whole_run())
 
     def full(*names: object) -> None:
         raise OSError(28, "No space left on device")
@@ -490,11 +492,11 @@ def test_rows_to_blame_stand_in_the_report_of_their_run(files: Path, tmp_path: P
     assert f"--run-dir: {tmp_path} holds no forecast" in capsys.readouterr().err
     main(command(files, "--protect", "poems", "--json"))
     made = Forecast.from_dict(json.loads(capsys.readouterr().out)["forecast"])
-    log = RunLog(tmp_path / "sts")
+    log = RunDirectory(tmp_path / "sts")
     written(log, whole_run(forecast=made, blame=None))
     assert main([*argv, "--json"]) == GO
     out = capsys.readouterr()
-    assert log.read_all().blame == Blame.from_json(out.out)
+    assert log.read_all().blame == Attribution.from_json(out.out)
     assert f"{tmp_path / 'sts' / 'report.html'}: has them too." in out.err
     assert "No training rows were ranked" not in (tmp_path / "sts" / "report.html").read_text()
     written(log, whole_run(forecast=forecast(domain_forecast("poems"))))  # by another model
@@ -504,7 +506,7 @@ def test_rows_to_blame_stand_in_the_report_of_their_run(files: Path, tmp_path: P
 
 def test_rows_to_blame_come_as_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(files, "--protect", "poems", "--json", name="blame")) == GO
-    found = Blame.from_json(capsys.readouterr().out)
+    found = Attribution.from_json(capsys.readouterr().out)
     assert (found.n_rows, found.n_read, set(found.domains)) == (30, 30, {"poems"})
     assert len(found.domains["poems"].rows) == 10
 
@@ -538,15 +540,15 @@ def test_an_adapter_is_dialled(files: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([*argv, "--json"]) == GO
     content = json.loads(capsys.readouterr().out)
     assert content.pop("largest") == 1
-    assert [point.scale for point in Dial.from_dict(content).points] == [0.5, 1]
+    assert [point.scale for point in AdapterScales.from_dict(content).points] == [0.5, 1]
 
 
 @pytest.mark.parametrize(("finding", "expected"), [("within", GO), ("beyond", NO_GO), ("cannot tell", CANNOT_TELL)])
 def test_each_finding_of_a_dial_has_its_exit_code(
     finding: str, expected: int, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = Dial(IDENTITY, (DialPoint(0.5, finding, {}),), 1.0)  # type: ignore[arg-type]
-    monkeypatch.setattr("sts_callback.dial.dial", lambda *args, **options: found)
+    found = AdapterScales(IDENTITY, (ScalePoint(0.5, finding, {}),), 1.0)  # type: ignore[arg-type]
+    monkeypatch.setattr("sts_callback.remedies.adapter_scale.dial", lambda *args, **options: found)
     assert main(dial_command(files, "--protect", "poems")) == expected
 
 
@@ -589,7 +591,7 @@ def test_pilots_take_the_place_of_a_model(
 ) -> None:
     drift = domain_drift("poems", nll_change=estimate(change))
     check = JudgedCheck(snapshot(20, drift), Verdict("go", (), {}, 20), None)
-    written(RunLog(tmp_path / "sts"), whole_run(forecast=forecast(domain_forecast("poems")), checks=(check,)))
+    written(RunDirectory(tmp_path / "sts"), whole_run(forecast=forecast(domain_forecast("poems")), checks=(check,)))
     data = [
         "--train",
         files / "train.jsonl",

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from samples import IDENTITY
 from sts_callback.config import ProbeConfig
-from sts_callback.dial import AdapterDial, dial, with_adapter
 from sts_callback.errors import ConfigError, ModelError
-from sts_callback.measure import Gauge
+from sts_callback.measure.runner import ProbeRunner
 from sts_callback.policy import judge_budget
 from sts_callback.records import Estimate
-from sts_callback.remedies import BudgetFinding, Dial, DialPoint
+from sts_callback.records.remedies import AdapterScales, BudgetFinding, ScalePoint
+from sts_callback.remedies.adapter_scale import AdapterScaler, dial, with_adapter
 from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
 
 CONFIG = ProbeConfig(n_queries=8, n_domain_demonstrations=2, batch_tokens=200)
@@ -48,11 +48,11 @@ def adapted(tmp_path: Path) -> nn.Module:
     return with_adapter(tiny_model(), tiny_tokenizer(), saved_adapter(tmp_path / "adapter"))
 
 
-def made_knob(model: nn.Module, budgets: dict[str, float] | None = None) -> AdapterDial:
-    return AdapterDial(model, tiny_tokenizer(), sae=rotated_sae(), domains=DOMAINS, budgets=budgets or BUDGETS, config=CONFIG)
+def made_knob(model: nn.Module, budgets: dict[str, float] | None = None) -> AdapterScaler:
+    return AdapterScaler(model, tiny_tokenizer(), sae=rotated_sae(), domains=DOMAINS, budgets=budgets or BUDGETS, config=CONFIG)
 
 
-def made_dial(model: nn.Module, scales: tuple[float, ...] = (0.5, 1.0), budgets: dict[str, float] | None = None) -> Dial:
+def made_dial(model: nn.Module, scales: tuple[float, ...] = (0.5, 1.0), budgets: dict[str, float] | None = None) -> AdapterScales:
     options: dict[str, Any] = {"domains": DOMAINS, "config": CONFIG, "progress": False, "scales": scales}
     return dial(model, tiny_tokenizer(), sae=rotated_sae(), budgets=BUDGETS if budgets is None else budgets, **options)
 
@@ -134,7 +134,7 @@ def test_all_is_as_it_was_afterwards_also_after_an_error(adapted: nn.Module, mon
         assert scalings(adapted) != before
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Gauge, "read_drift", failing)
+    monkeypatch.setattr(ProbeRunner, "read_drift", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         made_dial(adapted)
     assert scalings(adapted) == before
@@ -151,8 +151,8 @@ def test_all_is_as_it_was_afterwards_also_after_an_error(adapted: nn.Module, mon
     ],
 )
 def test_what_several_scales_come_to(findings: tuple[BudgetFinding, ...], largest: float | None, finding: BudgetFinding) -> None:
-    points = tuple(DialPoint(scale, found, {}) for scale, found in zip((0.5, 1.0), findings, strict=True))
-    found = Dial(IDENTITY, points, 1.0)
+    points = tuple(ScalePoint(scale, found, {}) for scale, found in zip((0.5, 1.0), findings, strict=True))
+    found = AdapterScales(IDENTITY, points, 1.0)
     assert (found.largest, found.finding) == (largest, finding)
 
 

@@ -12,22 +12,22 @@ import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
 from samples import EXAMINED, timeless
-from sts_callback import doctor
 from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.errors import CannotTell, SaeError
-from sts_callback.metrics.resample import detectable_rise
-from sts_callback.metrics.sketch import WIDTH
-from sts_callback.metrics.sparse import SparseActs
-from sts_callback.model.encoder import SaeEncoder, load_encoder
-from sts_callback.model.probes import ProbeSet, Query
-from sts_callback.monitor import Monitor
-from sts_callback.readings import BARE, Fit, Reading
+from sts_callback.measure import diagnostics
+from sts_callback.measure.monitor import Monitor
+from sts_callback.measure.sae_reader import Fit
+from sts_callback.measure.scoring import FILLER
+from sts_callback.measure.stats import ZERO_SHOT, ProbeStats
+from sts_callback.metrics.statistics import detectable_rise
+from sts_callback.metrics.sums import SKETCH_WIDTH, SparseActs
+from sts_callback.model.sae import SaeEncoder, load_encoder
 from sts_callback.records import Check, Status
-from sts_callback.scoring import NEUTRAL
 from tiny import D_MODEL, N_LAYERS, rotated_sae, rows, tiny_model, tiny_tokenizer
 
 NAN = float("nan")
-GOOD = Fit(n_tokens=200, unexplained=0.2, l0=50.0, silent=0.1)
+GOOD = Fit(n_tokens=200, fvu=0.2, l0=50.0, dead_fraction=0.1)
 LAYERS = {0: 0.5, 1: 0.4, 2: 0.2, 3: 0.3}
 POLICY = PolicyConfig({"law": 0.5}, min_drift=0.1, alpha=0.03125, max_masked_share=0.125)
 
@@ -45,12 +45,12 @@ def fit_check(
     **sae: Any,
 ) -> Check:
     """One check of an SAE that reads layer 2."""
-    found = doctor.fit_checks(dataclasses.replace(encoder(), **sae), fit, 2, by_layer, model_name)
+    found = diagnostics.fit_checks(dataclasses.replace(encoder(), **sae), fit, 2, by_layer, model_name)
     return next(check for check in found if check.name == name)
 
 
 def test_nothing_is_the_matter_with_a_good_fit() -> None:
-    checks = doctor.fit_checks(
+    checks = diagnostics.fit_checks(
         dataclasses.replace(encoder(), trained_on="tiny-llama", nominal_l0=50.0), GOOD, 2, LAYERS, "acme/tiny-llama"
     )
     assert [(check.name, check.status, check.remedy) for check in checks] == [
@@ -59,7 +59,7 @@ def test_nothing_is_the_matter_with_a_good_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unexplained", "status", "found"),
+    ("fvu", "status", "found"),
     [
         (0.0, "pass", "100% of the variance of 200 tokens"),
         (0.3, "pass", "70% of"),
@@ -71,8 +71,8 @@ def test_nothing_is_the_matter_with_a_good_fit() -> None:
         (NAN, "warn", "unknown: a transcoder"),
     ],
 )
-def test_explained_variance(unexplained: float, status: Status, found: str) -> None:
-    check = fit_check("explained variance", dataclasses.replace(GOOD, unexplained=unexplained))
+def test_explained_variance(fvu: float, status: Status, found: str) -> None:
+    check = fit_check("explained variance", dataclasses.replace(GOOD, fvu=fvu))
     assert check.status == status
     assert found in check.found
     assert bool(check.remedy) == (status != "pass")
@@ -142,11 +142,11 @@ def test_an_sae_of_which_nothing_is_active_is_refused() -> None:
     assert fit_check("L0", dataclasses.replace(GOOD, l0=0.0), nominal_l0=50.0).status == "refuse"
 
 
-@pytest.mark.parametrize(("silent", "status"), [(0.0, "pass"), (0.9, "pass"), (0.901, "warn")])
-def test_silent_features(silent: float, status: Status) -> None:
-    check = fit_check("silent features", dataclasses.replace(GOOD, silent=silent))
+@pytest.mark.parametrize(("dead_fraction", "status"), [(0.0, "pass"), (0.9, "pass"), (0.901, "warn")])
+def test_silent_features(dead_fraction: float, status: Status) -> None:
+    check = fit_check("silent features", dataclasses.replace(GOOD, dead_fraction=dead_fraction))
     assert (check.status, bool(check.remedy)) == (status, status == "warn")
-    assert check.found == f"{silent:.0%} of 64 active on none of 200 tokens"
+    assert check.found == f"{dead_fraction:.0%} of 64 active on none of 200 tokens"
 
 
 @pytest.mark.parametrize(
@@ -165,34 +165,36 @@ def test_the_model_that_the_makers_name(trained_on: str | None, model_name: str,
     assert (check.status, bool(check.remedy)) == (status, status == "warn")
 
 
-def reading(n_queries: int = 8, *, rise: float = 0.0, n_masked: int = 0, n_counted: int = 100, has_head: bool = True) -> Reading:
+def reading(
+    n_queries: int = 8, *, rise: float = 0.0, n_masked: int = 0, n_counted: int = 100, has_head: bool = True
+) -> ProbeStats:
     """NLL changes of +rise and -rise in turn by the neutral context, with one answer token a query."""
     signs = torch.tensor([1.0, -1.0]).repeat(n_queries)[:n_queries]
-    bare = torch.full((n_queries,), 2.0)
-    return Reading(
+    zero_shot = torch.full((n_queries,), 2.0)
+    return ProbeStats(
         n_tokens=torch.full((n_queries,), 10),
         n_masked=n_masked,
         activity=torch.ones(n_queries, 4),
-        energy=torch.ones(n_queries),
+        sq_norm=torch.ones(n_queries),
         raw=torch.ones(n_queries, 3),
-        raw_energy=torch.ones(n_queries),
+        raw_sq_norm=torch.ones(n_queries),
         shifts={},
         n_answer=torch.ones(n_queries, dtype=torch.int64),
-        nll={BARE: bare, NEUTRAL: bare + rise * signs} if has_head else {},
+        nll={ZERO_SHOT: zero_shot, FILLER: zero_shot + rise * signs} if has_head else {},
         gradients=None,
         counted=torch.ones(n_counted, dtype=torch.bool),
         acts=SparseActs.of(torch.ones(2, 4)),
-        sketches=torch.zeros(2, 2, WIDTH),
+        sketches=torch.zeros(2, 2, SKETCH_WIDTH),
     )
 
 
-def probe_check(name: str, policy: PolicyConfig = POLICY, noise_floor: float = 0.0, **readings: Reading) -> Check:
-    found = doctor.probe_checks({"train": reading(), "law": reading()} | readings, noise_floor, policy)
+def probe_check(name: str, policy: PolicyConfig = POLICY, noise_floor: float = 0.0, **readings: ProbeStats) -> Check:
+    found = diagnostics.probe_checks({"train": reading(), "law": reading()} | readings, noise_floor, policy)
     return next(check for check in found if check.name == name)
 
 
 def test_nothing_is_the_matter_with_good_probes() -> None:
-    checks = doctor.probe_checks({"train": reading(), "law": reading()}, 0.0, POLICY)
+    checks = diagnostics.probe_checks({"train": reading(), "law": reading()}, 0.0, POLICY)
     assert [(c.name, c.status, c.remedy) for c in checks] == [
         (name, "pass", "") for name in ("attention sinks", "noise floor", "alarm power")
     ]
@@ -265,15 +267,15 @@ def test_without_a_head_there_is_no_harm_to_measure() -> None:
 
 def test_costs_are_told() -> None:
     sets = [ProbeSet(name, (Query((5,), (6,), (True,)),) * 12, ((9,),), 0) for name in ("train", "law")]
-    check = doctor.cost_check(encoder(), sets, seconds=8.0)
+    check = diagnostics.cost_check(encoder(), sets, seconds=8.0)
     assert (check.status, check.remedy) == ("pass", "")
     assert check.found == "forecast about 20 s, a check about 4 s; SAE 0 MiB; 24 queries"
 
 
 def test_processes() -> None:
-    assert doctor.process_check(1, is_sharded=False) == Check("processes", "pass", "one", "")
-    assert doctor.process_check(4, is_sharded=False) == Check("processes", "pass", "4, which share the probes", "")
-    sharded = doctor.process_check(4, is_sharded=True)
+    assert diagnostics.process_check(1, is_sharded=False) == Check("processes", "pass", "one", "")
+    assert diagnostics.process_check(4, is_sharded=False) == Check("processes", "pass", "4, which share the probes", "")
+    sharded = diagnostics.process_check(4, is_sharded=True)
     assert (sharded.status, sharded.found) == ("warn", "4, parameters sharded")
 
 

@@ -7,35 +7,37 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = {"metrics", "model", "report"}
-FACES = {"callback", "cli"}
+FLOORS = (
+    {"cli", "callback"},
+    {"training"},
+    {"remedies", "report"},
+    {"runs"},
+    {"measure"},
+    {"policy"},
+    {"data", "model", "records"},
+    {"metrics", "config", "distributed"},
+    {"errors"},
+)
+"""From top to bottom: a room imports from floors below its own, never from a room beside it."""
 TORCH_FREE = {
-    "card",
     "config",
     "errors",
-    "files",
-    "junit",
-    "ledger",
-    "lock",
-    "logged",
     "policy",
     "records",
-    "remedies",
     "report",
-    "runlog",
-    "scalars",
-    "settings",
-    "terminal",
-    "validated",
+    "runs.directory",
+    "runs.files",
+    "runs.ledger",
+    "runs.lock",
+    "training.arguments",
 }
-STATISTICS = {"hindsight", "mix"}
+STATISTICS = {"remedies.mixture", "runs.track_record"}
 """Numpy and scipy, and nothing heavier."""
 HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 
@@ -73,61 +75,62 @@ def within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
 
-def unit(path: str) -> str:
+def room(path: str) -> str:
     """The module or sub-package directly under `sts_callback` that the file belongs to."""
     return PurePosixPath(path).with_suffix("").parts[1]
+
+
+def module(path: str) -> str:
+    """Dotted, without `sts_callback`."""
+    return ".".join(PurePosixPath(path).with_suffix("").parts[1:])
 
 
 def breaches(path: str, source: str, is_breach: Callable[[Import], bool]) -> list[str]:
     return [f"{path}:{found.line} imports {found.name}" for found in imports(path, source) if is_breach(found)]
 
 
-def strangers(path: str, source: str, *, units: set[str]) -> list[str]:
-    """Imports from one of `units` to another."""
-    forbidden = units - {unit(path)} if unit(path) in units else set()
-    return breaches(path, source, lambda i: any(within(i.name, f"sts_callback.{name}") for name in forbidden))
-
-
-def run_out_of_place(path: str, source: str) -> list[str]:
-    """Imports of `run` by another than `callback`, and of a face by `run`."""
-    forbidden = {"callback": set(), "run": FACES}.get(unit(path), {"run"})
+def upward(path: str, source: str) -> list[str]:
+    """Imports from a floor above, or from another room on the same."""
+    own = next((i for i, rooms in enumerate(FLOORS) if room(path) in rooms), len(FLOORS))
+    forbidden = set().union(*FLOORS[: own + 1]) - {room(path)} if own < len(FLOORS) else set()
     return breaches(path, source, lambda i: any(within(i.name, f"sts_callback.{name}") for name in forbidden))
 
 
 def sae_lens_elsewhere(path: str, source: str) -> list[str]:
-    allowed = path == "sts_callback/model/encoder.py"
+    allowed = path == "sts_callback/model/sae.py"
     return breaches(path, source, lambda i: within(i.name, "sae_lens") and not allowed)
 
 
 def trl_elsewhere(path: str, source: str) -> list[str]:
-    allowed = unit(path) == "domains"
+    allowed = room(path) == "data"
     return breaches(path, source, lambda i: within(i.name, "trl") and not (allowed and i.lazy))
 
 
-def metrics_beyond_errors(path: str, source: str) -> list[str]:
+def beyond_tensors(path: str, source: str) -> list[str]:
     """Imports in `metrics` of anything of the package but itself and `errors`."""
     allowed = ("sts_callback.metrics", "sts_callback.errors")
     return breaches(
         path,
         source,
         lambda i: (
-            unit(path) == "metrics" and within(i.name, "sts_callback") and not any(within(i.name, module) for module in allowed)
+            room(path) == "metrics" and within(i.name, "sts_callback") and not any(within(i.name, module) for module in allowed)
         ),
     )
 
 
 def torch_in_torch_free(path: str, source: str) -> list[str]:
-    return breaches(path, source, lambda i: unit(path) in TORCH_FREE | STATISTICS and within(i.name, "torch"))
+    is_free = any(within(module(path), name) for name in TORCH_FREE | STATISTICS)
+    return breaches(path, source, lambda i: is_free and within(i.name, "torch"))
 
 
-def report_beyond_the_standard_library(path: str, source: str) -> list[str]:
-    """Imports in `report` of anything but the standard library and of the package's records and their log."""
-    allowed = [f"sts_callback.{name}" for name in ("report", "records", "remedies", "logged", "runlog", "errors", "validated")]
+def page_beyond_the_standard_library(path: str, source: str) -> list[str]:
+    """Imports in the page of anything but the standard library and of the package's records and how they are told."""
+    allowed = [f"sts_callback.{name}" for name in ("report", "records", "runs", "errors")]
     return breaches(
         path,
         source,
         lambda i: (
-            unit(path) == "report"
+            within(module(path), "report.html")
             and i.name.partition(".")[0] not in sys.stdlib_module_names
             and not any(within(i.name, module) for module in allowed)
         ),
@@ -135,15 +138,20 @@ def report_beyond_the_standard_library(path: str, source: str) -> list[str]:
 
 
 RULES: dict[str, Callable[[str, str], list[str]]] = {
-    "layers": partial(strangers, units=LAYERS),
-    "faces": partial(strangers, units=FACES),
-    "run": run_out_of_place,
+    "floors": upward,
     "sae_lens": sae_lens_elsewhere,
     "trl": trl_elsewhere,
-    "metrics": metrics_beyond_errors,
+    "metrics": beyond_tensors,
     "torch": torch_in_torch_free,
-    "report": report_beyond_the_standard_library,
+    "page": page_beyond_the_standard_library,
 }
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {file.stem if file.suffix else file.name for file in (ROOT / "sts_callback").iterdir()}
+    folders = [file for file in (ROOT / "sts_callback").iterdir() if (file / "__init__.py").exists()]
+    assert rooms - {"__init__", "__main__", "py", "__pycache__"} == set().union(*FLOORS)
+    assert len(folders) <= 10
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -159,37 +167,31 @@ def test_wall_holds(rule: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "path", "source"),
     [
-        ("layers", "sts_callback/metrics/drift.py", "from sts_callback.model import capture"),
-        ("layers", "sts_callback/metrics/drift.py", "from sts_callback import model"),
-        ("layers", "sts_callback/model/capture.py", "import sts_callback.metrics.tokens as tokens"),
-        ("layers", "sts_callback/model/capture.py", "from ..metrics.tokens import is_ordinary"),
-        ("layers", "sts_callback/model/__init__.py", "from .. import report"),
-        ("layers", "sts_callback/report/page.py", "def page():\n    from sts_callback.model.hooks import resolve"),
-        ("layers", "sts_callback/report.py", "from .model.hooks import resolve"),
-        ("layers", "sts_callback/report/page.py", "importlib.import_module('sts_callback.metrics')"),
-        ("faces", "sts_callback/callback.py", "from sts_callback.cli import main"),
-        ("faces", "sts_callback/cli/ahead.py", "if TYPE_CHECKING:\n    from ..callback import STSCallback"),
-        ("run", "sts_callback/run.py", "from sts_callback.callback import STSCallback"),
-        ("run", "sts_callback/run.py", "def f():\n    from . import cli"),
-        ("run", "sts_callback/cli/ahead.py", "from sts_callback.run import Run"),
-        ("run", "sts_callback/model/capture.py", "from .. import run"),
-        ("sae_lens", "sts_callback/measure.py", "from sae_lens import SAE"),
+        ("floors", "sts_callback/metrics/drift.py", "from sts_callback.model import capture"),
+        ("floors", "sts_callback/model/capture.py", "from ..measure.runner import Context"),
+        ("floors", "sts_callback/model/__init__.py", "from .. import data"),
+        ("floors", "sts_callback/report/html/page.py", "def page():\n    from sts_callback.remedies.mixture import search"),
+        ("floors", "sts_callback/report.py", "from .training.session import Session"),
+        ("floors", "sts_callback/report/card.py", "importlib.import_module('sts_callback.callback')"),
+        ("floors", "sts_callback/callback.py", "from sts_callback.cli import main"),
+        ("floors", "sts_callback/cli/forecast.py", "if TYPE_CHECKING:\n    from ..callback import STSCallback"),
+        ("floors", "sts_callback/training/session.py", "def f():\n    from .. import cli"),
+        ("floors", "sts_callback/policy.py", "import sts_callback.measure.scoring as scoring"),
+        ("sae_lens", "sts_callback/measure/runner.py", "from sae_lens import SAE"),
         ("sae_lens", "sts_callback/model/capture.py", "def f():\n    import sae_lens.saes.sae"),
-        ("sae_lens", "sts_callback/cli/ahead.py", "import_module('sae_lens')"),
+        ("sae_lens", "sts_callback/cli/forecast.py", "import_module('sae_lens')"),
         ("trl", "sts_callback/callback.py", "def f():\n    from trl import SFTTrainer"),
-        ("trl", "sts_callback/domains/reader.py", "from trl import is_conversational"),
-        ("trl", "sts_callback/domains/reader.py", "class A:\n    import trl.data_utils"),
-        ("metrics", "sts_callback/metrics/shift.py", "from sts_callback.records import Forecast"),
-        ("metrics", "sts_callback/metrics/shift.py", "from ..config import Settings"),
+        ("trl", "sts_callback/data/reader.py", "from trl import is_conversational"),
+        ("trl", "sts_callback/data/reader.py", "class A:\n    import trl.data_utils"),
         ("metrics", "sts_callback/metrics/shift.py", "import sts_callback"),
-        ("report", "sts_callback/report/page.py", "from sts_callback.policy import judge_drift"),
-        ("report", "sts_callback/report/charts.py", "def draw():\n    import matplotlib.pyplot"),
-        ("report", "sts_callback/report/charts.py", "import_module('jinja2')"),
+        ("page", "sts_callback/report/html/page.py", "from sts_callback.config import PolicyConfig"),
+        ("page", "sts_callback/report/html/charts.py", "def draw():\n    import matplotlib.pyplot"),
+        ("page", "sts_callback/report/html/charts.py", "import_module('jinja2')"),
         ("torch", "sts_callback/policy.py", "import torch"),
-        ("torch", "sts_callback/records.py", "def f():\n    from torch import nn"),
+        ("torch", "sts_callback/records/results.py", "def f():\n    from torch import nn"),
         ("torch", "sts_callback/errors.py", "async def f():\n    __import__('torch')"),
         ("torch", "sts_callback/config.py", "import os, torch.cuda"),
-        ("torch", "sts_callback/hindsight.py", "import torch"),
+        ("torch", "sts_callback/runs/track_record.py", "import torch"),
     ],
 )
 def test_rule_can_fail(rule: str, path: str, source: str) -> None:
@@ -199,21 +201,15 @@ def test_rule_can_fail(rule: str, path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        (
-            "sts_callback/metrics/shift.py",
-            "import torch\nfrom ..errors import DataError\nfrom .tokens import is_ordinary",
-        ),
+        ("sts_callback/metrics/shift.py", "import torch\nfrom ..errors import DataError\nfrom .sums import is_not_outlier"),
         ("sts_callback/metrics/shift.py", "from sts_callback import errors"),
-        ("sts_callback/measure.py", "from sts_callback import metrics, model\nfrom .report import page"),
-        ("sts_callback/model/encoder.py", "from sae_lens import SAE\nfrom .hooks import resolve"),
-        ("sts_callback/domains/reader.py", "def read():\n    import trl"),
-        ("sts_callback/callback.py", "from sts_callback.run import Run"),
-        ("sts_callback/run.py", "from sts_callback.runlog import RunLog"),
+        ("sts_callback/measure/runner.py", "from sts_callback import metrics, model\nfrom ..data import probes"),
+        ("sts_callback/model/sae.py", "from sae_lens import SAE\nfrom .hooks import resolve"),
+        ("sts_callback/data/reader.py", "def read():\n    import trl"),
+        ("sts_callback/callback.py", "from sts_callback.training.session import Session"),
+        ("sts_callback/training/session.py", "from sts_callback.runs.directory import RunDirectory"),
         ("sts_callback/callback.py", "import trlx, sae_lens_extras\nfrom sts_callback.client import call"),
-        (
-            "sts_callback/report/page.py",
-            "import html, xml.etree\nfrom sts_callback.records import Forecast\nfrom .charts import row",
-        ),
+        ("sts_callback/report/html/page.py", "import html\nfrom sts_callback.records import Forecast\nfrom .charts import row"),
         ("sts_callback/policy.py", "import torchmetrics\nfrom sts_callback.records import Verdict"),
     ],
 )

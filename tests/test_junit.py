@@ -9,8 +9,8 @@ import pytest
 
 from samples import domain_forecast, estimate, forecast
 from sts_callback.config import PolicyConfig
-from sts_callback.junit import junit_xml
 from sts_callback.policy import Judgement, judge_domains, judge_forecast
+from sts_callback.report.junit import junit_xml
 
 NAN = float("nan")
 HARMED = {"sts_net": 0.75, "nll_change": estimate(0.5, 0.25, 0.75)}
@@ -98,7 +98,7 @@ def test_the_counts_are_those_of_the_cases(domains: tuple[str, ...], counts: str
 
 
 def test_scores_are_properties_of_the_suite() -> None:
-    root = made(judged_by("law", "code"), sts_net=0.25, nll_change=estimate(0.125, -0.5, 0.75), unseen=NAN)
+    root = made(judged_by("law", "code"), sts_net=0.25, nll_change=estimate(0.125, -0.5, 0.75), sae_error_share=NAN)
     found = {one.attrib["name"]: one.attrib["value"] for one in root.iter("property")}
     assert found.items() >= {"model": "tiny-llama", "sae": "tiny-sae", "hook_name": "blocks.2.hook_resid_post"}.items()
     for name in ("law", "code"):

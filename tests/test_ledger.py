@@ -13,8 +13,8 @@ import pytest
 
 from past import forecast_of, run
 from samples import domain_drift, domain_forecast, estimate, forecast, score, snapshot
-from sts_callback.ledger import Entry, Ledger, append, ledger_file, read
 from sts_callback.records import Forecast
+from sts_callback.runs.ledger import Entry, Ledger, append, ledger_file, read
 
 DOMAINS = {"law": (0.5, 0.1, 0.01, 0.2, 0.02), "code": (0.25, 0.2, 0.03, 0.1, 0.04)}
 

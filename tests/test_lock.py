@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from sts_callback.cli import COMMANDS
-from sts_callback.cli.options import parser
+from sts_callback.cli import parser
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import ConfigError, DataError
-from sts_callback.lock import Difference, Lock, differences, lock_of, read_lock, require_same, write_lock
-from sts_callback.monitor import Monitor
-from sts_callback.records import SCHEMA_VERSION
+from sts_callback.measure.monitor import Monitor
+from sts_callback.records.record import SCHEMA_VERSION
+from sts_callback.runs.lock import Difference, Lock, differences, lock_of, read_lock, require_same, write_lock
 from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
 
 LOCK = Lock(
@@ -85,7 +84,7 @@ def test_each_difference_is_named_with_both_values_and_what_to_do(
     assert (found.name, found.locked, found.here) == (name, locked, here)
     assert remedy in found.remedy
     for option in re.findall(r"--[a-z-]+", found.remedy):
-        assert option in parser(COMMANDS)._subparsers._group_actions[0].choices["forecast"]._option_string_actions  # type: ignore
+        assert option in parser()._subparsers._group_actions[0].choices["forecast"]._option_string_actions  # type: ignore
 
 
 def test_all_differences_are_told_at_once() -> None:

@@ -19,18 +19,18 @@ from torch import nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from samples import EXAMINED, timeless
-from sts_callback import lens
 from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.data.probes import ProbeSet, Query, filler_tokens
 from sts_callback.errors import CannotTell, ConfigError, ModelError, SaeError
-from sts_callback.measure import Context, Gauge
-from sts_callback.metrics.sketch import WIDTH, sketch
+from sts_callback.measure import sae_reader
+from sts_callback.measure.monitor import Monitor
+from sts_callback.measure.runner import Context, ProbeRunner
+from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, step_zero_stats
+from sts_callback.measure.stats import ZERO_SHOT, DriftStats, ProbeStats
+from sts_callback.metrics.sums import SKETCH_WIDTH, sketch
 from sts_callback.model.capture import undisturbed
-from sts_callback.model.encoder import SaeEncoder, load_encoder
-from sts_callback.model.probes import ProbeSet, Query, neutral_tokens
-from sts_callback.monitor import Monitor
-from sts_callback.readings import BARE, DriftReading, Reading
+from sts_callback.model.sae import SaeEncoder, load_encoder
 from sts_callback.records import DomainDrift, DriftSnapshot, Estimate, Forecast
-from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, set_baseline
 from tiny import ARCHITECTURES, rotated_sae, rows, tiny_model, tiny_tokenizer
 
 LAYER, BOS = 2, (1,)
@@ -76,21 +76,21 @@ def probe_sets(config: ProbeConfig = CONFIG) -> tuple[ProbeSet, ProbeSet]:
 def in_front(*names: str) -> dict[str, list[Tokens]]:
     """What stands before the domain's queries, for each group or for all of them."""
     train, domain = probe_sets()
-    n_neutral = sum(map(len, train.draws)) // len(train.draws)
+    n_neutral = sum(map(len, train.demo_sets)) // len(train.demo_sets)
     everything = {
-        BARE: [BOS],
-        TAUGHT: [BOS + draw for draw in train.draws],
-        NEUTRAL: [BOS + neutral_tokens(tiny_tokenizer(), n_neutral)],
-        OWN: [BOS + draw for draw in domain.draws],
+        ZERO_SHOT: [BOS],
+        TRAIN_ICL: [BOS + draw for draw in train.demo_sets],
+        FILLER: [BOS + filler_tokens(tiny_tokenizer(), n_neutral)],
+        DOMAIN_ICL: [BOS + draw for draw in domain.demo_sets],
     }
     return {name: everything[name] for name in names or everything}
 
 
-def contexts(gauge: Gauge, tokens: Mapping[str, Sequence[Tokens]] | None = None) -> dict[str, list[Context]]:
+def contexts(runner: ProbeRunner, tokens: Mapping[str, Sequence[Tokens]] | None = None) -> dict[str, list[Context]]:
     return {
-        name: [gauge.context(one, with_answers=name != OWN) for one in draws]
+        name: [runner.context(one, with_answers=name != DOMAIN_ICL) for one in draws]
         for name, draws in (in_front() if tokens is None else tokens).items()
-        if name != BARE
+        if name != ZERO_SHOT
     }
 
 
@@ -136,7 +136,7 @@ def left(sae: SAE[Any], x: Array) -> Array:
 class NumpyShift:
     features: Array
     raw: Array
-    unseen: Array
+    sae_error: Array
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ class Sums:
     n_tokens: Array
     n_masked: int
     activity: Array
-    energy: Array
+    sq_norm: Array
     raw: Array
-    raw_energy: Array
+    raw_sq_norm: Array
     shifts: dict[str, NumpyShift]
     nll: dict[str, Array]
     kept: list[Array]
@@ -178,7 +178,7 @@ def numpy_sums(
     model: PreTrainedModel, sae: SAE[Any], probes: ProbeSet, prefixes: Mapping[str, Sequence[Tokens]], limit: float
 ) -> Sums:
     found = {
-        name: [run_alone(model, draws[i % len(probes.draws) % len(draws)], q) for i, q in enumerate(probes.queries)]
+        name: [run_alone(model, draws[i % len(probes.demo_sets) % len(draws)], q) for i, q in enumerate(probes.queries)]
         for name, draws in prefixes.items()
     }
     kept = []
@@ -187,18 +187,18 @@ def numpy_sums(
         assert (np.abs(norms / limit - 1) > 1e-5).all()  # no token so close to the limit that rounding decides
         kept.append((norms < limit).all(axis=0))
     x = {name: [one.x[k] for one, k in zip(alone, kept, strict=True)] for name, alone in found.items()}
-    bare = x[BARE]
+    zero_shot = x[ZERO_SHOT]
     return Sums(
         n_tokens=np.array([k.sum() for k in kept]),
         n_masked=int(sum((~k).sum() for k in kept)),
-        activity=summed([features(sae, one) for one in bare]),
-        energy=np.array([(features(sae, one) ** 2).sum() for one in bare]),
-        raw=summed(bare),
-        raw_energy=np.array([(one**2).sum() for one in bare]),
-        shifts={name: numpy_shift(sae, there, bare) for name, there in x.items() if name != BARE},
+        activity=summed([features(sae, one) for one in zero_shot]),
+        sq_norm=np.array([(features(sae, one) ** 2).sum() for one in zero_shot]),
+        raw=summed(zero_shot),
+        raw_sq_norm=np.array([(one**2).sum() for one in zero_shot]),
+        shifts={name: numpy_shift(sae, there, zero_shot) for name, there in x.items() if name != ZERO_SHOT},
         nll={name: np.array([one.nll for one in alone]) for name, alone in found.items()},
         kept=kept,
-        x=bare,
+        x=zero_shot,
     )
 
 
@@ -219,7 +219,7 @@ def expected(architecture: str, kind: str) -> tuple[Sums, Sums, float]:
     median = numpy_median_norm(model, (train, domain))
     limit = config_of(architecture).max_norm_multiple * median
     return (
-        numpy_sums(model, sae, train, in_front(BARE, TAUGHT, NEUTRAL), limit),
+        numpy_sums(model, sae, train, in_front(ZERO_SHOT, TRAIN_ICL, FILLER), limit),
         numpy_sums(model, sae, domain, in_front(), limit),
         median,
     )
@@ -241,31 +241,31 @@ def assert_close(found: Any, wanted: Any, rtol: float = 1e-4, scale: float | Non
 def assert_same_shift(found: Any, wanted: Any, rtol: float = 1e-4) -> None:
     assert_close(found.features, wanted.features, rtol)
     assert_close(found.raw, wanted.raw, rtol)
-    assert_close(found.unseen, wanted.unseen, rtol, scale=float(np.abs(np.asarray(wanted.raw)).max()))
+    assert_close(found.sae_error, wanted.sae_error, rtol, scale=float(np.abs(np.asarray(wanted.raw)).max()))
 
 
 # Readings
 
 
 @contextmanager
-def gauge_of(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> Iterator[tuple[Gauge, Context]]:
+def gauge_of(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> Iterator[tuple[ProbeRunner, Context]]:
     """With the context of BOS alone."""
     with undisturbed(model):
-        gauge = Gauge(model, [made_encoder(sae)], config)
-        bare = gauge.context(BOS, with_answers=True)
-        gauge.calibrate(probe_sets(), bare)
-        yield gauge, bare
+        runner = ProbeRunner(model, [made_encoder(sae)], config)
+        zero_shot = runner.context(BOS, with_answers=True)
+        runner.calibrate(probe_sets(), zero_shot)
+        yield runner, zero_shot
 
 
-def read_domain(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> Reading:
-    with gauge_of(model, sae, config) as (gauge, bare):
-        return gauge.read(probe_sets()[1], bare, contexts(gauge))[0]
+def read_domain(model: nn.Module, sae: SAE[Any], config: ProbeConfig = CONFIG) -> ProbeStats:
+    with gauge_of(model, sae, config) as (runner, zero_shot):
+        return runner.read(probe_sets()[1], zero_shot, contexts(runner))[0]
 
 
 def test_groups_of_unlike_size_are_measured() -> None:
     for probes in probe_sets():
         assert [sum(probes.group(i) == group for i in range(7)) for group in range(3)] == [3, 2, 2]
-        assert len(set(probes.draws)) == len(probes.draws) == 3
+        assert len(set(probes.demo_sets)) == len(probes.demo_sets) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,19 +273,19 @@ def test_groups_of_unlike_size_are_measured() -> None:
 def test_sums_are_those_of_numpy(architecture: str, kind: str) -> None:
     _, wanted, median = expected(architecture, kind)
     _, domain = probe_sets()
-    with gauge_of(tiny_model(architecture), made_sae(kind), config_of(architecture)) as (gauge, bare):
-        (found,) = gauge.read(domain, bare, contexts(gauge))
-        assert gauge.lenses[0].reference.median_norm == pytest.approx(median, rel=1e-5)
+    with gauge_of(tiny_model(architecture), made_sae(kind), config_of(architecture)) as (runner, zero_shot):
+        (found,) = runner.read(domain, zero_shot, contexts(runner))
+        assert runner.sae_readers[0].reference.median_norm == pytest.approx(median, rel=1e-5)
     assert found.n_tokens.tolist() == wanted.n_tokens.tolist()
     assert found.n_masked == wanted.n_masked
     assert 0 < found.n_masked < found.counted.numel() / 2
     assert found.counted.tolist() == np.concatenate(wanted.kept).tolist()
-    for name in ("activity", "energy", "raw", "raw_energy"):
+    for name in ("activity", "sq_norm", "raw", "raw_sq_norm"):
         assert_close(getattr(found, name), getattr(wanted, name))
-    assert set(found.shifts) == {TAUGHT, NEUTRAL, OWN}
+    assert set(found.shifts) == {TRAIN_ICL, FILLER, DOMAIN_ICL}
     for name, shift in found.shifts.items():
         assert_same_shift(shift, wanted.shifts[name])
-    assert set(found.nll) == {BARE, TAUGHT, NEUTRAL}  # not asked for with the domain's own demonstrations
+    assert set(found.nll) == {ZERO_SHOT, TRAIN_ICL, FILLER}  # not asked for with the domain's own demonstrations
     for name, nll in found.nll.items():
         assert_close(nll, wanted.nll[name])
     assert found.n_answer.tolist() == [len(q.answer) for q in domain.queries]
@@ -294,12 +294,12 @@ def test_sums_are_those_of_numpy(architecture: str, kind: str) -> None:
 def test_every_group_is_read_behind_its_own_demonstrations() -> None:
     _, wanted, _ = expected("llama", "standard")
     _, domain = probe_sets()
-    with gauge_of(tiny_model(), rotated_sae()) as (gauge, bare):
-        turned = in_front(TAUGHT)[TAUGHT][1:] + in_front(TAUGHT)[TAUGHT][:1]
-        (found,) = gauge.read(domain, bare, contexts(gauge, in_front() | {TAUGHT: turned}))
-    apart = np.abs(found.nll[TAUGHT].numpy() - wanted.nll[TAUGHT])
+    with gauge_of(tiny_model(), rotated_sae()) as (runner, zero_shot):
+        turned = in_front(TRAIN_ICL)[TRAIN_ICL][1:] + in_front(TRAIN_ICL)[TRAIN_ICL][:1]
+        (found,) = runner.read(domain, zero_shot, contexts(runner, in_front() | {TRAIN_ICL: turned}))
+    apart = np.abs(found.nll[TRAIN_ICL].numpy() - wanted.nll[TRAIN_ICL])
     assert (apart > 1e-3).all()
-    assert_close(found.nll[NEUTRAL], wanted.nll[NEUTRAL])
+    assert_close(found.nll[FILLER], wanted.nll[FILLER])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,20 +313,20 @@ def test_what_is_kept_of_step_zero_is_that_of_numpy_in_the_order_of_queries(kind
     assert_close(found.acts.dense(0, len(x), 64, torch.device("cpu")), features(sae, x))
     assert found.acts.n_active.max() <= (27 if kind == "topk" else 32)
     projection = sketch(torch.eye(32)).double().numpy()
-    assert found.sketches.shape == (len(x), 2, WIDTH)
+    assert found.sketches.shape == (len(x), 2, SKETCH_WIDTH)
     assert_close(found.sketches[:, 0], x @ projection)
     assert_close(found.sketches[:, 1], left(sae, x) @ projection, scale=float(np.abs(x @ projection).max()))
 
 
-def assert_same_reading(parts: Reading, whole: Reading) -> None:
+def assert_same_reading(parts: ProbeStats, whole: ProbeStats) -> None:
     assert parts.n_tokens.tolist() == whole.n_tokens.tolist()
     assert parts.n_masked == whole.n_masked
     assert torch.equal(parts.counted, whole.counted)
-    for name in ("activity", "energy", "raw", "raw_energy"):
+    for name in ("activity", "sq_norm", "raw", "raw_sq_norm"):
         assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5)
-    for name in (TAUGHT, NEUTRAL, OWN):
+    for name in (TRAIN_ICL, FILLER, DOMAIN_ICL):
         assert_same_shift(parts.shifts[name], whole.shifts[name])
-    for name in (BARE, TAUGHT, NEUTRAL):
+    for name in (ZERO_SHOT, TRAIN_ICL, FILLER):
         assert_close(parts.nll[name], whole.nll[name], rtol=1e-5)
     assert_close(parts.sketches, whole.sketches, rtol=1e-5)
     dense = [one.acts.dense(0, len(one.acts.n_active), 64, torch.device("cpu")) for one in (parts, whole)]
@@ -341,8 +341,8 @@ def test_streamed_sums_are_those_of_one_batch(batch_tokens: int, kind: str) -> N
 
 
 def encode_at_once(monkeypatch: pytest.MonkeyPatch, n_tokens: int) -> None:
-    monkeypatch.setattr(lens, "_CHUNK_ELEMENTS", 0)
-    monkeypatch.setattr(lens, "_FEWEST_TOKENS", n_tokens)
+    monkeypatch.setattr(sae_reader, "_CHUNK_ELEMENTS", 0)
+    monkeypatch.setattr(sae_reader, "_FEWEST_TOKENS", n_tokens)
 
 
 @pytest.mark.parametrize("n_tokens_at_once", [1, 7])
@@ -368,14 +368,14 @@ SAE_CLASS = type(rotated_sae())
 def test_gradients_change_no_other_number() -> None:
     """Not even in the last bit, since a check has no backward and is compared with them."""
     for architecture in ARCHITECTURES:
-        with gauge_of(tiny_model(architecture), rotated_sae()) as (gauge, bare):
+        with gauge_of(tiny_model(architecture), rotated_sae()) as (runner, zero_shot):
             (plain,), (differentiated,) = (
-                gauge.read(probe_sets()[1], bare, contexts(gauge), with_gradients=wanted) for wanted in (False, True)
+                runner.read(probe_sets()[1], zero_shot, contexts(runner), with_gradients=wanted) for wanted in (False, True)
             )
         assert plain.gradients is None and differentiated.gradients is not None
-        for name in ("activity", "energy", "raw", "raw_energy", "sketches"):
+        for name in ("activity", "sq_norm", "raw", "raw_sq_norm", "sketches"):
             assert torch.equal(getattr(plain, name), getattr(differentiated, name))
-        for name in (BARE, TAUGHT, NEUTRAL):
+        for name in (ZERO_SHOT, TRAIN_ICL, FILLER):
             assert torch.equal(plain.nll[name], differentiated.nll[name])
 
 
@@ -392,15 +392,15 @@ def test_several_saes_see_what_each_would_see_alone_in_one_run_of_the_model(with
     forwards: list[int] = []
     handle = model.model.layers[0].register_forward_hook(lambda *args: forwards.append(1))
 
-    def read(*some: SAE[Any]) -> tuple[list[Reading], int]:
+    def read(*some: SAE[Any]) -> tuple[list[ProbeStats], int]:
         with undisturbed(model):
-            gauge = Gauge(model, [made_encoder(sae) for sae in some], CONFIG)
-            bare = gauge.context(BOS, with_answers=with_answers)
-            gauge.calibrate(probe_sets(), bare)
+            runner = ProbeRunner(model, [made_encoder(sae) for sae in some], CONFIG)
+            zero_shot = runner.context(BOS, with_answers=with_answers)
+            runner.calibrate(probe_sets(), zero_shot)
             before = len(forwards)
-            found = gauge.read(probe_sets()[1], bare, contexts(gauge), with_gradients=True)
+            found = runner.read(probe_sets()[1], zero_shot, contexts(runner), with_gradients=True)
             n_forwards = len(forwards) - before
-            gauge.read_drift(probe_sets()[1], bare, found)
+            runner.read_drift(probe_sets()[1], zero_shot, found)
             return found, n_forwards
 
     together, n_together = read(*saes)
@@ -410,7 +410,7 @@ def test_several_saes_see_what_each_would_see_alone_in_one_run_of_the_model(with
     for one, ((other,), _) in zip(together, alone, strict=True):
         assert one.n_masked == other.n_masked
         assert torch.equal(one.counted, other.counted)
-        for name in ("activity", "energy", "raw", "sketches"):
+        for name in ("activity", "sq_norm", "raw", "sketches"):
             assert_close(getattr(one, name), getattr(other, name), rtol=1e-5)
         for name, shift in other.shifts.items():
             assert_same_shift(one.shifts[name], shift)
@@ -436,12 +436,12 @@ def test_several_saes_forecast_what_each_would_forecast_alone() -> None:
 def test_progress_is_told_of_every_query_once_a_context() -> None:
     _, domain = probe_sets()
     done: list[int] = []
-    with gauge_of(tiny_model(), rotated_sae()) as (gauge, bare):
+    with gauge_of(tiny_model(), rotated_sae()) as (runner, zero_shot):
         for with_gradients in (False, True):
-            readings = gauge.read(domain, bare, contexts(gauge), done.append, with_gradients=with_gradients)
+            readings = runner.read(domain, zero_shot, contexts(runner), done.append, with_gradients=with_gradients)
             assert sum(done) == 4 * 7
             done.clear()
-        gauge.read_drift(domain, bare, readings, done.append)
+        runner.read_drift(domain, zero_shot, readings, done.append)
         assert sum(done) == 7
 
 
@@ -454,16 +454,16 @@ def test_training_mode_and_dropout_do_not_enter() -> None:
 
 def test_bos_free_model_is_read_with_an_empty_bare_context() -> None:
     model, sae, (train, domain) = tiny_model("qwen3"), rotated_sae(), probe_sets()
-    prefixes = {BARE: [()], TAUGHT: list(train.draws)}
+    prefixes = {ZERO_SHOT: [()], TRAIN_ICL: list(train.demo_sets)}
     with undisturbed(model):
-        gauge = Gauge(model, [made_encoder(sae)], replace(CONFIG, max_norm_multiple=1e9))
-        bare = gauge.context((), with_answers=True)
-        gauge.calibrate((train, domain), bare)
-        (found,) = gauge.read(domain, bare, contexts(gauge, prefixes))
+        runner = ProbeRunner(model, [made_encoder(sae)], replace(CONFIG, max_norm_multiple=1e9))
+        zero_shot = runner.context((), with_answers=True)
+        runner.calibrate((train, domain), zero_shot)
+        (found,) = runner.read(domain, zero_shot, contexts(runner, prefixes))
     wanted = numpy_sums(tiny_model("qwen3"), sae, domain, prefixes, limit=1e9)
     assert_close(found.activity, wanted.activity)
-    assert_same_shift(found.shifts[TAUGHT], wanted.shifts[TAUGHT])
-    assert_close(found.nll[BARE], wanted.nll[BARE])
+    assert_same_shift(found.shifts[TRAIN_ICL], wanted.shifts[TRAIN_ICL])
+    assert_close(found.nll[ZERO_SHOT], wanted.nll[ZERO_SHOT])
 
 
 # Forecasts
@@ -478,33 +478,33 @@ def test_scores_are_those_of_numpy(architecture: str, kind: str) -> None:
     def mean(one: Sums, name: str) -> Array:
         return np.asarray(one.shifts[name].features.sum(0) / one.n_tokens.sum())
 
-    on_train = mean(train, TAUGHT)
+    on_train = mean(train, TRAIN_ICL)
     j = sorted(top(on_train, 8))
     assert sorted(found.features) == j
     assert list(on_train[list(found.features)]) == sorted(on_train[j], reverse=True)
     assert found.features_share == pytest.approx(on_train[j].sum() / on_train.sum(), rel=1e-4)
     assert found.median_norm == pytest.approx(median, rel=1e-5)
     assert 0 <= found.noise_floor < 1e-9
-    for record, one, own_name in ((found.train, train, TAUGHT), (found.domains["poems"], domain, OWN)):
-        own, taught, neutral = (mean(one, name) for name in (own_name, TAUGHT, NEUTRAL))
-        shift, activity = one.shifts[TAUGHT], one.activity.sum(0) / one.n_tokens.sum()
+    for record, one, own_name in ((found.train, train, TRAIN_ICL), (found.domains["poems"], domain, DOMAIN_ICL)):
+        own, taught, neutral = (mean(one, name) for name in (own_name, TRAIN_ICL, FILLER))
+        shift, activity = one.shifts[TRAIN_ICL], one.activity.sum(0) / one.n_tokens.sum()
         n_answer = sum(len(q.answer) for q in probe_sets()[record.name == "poems"].queries)
         assert record.sts_act.value == pytest.approx(activity[j].sum(), rel=1e-4)
         assert record.sts_icl.value == pytest.approx(own[j].sum(), rel=1e-4)
         assert record.sts_rel.value == pytest.approx(own[j].sum() / own.sum(), rel=1e-4)
         assert record.sts_cross.value == pytest.approx(taught[j].sum() / taught.sum(), rel=1e-4)
         assert record.sts_net.value == pytest.approx((taught - neutral)[j].sum() / taught.sum(), rel=1e-4, abs=1e-6)
-        assert record.relative_shift.value == pytest.approx(shift.features.sum() / one.energy.sum(), rel=1e-4)
-        assert record.raw_shift.value == pytest.approx(shift.raw.sum() / one.raw_energy.sum(), rel=1e-4)
-        assert record.unseen == pytest.approx(shift.unseen.sum() / shift.raw.sum(), rel=1e-4, abs=1e-6)
+        assert record.relative_shift.value == pytest.approx(shift.features.sum() / one.sq_norm.sum(), rel=1e-4)
+        assert record.raw_shift.value == pytest.approx(shift.raw.sum() / one.raw_sq_norm.sum(), rel=1e-4)
+        assert record.sae_error_share == pytest.approx(shift.sae_error.sum() / shift.raw.sum(), rel=1e-4, abs=1e-6)
         a, b = one.raw.sum(0), train.raw.sum(0)
         assert record.cosine == pytest.approx((a @ b) / math.sqrt((a @ a) * (b @ b)), rel=1e-5)
-        assert record.nll.value == pytest.approx(one.nll[BARE].sum() / n_answer, rel=1e-4)
-        change = (one.nll[TAUGHT] - one.nll[NEUTRAL]).sum() / n_answer
+        assert record.nll.value == pytest.approx(one.nll[ZERO_SHOT].sum() / n_answer, rel=1e-4)
+        change = (one.nll[TRAIN_ICL] - one.nll[FILLER]).sum() / n_answer
         assert record.nll_change.value == pytest.approx(change, rel=1e-3, abs=1e-5)
         assert (record.n_queries, record.n_tokens, record.n_masked) == (7, one.n_tokens.sum(), one.n_masked)
         assert record.n_answer_tokens == n_answer
-    assert (found.domains["poems"].unseen > 0.001) == (kind == "topk")
+    assert (found.domains["poems"].sae_error_share > 0.001) == (kind == "topk")
 
 
 # Features in words
@@ -515,7 +515,7 @@ def test_words_are_those_around_the_strongest_places(architecture: str) -> None:
     sums, sae = dict(zip(("train", "poems"), expected(architecture, "standard"), strict=False)), rotated_sae()
     monitor, tokenizer = made_monitor(tiny_model(architecture), sae, config_of(architecture)), tiny_tokenizer()
     forecast = monitor.forecast()
-    found = monitor.words()
+    found = monitor.top_activating_examples()
     assert tuple(one.feature for one in found) == forecast.features
     assert sum(one.share for one in found) == pytest.approx(forecast.features_share, rel=1e-6)
     for one in found:
@@ -539,11 +539,11 @@ def test_words_are_those_around_the_strongest_places(architecture: str) -> None:
 def test_words_are_the_same_after_a_resume(tmp_path: Path) -> None:
     monitor, resumed = (made_monitor(tiny_model(), rotated_sae()) for _ in range(2))
     forecast = monitor.forecast()
-    assert monitor.baseline is not None
-    monitor.baseline.save(tmp_path / "baseline")
+    assert monitor.step_zero is not None
+    monitor.step_zero.save(tmp_path / "baseline")
     resumed.restore(tmp_path / "baseline", forecast)
-    assert resumed.words() == monitor.words()
-    assert [one.share for one in resumed.words([(5, 0.5), (63, 0.25)])] == [0.5, 0.25]
+    assert resumed.top_activating_examples() == monitor.top_activating_examples()
+    assert [one.share for one in resumed.top_activating_examples([(5, 0.5), (63, 0.25)])] == [0.5, 0.25]
 
 
 # Gradients
@@ -562,8 +562,8 @@ def gradient_alone(model: PreTrainedModel, sae: SAE[Any], query: Query, limit: f
     return np.asarray(np.where(features(sae, x) > 0, by_feature, 0)[kept].sum(axis=0))
 
 
-def read_gradients(gauge: Gauge, probes: ProbeSet, bare: Context) -> torch.Tensor:
-    (reading,) = gauge.read(probes, bare, {}, with_gradients=True)
+def read_gradients(runner: ProbeRunner, probes: ProbeSet, zero_shot: Context) -> torch.Tensor:
+    (reading,) = runner.read(probes, zero_shot, {}, with_gradients=True)
     assert reading.gradients is not None
     return reading.gradients
 
@@ -583,15 +583,15 @@ def expected_gradients(architecture: str, kind: str) -> tuple[Array, Array]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_those_of_whole_forwards(architecture: str, kind: str) -> None:
     for probes, wanted in zip(probe_sets(), expected_gradients(architecture, kind), strict=True):
-        with gauge_of(tiny_model(architecture), made_sae(kind), config_of(architecture)) as (gauge, bare):
-            assert_close(read_gradients(gauge, probes, bare), wanted, rtol=2e-4)
+        with gauge_of(tiny_model(architecture), made_sae(kind), config_of(architecture)) as (runner, zero_shot):
+            assert_close(read_gradients(runner, probes, zero_shot), wanted, rtol=2e-4)
 
 
 def test_gradients_are_finite_differences() -> None:
     """GPT-2, whose norms are in the model's own dtype, so that steps may be small."""
     model, sae, (_, domain) = tiny_model("gpt2").double(), rotated_sae(), probe_sets()
-    with gauge_of(tiny_model("gpt2"), sae, replace(CONFIG, max_norm_multiple=1e9)) as (gauge, bare):
-        found = read_gradients(gauge, domain, bare)
+    with gauge_of(tiny_model("gpt2"), sae, replace(CONFIG, max_norm_multiple=1e9)) as (runner, zero_shot):
+        found = read_gradients(runner, domain, zero_shot)
     decoder = sae.W_dec.detach().double()
 
     def nll(query: Query, step: float, feature: int) -> float:
@@ -614,8 +614,8 @@ def test_gradients_are_finite_differences() -> None:
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
 def test_streamed_gradients_are_those_of_one_batch(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(config: ProbeConfig) -> torch.Tensor:
-        with gauge_of(tiny_model(), rotated_sae(), config) as (gauge, bare):
-            return read_gradients(gauge, probe_sets()[1], bare)
+        with gauge_of(tiny_model(), rotated_sae(), config) as (runner, zero_shot):
+            return read_gradients(runner, probe_sets()[1], zero_shot)
 
     whole = read(CONFIG)
     encode_at_once(monkeypatch, 7)
@@ -658,7 +658,7 @@ def test_where_no_gradient_can_be_had_the_forecast_does_without(make: Any, sae: 
         assert math.isfinite(other.gradient_change.value)
         assert record.sts_cross.value == pytest.approx(other.sts_cross.value, rel=1e-4)
         assert record.nll_change.value == pytest.approx(other.nll_change.value, rel=1e-3)
-    assert [math.isnan(x) for x in (found.unexplained, found.train.unseen)] == [sae is transcoder] * 2
+    assert [math.isnan(x) for x in (found.fvu, found.train.sae_error_share)] == [sae is transcoder] * 2
 
 
 # Calibration
@@ -670,29 +670,29 @@ def test_reference_and_fit_are_those_of_numpy(kind: str, monkeypatch: pytest.Mon
     model, sae, config = tiny_model(), made_sae(kind), replace(CONFIG, max_norm_multiple=1.16)
     x = calibration_sample(tiny_model(), probe_sets())
     norms = np.linalg.norm(x, axis=1)
-    ordinary = norms < config.max_norm_multiple * lower_median(norms)
-    acts = features(sae, x[ordinary])
-    fvu = (left(sae, x[ordinary]) ** 2).sum() / ((x[ordinary] - x[ordinary].mean(0)) ** 2).sum()
+    not_outlier = norms < config.max_norm_multiple * lower_median(norms)
+    acts = features(sae, x[not_outlier])
+    fvu = (left(sae, x[not_outlier]) ** 2).sum() / ((x[not_outlier] - x[not_outlier].mean(0)) ** 2).sum()
     with undisturbed(model):
-        gauge = Gauge(model, [made_encoder(sae)], config)
-        (fit,) = gauge.calibrate(probe_sets(), gauge.context(BOS, with_answers=True))
-    assert 50 < ordinary.sum() < len(x)
-    assert gauge.lenses[0].reference.median_norm == pytest.approx(lower_median(norms), rel=1e-5)
-    assert gauge.lenses[0].reference.mean_norm == pytest.approx(norms[ordinary].mean(), rel=1e-5)
-    assert gauge.lenses[0].point.layer == LAYER
-    assert fit.n_tokens == ordinary.sum()
-    assert fit.unexplained == pytest.approx(fvu, rel=1e-4, abs=1e-9)
+        runner = ProbeRunner(model, [made_encoder(sae)], config)
+        (fit,) = runner.calibrate(probe_sets(), runner.context(BOS, with_answers=True))
+    assert 50 < not_outlier.sum() < len(x)
+    assert runner.sae_readers[0].reference.median_norm == pytest.approx(lower_median(norms), rel=1e-5)
+    assert runner.sae_readers[0].reference.mean_norm == pytest.approx(norms[not_outlier].mean(), rel=1e-5)
+    assert runner.sae_readers[0].point.layer == LAYER
+    assert fit.n_tokens == not_outlier.sum()
+    assert fit.fvu == pytest.approx(fvu, rel=1e-4, abs=1e-9)
     assert (fvu > 0.001) == (kind == "topk")
     assert fit.l0 == pytest.approx((acts > 0).sum(1).mean(), rel=1e-6)
-    assert fit.silent == (acts == 0).all(axis=0).mean() > 0
+    assert fit.dead_fraction == (acts == 0).all(axis=0).mean() > 0
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.2.hook_resid_post", "model.layers.2.output"])
 def test_fit_by_layer_is_that_of_numpy(hook_name: str) -> None:
     model, sae, (train, _) = tiny_model(), rotated_sae(hook_name, kind="topk"), probe_sets()
     config = replace(CONFIG, max_norm_multiple=1.16)
-    with gauge_of(tiny_model(), sae, config) as (gauge, bare):
-        found = gauge.fit_by_layer(train, bare, gauge.lenses[0])
+    with gauge_of(tiny_model(), sae, config) as (runner, zero_shot):
+        found = runner.fit_by_layer(train, zero_shot, runner.sae_readers[0])
     seen: dict[int, list[Array]] = {layer: [] for layer in range(4)}
     for layer, module in enumerate(model.model.layers):
         module.register_forward_hook(
@@ -715,8 +715,8 @@ def test_layers_without_the_site_are_left_out_of_the_fit_by_layer() -> None:
     model.model.layers[1].mlp = nn.Identity()  # as where architectures mix kinds of layers
     sae = rotated_sae("blocks.2.mlp.hook_post", d_in=48)
     with undisturbed(model):
-        gauge = Gauge(model, [made_encoder(sae)], CONFIG)
-        found = gauge.fit_by_layer(probe_sets()[0], gauge.context(BOS, with_answers=False), gauge.lenses[0])
+        runner = ProbeRunner(model, [made_encoder(sae)], CONFIG)
+        found = runner.fit_by_layer(probe_sets()[0], runner.context(BOS, with_answers=False), runner.sae_readers[0])
     assert set(found) == {0, 2, 3}
 
 
@@ -727,8 +727,8 @@ def test_sae_trained_on_scaled_activations_is_scaled_once_and_for_all(tmp_path: 
         return sae
 
     model = tiny_model()
-    with gauge_of(model, scaled_sae()) as (gauge, _):
-        scale = math.sqrt(32) / gauge.lenses[0].reference.mean_norm
+    with gauge_of(model, scaled_sae()) as (runner, _):
+        scale = math.sqrt(32) / runner.sae_readers[0].reference.mean_norm
     by_hand = rotated_sae(kind="jumprelu", threshold=0.5)
     by_hand.W_enc.data *= scale
     by_hand.W_dec.data /= scale
@@ -737,8 +737,8 @@ def test_sae_trained_on_scaled_activations_is_scaled_once_and_for_all(tmp_path: 
     monitor.examine(PolicyConfig())
     first, again = monitor.forecast(), monitor.forecast()
     assert timeless(first) == timeless(again)
-    assert monitor.baseline is not None
-    monitor.baseline.save(tmp_path / "baseline")
+    assert monitor.step_zero is not None
+    monitor.step_zero.save(tmp_path / "baseline")
     resumed = made_monitor(tiny_model(), scaled_sae())
     for one in (resumed, monitor):
         one.restore(tmp_path / "baseline", first)
@@ -757,18 +757,18 @@ def negated(sae: SAE[Any]) -> SAE[Any]:
     return sae
 
 
-def silent(sae: SAE[Any]) -> SAE[Any]:
+def dead_fraction(sae: SAE[Any]) -> SAE[Any]:
     sae.b_enc.data.sub_(1e9)
     return sae
 
 
-@pytest.mark.parametrize("spoilt", [negated, silent])
+@pytest.mark.parametrize("spoilt", [negated, dead_fraction])
 def test_sae_that_leaves_most_of_the_variance_is_refused(spoilt: Any) -> None:
     monitor = made_monitor(tiny_model(), spoilt(rotated_sae()))
     with pytest.raises(CannotTell, match=r"explained variance: none: .* take an SAE that was trained on this model"):
         monitor.forecast()
-    assert monitor.baseline is None
-    assert monitor.fits[0].unexplained >= 1
+    assert monitor.step_zero is None
+    assert monitor.fits[0].fvu >= 1
 
 
 @pytest.mark.parametrize("n_features", [33, 64, 100])
@@ -804,7 +804,7 @@ def test_examination_says_what_the_doctor_finds_and_changes_nothing() -> None:
     assert list(checks) == EXAMINED
     assert checks["explained variance"].status == checks["layer"].status == checks["noise floor"].status == "pass"
     assert all(m.training for m in model.modules())
-    assert monitor.baseline is None
+    assert monitor.step_zero is None
     untouched = made_monitor(tiny_model(), rotated_sae()).forecast()
     assert timeless(monitor.forecast()) == timeless(untouched)
 
@@ -860,15 +860,15 @@ def test_sinks_dominate_where_they_are_not_masked() -> None:
     assert open_to_all.domains["poems"].sts_act.value > 3 * masked.domains["poems"].sts_act.value
     everything = read_domain(model_with_sinks(), rotated_sae(), replace(CONFIG, max_norm_multiple=1e9))
     content = read_domain(model_with_sinks(), rotated_sae(), replace(CONFIG, max_norm_multiple=3.0))
-    assert everything.energy.sum() > 1000 * content.energy.sum()
-    assert everything.raw_energy.sum() > 1000 * content.raw_energy.sum()
+    assert everything.sq_norm.sum() > 1000 * content.sq_norm.sum()
+    assert everything.raw_sq_norm.sum() > 1000 * content.raw_sq_norm.sum()
 
 
 def test_sinks_have_no_gradient() -> None:
     model, sae, (_, domain) = model_with_sinks(), rotated_sae(), probe_sets()
     limit = 3 * numpy_median_norm(model, probe_sets())
-    with gauge_of(model, sae, replace(CONFIG, max_norm_multiple=3.0)) as (gauge, bare):
-        found = read_gradients(gauge, domain, bare)
+    with gauge_of(model, sae, replace(CONFIG, max_norm_multiple=3.0)) as (runner, zero_shot):
+        found = read_gradients(runner, domain, zero_shot)
     assert_close(found, np.stack([gradient_alone(model_with_sinks(), sae, q, limit) for q in domain.queries]))
 
 
@@ -879,23 +879,23 @@ def test_token_that_is_a_sink_in_one_context_only_is_masked_in_all() -> None:
     def enlarge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """The first token after BOS, unless a context stands before it."""
         first = torch.zeros(output.shape[:2], dtype=torch.bool)
-        first[:, 0] = bare[0]
+        first[:, 0] = zero_shot[0]
         return torch.where(first[..., None], output * 100, output)
 
-    bare = [False]
+    zero_shot = [False]
     model.model.layers[LAYER].register_forward_hook(enlarge)
     with undisturbed(model):
-        gauge = Gauge(model, [made_encoder(rotated_sae())], replace(CONFIG, max_norm_multiple=3.0))
-        bare_context = gauge.context(BOS, with_answers=True)
-        gauge.calibrate((train, domain), bare_context)
-        run = gauge._batch
+        runner = ProbeRunner(model, [made_encoder(rotated_sae())], replace(CONFIG, max_norm_multiple=3.0))
+        bare_context = runner.context(BOS, with_answers=True)
+        runner.calibrate((train, domain), bare_context)
+        run = runner._batch
 
         def run_and_know(queries: Any, context: Context) -> Any:
-            bare[0] = context.prefix.token_ids == BOS
+            zero_shot[0] = context.prefix.token_ids == BOS
             return run(queries, context)
 
-        gauge._batch = run_and_know  # type: ignore[method-assign]
-        (found,) = gauge.read(domain, bare_context, contexts(gauge))
+        runner._batch = run_and_know  # type: ignore[method-assign]
+        (found,) = runner.read(domain, bare_context, contexts(runner))
     assert found.n_masked == 7
     assert found.n_tokens.tolist() == [len(q.query) - 1 for q in domain.queries]
 
@@ -956,8 +956,8 @@ def test_drift_of_unchanged_weights_is_exactly_zero(architecture: str, kind: str
     forecast = monitor.forecast()
     assert forecast.train.n_masked > 0
     assert_still(monitor.check(0))
-    assert monitor.baseline is not None
-    monitor.baseline.save(tmp_path / "baseline.safetensors")
+    assert monitor.step_zero is not None
+    monitor.step_zero.save(tmp_path / "baseline.safetensors")
     resumed = made_monitor(tiny_model(architecture).to(dtype), made_sae(kind), config_of(architecture))
     resumed.restore(tmp_path / "baseline.safetensors", Forecast.from_json(forecast.to_json()))
     assert_still(resumed.check(5))
@@ -975,10 +975,10 @@ def test_drift_sums_are_those_of_numpy(architecture: str, kind: str) -> None:
 
     _, domain = probe_sets()
     model, sae, config = tiny_model(architecture), made_sae(kind), replace(CONFIG, max_norm_multiple=3.0)
-    with gauge_of(model, sae, config) as (gauge, bare):
-        (before,) = gauge.read(domain, bare, {})
+    with gauge_of(model, sae, config) as (runner, zero_shot):
+        (before,) = runner.read(domain, zero_shot, {})
         model.load_state_dict(trained().state_dict())
-        (found,) = gauge.read_drift(domain, gauge.context(BOS, with_answers=True), [before])
+        (found,) = runner.read_drift(domain, runner.context(BOS, with_answers=True), [before])
     then, now = ([run_alone(m, BOS, q) for q in domain.queries] for m in (tiny_model(architecture), trained()))
     kept = [np.array(q.query) != COMMA for q in domain.queries]
     x_then, x_now = ([one.x[k] for one, k in zip(alone, kept, strict=True)] for alone in (then, now))
@@ -994,20 +994,20 @@ def test_drift_sums_are_those_of_numpy(architecture: str, kind: str) -> None:
     projection = sketch(torch.eye(32)).double().numpy()
     pairs = list(zip(x_now, x_then, strict=True))
     raw = [(((a - b) @ projection) ** 2).sum() for a, b in pairs]
-    unseen = [(((left(sae, a) - left(sae, b)) @ projection) ** 2).sum() for a, b in pairs]
+    sae_error = [(((left(sae, a) - left(sae, b)) @ projection) ** 2).sum() for a, b in pairs]
     assert_close(found.shift.raw, raw)
-    assert_close(found.shift.unseen, unseen, scale=max(raw))
+    assert_close(found.shift.sae_error, sae_error, scale=max(raw))
     assert float(found.shift.raw.sum()) == pytest.approx(wanted.raw.sum(), rel=0.3)
-    assert float(found.shift.unseen.sum()) == pytest.approx(wanted.unseen.sum(), rel=0.3, abs=1e-4 * wanted.raw.sum())
+    assert float(found.shift.sae_error.sum()) == pytest.approx(wanted.sae_error.sum(), rel=0.3, abs=1e-4 * wanted.raw.sum())
 
 
-def read_moved(config: ProbeConfig, **options: Any) -> DriftReading:
+def read_moved(config: ProbeConfig, **options: Any) -> DriftStats:
     _, domain = probe_sets()
     model = tiny_model()
-    with gauge_of(model, made_sae("topk"), config) as (gauge, bare):
-        (before,) = gauge.read(domain, bare, {})
+    with gauge_of(model, made_sae("topk"), config) as (runner, zero_shot):
+        (before,) = runner.read(domain, zero_shot, {})
         perturbed(model)
-        return gauge.read_drift(domain, gauge.context(BOS, with_answers=True), [before], **options)[0]
+        return runner.read_drift(domain, runner.context(BOS, with_answers=True), [before], **options)[0]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
@@ -1029,11 +1029,11 @@ def test_streamed_drift_is_that_of_one_batch(batch_tokens: int, monkeypatch: pyt
 def test_a_baseline_is_as_good_a_step_zero_as_the_reading() -> None:
     _, domain = probe_sets()
     model = tiny_model()
-    with gauge_of(model, rotated_sae()) as (gauge, bare):
-        (before,) = gauge.read(domain, bare, contexts(gauge))
+    with gauge_of(model, rotated_sae()) as (runner, zero_shot):
+        (before,) = runner.read(domain, zero_shot, contexts(runner))
         perturbed(model)
-        now = gauge.context(BOS, with_answers=True)
-        one, other = (gauge.read_drift(domain, now, [step_zero])[0] for step_zero in (before, set_baseline(before)))
+        now = runner.context(BOS, with_answers=True)
+        one, other = (runner.read_drift(domain, now, [step_zero])[0] for step_zero in (before, step_zero_stats(before)))
     assert all(torch.equal(getattr(one.shift, f.name), getattr(other.shift, f.name)) for f in fields(one.shift))
     assert float(one.shift.features.sum()) > 0
 
@@ -1042,16 +1042,17 @@ def test_a_baseline_is_as_good_a_step_zero_as_the_reading() -> None:
 def test_another_batch_layout_moves_next_to_nothing(dtype: torch.dtype, most: float) -> None:
     _, domain = probe_sets()
     layouts: dict[int, list[int]] = {150: [], 10_000: []}
-    with gauge_of(tiny_model().to(dtype), rotated_sae()) as (gauge, bare):
-        (before,) = gauge.read(domain, bare, {})
+    with gauge_of(tiny_model().to(dtype), rotated_sae()) as (runner, zero_shot):
+        (before,) = runner.read(domain, zero_shot, {})
         same, other = (
-            gauge.read_drift(domain, bare, [before], sizes.append, batch_tokens=tokens)[0] for tokens, sizes in layouts.items()
+            runner.read_drift(domain, zero_shot, [before], sizes.append, batch_tokens=tokens)[0]
+            for tokens, sizes in layouts.items()
         )
     assert max(layouts[10_000]) > max(layouts[150]) > 1
     assert sum(layouts[10_000]) == sum(layouts[150]) == 7
-    assert float(same.shift.features.sum()) == float(same.shift.raw.sum()) == float(same.shift.unseen.sum()) == 0
-    assert float(other.shift.features.sum()) < most * float(before.energy.sum())
-    assert float(other.shift.raw.sum()) < most * float(before.raw_energy.sum())
+    assert float(same.shift.features.sum()) == float(same.shift.raw.sum()) == float(same.shift.sae_error.sum()) == 0
+    assert float(other.shift.features.sum()) < most * float(before.sq_norm.sum())
+    assert float(other.shift.raw.sum()) < most * float(before.raw_sq_norm.sum())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -1083,12 +1084,14 @@ def test_drift_record_is_that_of_numpy(architecture: str) -> None:
         assert record.raw_drift == pytest.approx(raw, rel=0.3)  # from sketches
         assert record.share_on_forecast == pytest.approx(mean[list(forecast.features)].sum() / mean.sum(), rel=1e-4)
         assert record.nll_change.value == pytest.approx(change, rel=1e-3, abs=1e-5)
-        assert record.unseen < 1e-4
+        assert record.sae_error_share < 1e-4
         assert [j for j, _ in record.top_features] == np.argsort(-mean)[:10].tolist()
         assert_close([share for _, share in record.top_features], np.sort(mean)[::-1][:10] / mean.sum())
     j = sorted(realised)
     step_zero = numpy_sums(plain, sae, domain, in_front(), limit=1e9)
-    own, taught, prose = (step_zero.shifts[name].features.sum(0) / step_zero.n_tokens.sum() for name in (OWN, TAUGHT, NEUTRAL))
+    own, taught, prose = (
+        step_zero.shifts[name].features.sum(0) / step_zero.n_tokens.sum() for name in (DOMAIN_ICL, TRAIN_ICL, FILLER)
+    )
     record = found.domains["poems"]
     assert record.sts_act == pytest.approx((step_zero.activity.sum(0) / step_zero.n_tokens.sum())[j].sum(), rel=1e-4)
     assert record.sts_icl == pytest.approx(own[j].sum(), rel=1e-4)
@@ -1147,7 +1150,7 @@ def drift_numbers(record: DomainDrift) -> tuple[float, ...]:
     return (
         *vars(record.relative_drift).values(),
         record.raw_drift,
-        record.unseen,
+        record.sae_error_share,
         record.sts_act,
         record.sts_icl,
         record.sts_rel,
@@ -1170,7 +1173,7 @@ def test_records_agree_with_one_another(architecture: str, tmp_path: Path) -> No
     assert forecast.domains["poems"].sts_cross.own == forecast.train.sts_cross.value
     assert forecast.domains["poems"].rank == (1, 1)
     assert forecast.identity == monitor.identity
-    assert forecast.unexplained == monitor.fits[0].unexplained
+    assert forecast.fvu == monitor.fits[0].fvu
     still = monitor.check(0)
     assert still.domains["poems"].nll == forecast.domains["poems"].nll.value
     assert still.train.n_tokens == forecast.train.n_tokens
@@ -1188,8 +1191,8 @@ def test_records_agree_with_one_another(architecture: str, tmp_path: Path) -> No
         assert all(map(math.isfinite, drift_numbers(record)))
         assert 0 < record.p_worse <= 1
         assert record.n_queries == 7
-    assert monitor.baseline is not None
-    monitor.baseline.save(tmp_path / "baseline")
+    assert monitor.step_zero is not None
+    monitor.step_zero.save(tmp_path / "baseline")
     resumed = made_monitor(model, rotated_sae(), config_of(architecture))
     resumed.restore(tmp_path / "baseline", forecast)
     assert timeless(resumed.check(2)) == timeless(moved)
@@ -1225,8 +1228,8 @@ def test_measuring_twice_gives_the_same_and_leaves_no_trace() -> None:
 def test_baseline_of_another_measurement_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     monitor = made_monitor(tiny_model(), rotated_sae())
     forecast = monitor.forecast()
-    assert monitor.baseline is not None
-    monitor.baseline.save(tmp_path / "baseline")
+    assert monitor.step_zero is not None
+    monitor.step_zero.save(tmp_path / "baseline")
     different = made_monitor(**{"model": tiny_model(), "sae": rotated_sae(), **other})
     with pytest.raises(
         CannotTell, match="baseline: baseline was made with another model, SAE or probes; drift can be measured only"

@@ -14,11 +14,11 @@ from logs import whole_run, written
 from samples import GO, IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import ConfigError
-from sts_callback.logged import JudgedCheck
-from sts_callback.mix import Caps, pilot_effects, plan, require_sources, search
 from sts_callback.records import Estimate
-from sts_callback.remedies import Mix, SourceEffect
-from sts_callback.runlog import RunLog
+from sts_callback.records.remedies import Mix, SourceEffect
+from sts_callback.records.run import JudgedCheck
+from sts_callback.remedies.mixture import MixtureConstraints, pilot_effects, plan, require_sources, search
+from sts_callback.runs.directory import RunDirectory
 
 POLICY = PolicyConfig(budgets={"law": 0.1, "code": 0.1})
 NAN = float("nan")
@@ -34,8 +34,8 @@ def sources(train: SourceEffect | None = None) -> dict[str, SourceEffect]:
     return {"train": train or source(0.32, 0.0), "cases": source(-0.5, 0.1), "scripts": source(0.3, -0.4)}
 
 
-def found(effects: dict[str, SourceEffect], caps: Caps | None = None) -> Mix:
-    return Mix(IDENTITY, "pilot runs", effects, search(effects, POLICY, caps or Caps()), 1.0)
+def found(effects: dict[str, SourceEffect], caps: MixtureConstraints | None = None) -> Mix:
+    return Mix(IDENTITY, "pilot runs", effects, search(effects, POLICY, caps or MixtureConstraints()), 1.0)
 
 
 def test_replay_grows_from_none_and_the_least_that_keeps_every_budget_is_recommended() -> None:
@@ -54,22 +54,22 @@ def test_replay_grows_from_none_and_the_least_that_keeps_every_budget_is_recomme
 
 
 def test_the_domain_that_is_worse_off_gets_the_replay() -> None:
-    points = search(sources(source(0.3, 0.6)), POLICY, Caps())
+    points = search(sources(source(0.3, 0.6)), POLICY, MixtureConstraints())
     assert points[-1].weights["scripts"] > points[-1].weights["cases"] > 0
     both = [point.domains[name].nll_change.value for point in points[-1:] for name in ("law", "code")]
     assert both[0] == pytest.approx(both[1])  # neither could be helped further but at the other's cost
 
 
 def test_shares_are_capped() -> None:
-    points = search(sources(), POLICY, Caps(max_share={"cases": 0.1, "scripts": 0.05}))
+    points = search(sources(), POLICY, MixtureConstraints(max_share={"cases": 0.1, "scripts": 0.05}))
     assert [point.weights["train"] for point in points] == pytest.approx([1, 0.95, 0.9, 0.85])
     assert all(point.weights["cases"] <= 0.1 and point.weights["scripts"] <= 0.05 for point in points)
-    assert len(search(sources(), POLICY, Caps(max_replay=0.2))) == 5
+    assert len(search(sources(), POLICY, MixtureConstraints(max_replay=0.2))) == 5
 
 
 def test_intervals_add_up_to_the_widest_that_they_can() -> None:
     made = sources(source(estimate(0.3, 0.2, 0.5), 0.0)) | {"cases": source(estimate(-0.5, -0.9, -0.3), 0.1)}
-    point = search(made, POLICY, Caps())[4]
+    point = search(made, POLICY, MixtureConstraints())[4]
     assert point.weights == pytest.approx({"train": 0.8, "cases": 0.2, "scripts": 0})
     found = point.domains["law"].nll_change
     assert (found.value, found.low, found.high) == pytest.approx((0.14, 0.16 - 0.18, 0.4 - 0.06))
@@ -77,31 +77,31 @@ def test_intervals_add_up_to_the_widest_that_they_can() -> None:
 
 
 def test_where_no_domain_can_be_read_there_is_nothing_to_search() -> None:
-    points = search({"train": source(NAN, NAN), "cases": source(0.0, 0.0)}, POLICY, Caps())
+    points = search({"train": source(NAN, NAN), "cases": source(0.0, 0.0)}, POLICY, MixtureConstraints())
     assert len(points) == 1 and points[0].finding == "cannot tell"
 
 
 @pytest.mark.parametrize(
     "train",
-    [source(0.0, 0.0, doubts={"law": "sinks"}), source(0.0, 0.0, unseen={"law": 0.9}), source(NAN, 0.0)],
+    [source(0.0, 0.0, doubts={"law": "sinks"}), source(0.0, 0.0, sae_error_share={"law": 0.9}), source(NAN, 0.0)],
     ids=["sinks", "not covered", "no head"],
 )
 def test_what_cannot_be_told_is_not_called_kept(train: SourceEffect) -> None:
-    point = search({"train": train, "cases": source(0.0, 0.0)}, POLICY, Caps())[0]
+    point = search({"train": train, "cases": source(0.0, 0.0)}, POLICY, MixtureConstraints())[0]
     assert point.domains["law"].finding == "cannot tell"
     assert point.domains["code"].finding == "within"
     assert point.finding == "cannot tell"
 
 
 def test_a_harm_is_told_whatever_else_cannot_be() -> None:
-    point = search({"train": source(0.3, 0.0, unseen={"law": 0.9})}, POLICY, Caps())[0]
+    point = search({"train": source(0.3, 0.0, sae_error_share={"law": 0.9})}, POLICY, MixtureConstraints())[0]
     assert point.finding == "beyond"
     assert point.worst.name == "law"
 
 
 def test_rows_may_come_only_so_often() -> None:
     few = sources() | {"cases": source(-0.5, 0.1, n_rows=50)}
-    assert max(point.weights["cases"] for point in search(few, POLICY, Caps(max_repeats=2))) == pytest.approx(0.1)
+    assert max(point.weights["cases"] for point in search(few, POLICY, MixtureConstraints(max_repeats=2))) == pytest.approx(0.1)
 
 
 # The plan
@@ -113,7 +113,7 @@ def test_the_plan_is_what_interleave_datasets_takes(tmp_path: Path) -> None:
         files[name] = str(tmp_path / f"{name}.jsonl")
         Path(files[name]).write_text("".join(json.dumps({"from": name, "i": i}) + "\n" for i in range(n)))
     effects = sources(source(0.3, 0.6))
-    mix = found(effects, Caps(rows=500))
+    mix = found(effects, MixtureConstraints(rows=500))
     made = json.loads(plan(mix, mix.points[-1], files, seed=3))
     assert made["rows_by_source"] == {name: n for name, n in mix.points[-1].rows.items() if n}
     assert made["files"] == [files[name] for name in made["rows_by_source"]]
@@ -136,11 +136,11 @@ def test_each_basis_says_what_is_measured_and_what_is_not() -> None:
 
 def pilot(folder: Path, law: float, *, step: int = 20, **changes: Any) -> Path:
     """A run on one source with one check."""
-    drift = [domain_drift("law", nll_change=estimate(law, law - 0.01, law + 0.01), unseen=0.4), domain_drift("code")]
+    drift = [domain_drift("law", nll_change=estimate(law, law - 0.01, law + 0.01), sae_error_share=0.4), domain_drift("code")]
     made = whole_run(
         forecast=forecast(domain_forecast("law"), **changes), checks=(JudgedCheck(snapshot(step, *drift), GO, None),)
     )
-    written(RunLog(folder / "sts"), made)
+    written(RunDirectory(folder / "sts"), made)
     return folder
 
 
@@ -196,4 +196,4 @@ def test_what_leaves_nothing_to_search_is_refused(replay: dict[str, str], policy
 )
 def test_caps_that_allow_nothing_are_refused(caps: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        search(sources(), POLICY, Caps(**caps))
+        search(sources(), POLICY, MixtureConstraints(**caps))

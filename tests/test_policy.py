@@ -12,7 +12,7 @@ import torch
 
 from samples import domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback.config import PolicyConfig
-from sts_callback.metrics.resample import p_of_rise
+from sts_callback.metrics.statistics import p_of_rise
 from sts_callback.policy import fewest_queries, holm, judge_drift, judge_forecast
 from sts_callback.records import Decision, Score, Verdict
 
@@ -100,10 +100,15 @@ def test_noise_above_a_tenth_of_what_counts_as_movement_makes_a_forecast_unsure(
     )
 
 
-@pytest.mark.parametrize(("unseen", "decision"), [(0.5, "go"), (0.5 + BARELY, "not covered"), (1.0, "not covered"), (NAN, "go")])
-def test_a_change_that_the_sae_can_not_express_is_no_promise_of_no_harm(unseen: float, decision: Decision) -> None:
-    stays, harmless = judged_forecast(unseen=unseen), judged_forecast(sts_net=1.0, unseen=unseen, **NO_HARM)
-    moved = judged_drift(relative_drift=0.5, unseen=unseen, **NO_HARM)
+@pytest.mark.parametrize(
+    ("sae_error_share", "decision"), [(0.5, "go"), (0.5 + BARELY, "not covered"), (1.0, "not covered"), (NAN, "go")]
+)
+def test_a_change_that_the_sae_can_not_express_is_no_promise_of_no_harm(sae_error_share: float, decision: Decision) -> None:
+    stays, harmless = (
+        judged_forecast(sae_error_share=sae_error_share),
+        judged_forecast(sts_net=1.0, sae_error_share=sae_error_share, **NO_HARM),
+    )
+    moved = judged_drift(relative_drift=0.5, sae_error_share=sae_error_share, **NO_HARM)
     assert [stays.decision, harmless.decision, moved.decision] == [decision] * 3
     for verdict in (stays, harmless, moved):
         assert ("of the change is nothing that the SAE can express" in verdict.reasons["law"]) == (decision == "not covered")
@@ -112,12 +117,12 @@ def test_a_change_that_the_sae_can_not_express_is_no_promise_of_no_harm(unseen: 
 
 @pytest.mark.parametrize(("answer", "decision"), [(HARM, "no-go"), (UNSURE, "cannot tell")])
 def test_harm_and_doubt_stand_whatever_the_sae_can_express(answer: dict[str, Any], decision: Decision) -> None:
-    assert judged_forecast(sts_net=1.0, unseen=1.0, **answer).decision == decision
-    assert judged_drift(relative_drift=0.5, unseen=1.0, **answer).decision == decision
+    assert judged_forecast(sts_net=1.0, sae_error_share=1.0, **answer).decision == decision
+    assert judged_drift(relative_drift=0.5, sae_error_share=1.0, **answer).decision == decision
 
 
 def test_what_has_not_moved_at_all_needs_no_cover() -> None:
-    assert judged_drift(unseen=1.0).decision == "go"
+    assert judged_drift(sae_error_share=1.0).decision == "go"
 
 
 @pytest.mark.parametrize(("raw", "decision"), [(0.0625 - BARELY, "go"), (0.0625, "no-go"), (NAN, "go")])
@@ -265,7 +270,7 @@ def test_the_training_datas_own_drift_supersedes_the_forecast(drift: float, supe
 DRIFTS: dict[Decision, dict[str, Any]] = {
     "no-go": {"n_queries": 32, "relative_drift": 0.5, **HARM, **SURE},
     "cannot tell": {"n_queries": 32, "relative_drift": 0.5, **UNSURE},
-    "not covered": {"n_queries": 32, "relative_drift": 0.5, "unseen": 0.75, **NO_HARM},
+    "not covered": {"n_queries": 32, "relative_drift": 0.5, "sae_error_share": 0.75, **NO_HARM},
     "go": {"n_queries": 32, "relative_drift": 0.01},
 }
 
@@ -352,7 +357,7 @@ def test_the_gravest_of_several_domains_decides(
 
 def test_the_gravest_of_several_forecasts_decides() -> None:
     worse, unsure = domain_forecast("a", sts_net=0.5, **HARM), domain_forecast("b", sts_net=0.5, **UNSURE)
-    blind, stays = domain_forecast("c", unseen=0.75), domain_forecast("d")
+    blind, stays = domain_forecast("c", sae_error_share=0.75), domain_forecast("d")
     for domains, expected in (
         ((worse, blind, unsure, stays), "no-go"),
         ((unsure, stays, blind), "not covered"),

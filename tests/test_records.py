@@ -10,39 +10,40 @@ from typing import Any
 import pytest
 
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
-from sts_callback import records, remedies
-from sts_callback.records import (
+from sts_callback import records
+from sts_callback.records import remedies
+from sts_callback.records.record import (
     SCHEMA_VERSION,
     Check,
     DomainDrift,
     DomainForecast,
     Estimate,
-    FeatureInWords,
     Forecast,
     Identity,
     Record,
     Score,
     Snippet,
+    TopActivatingExamples,
     Verdict,
 )
-from sts_callback.remedies import (
-    Blame,
-    BlamedRow,
-    Dial,
-    DialedDomain,
-    DialPoint,
-    DomainBlame,
+from sts_callback.records.remedies import (
+    AdapterScales,
+    AttributedRow,
+    Attribution,
+    DomainAttribution,
     Mix,
     MixedDomain,
     MixPoint,
+    ScaledDomain,
+    ScalePoint,
     SourceEffect,
 )
 
 SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
-BLAMED = BlamedRow(17, 0.5, 7, SNIPPET)
-BLAMED_DOMAIN = DomainBlame("law", 0.75, -0.125, 0.375, 2, (BLAMED,))
-DIALED = DialedDomain("law", 32, estimate(0.25, 0.125, 0.375), estimate(0.5, 0.25, 0.75), 0.1, "beyond")
-DIAL_POINT = DialPoint(0.5, "beyond", {"law": DIALED})
+BLAMED = AttributedRow(17, 0.5, 7, SNIPPET)
+BLAMED_DOMAIN = DomainAttribution("law", 0.75, -0.125, 0.375, 2, (BLAMED,))
+DIALED = ScaledDomain("law", 32, estimate(0.25, 0.125, 0.375), estimate(0.5, 0.25, 0.75), 0.1, "beyond")
+DIAL_POINT = ScalePoint(0.5, "beyond", {"law": DIALED})
 MIXED = MixedDomain("law", estimate(0.25, 0.125, 0.375), 0.1, "beyond")
 MIX_POINT = MixPoint({"train": 0.75, "cases": 0.25}, {"train": 300, "cases": 100}, "beyond", {"law": MIXED})
 EFFECT = SourceEffect(400, {"law": estimate(0.25, 0.125, 0.375)}, {"law": 0.5}, {"code": "too many sinks"})
@@ -52,18 +53,18 @@ ALL: list[Record] = [
     estimate(0.5, 0.25, 0.75),
     score(0.5, 0.25, 0.75, random=0.125, own=0.875),
     SNIPPET,
-    FeatureInWords(7, 0.5, "https://neuronpedia.org/x", {"train": (SNIPPET, SNIPPET), "law": ()}),
+    TopActivatingExamples(7, 0.5, "https://neuronpedia.org/x", {"train": (SNIPPET, SNIPPET), "law": ()}),
     domain_forecast(),
     forecast(domain_forecast("law"), domain_forecast("code", sts_rel=0.75), train_source="own rollouts"),
     domain_drift(),
-    snapshot(40, domain_drift("law"), domain_drift("code", top_features=()), text_drift=estimate(0.5, -0.25, 0.75)),
+    snapshot(40, domain_drift("law"), domain_drift("code", top_features=()), output_drift=estimate(0.5, -0.25, 0.75)),
     Verdict("no-go", ("law", "code"), {"law": "has moved ± 0.1.", "code": "« déjà »\nline 2"}, 40, True),
     BLAMED,
     BLAMED_DOMAIN,
-    Blame(IDENTITY, 5000, 2000, 3, {"law": BLAMED_DOMAIN}, (17, 4711), 1.5),
+    Attribution(IDENTITY, 5000, 2000, 3, {"law": BLAMED_DOMAIN}, (17, 4711), 1.5),
     DIALED,
     DIAL_POINT,
-    Dial(IDENTITY, (DIAL_POINT,), 1.5),
+    AdapterScales(IDENTITY, (DIAL_POINT,), 1.5),
     MIXED,
     MIX_POINT,
     EFFECT,
@@ -103,8 +104,8 @@ def test_written_is_one_line_of_strict_json_with_its_version(record: Record) -> 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_could_not_be_had_is_null_and_comes_back_as_nan(number: float) -> None:
-    law = domain_forecast("law", nll=estimate(2.5, number, 3.0), above_next=number)
-    record = forecast(law, unexplained=number, train=domain_forecast("train", sts_rel=number))
+    law = domain_forecast("law", nll=estimate(2.5, number, 3.0), p_above_next=number)
+    record = forecast(law, fvu=number, train=domain_forecast("train", sts_rel=number))
     content = _strict(record.to_json())
     written = content["domains"]["law"]
     assert (
@@ -112,7 +113,7 @@ def test_a_number_that_could_not_be_had_is_null_and_comes_back_as_nan(number: fl
     )
     back = Forecast.from_json(record.to_json())
     found = back.domains["law"]
-    assert all(math.isnan(x) for x in (back.unexplained, back.train.sts_rel.value, found.nll.low, found.above_next))
+    assert all(math.isnan(x) for x in (back.fvu, back.train.sts_rel.value, found.nll.low, found.p_above_next))
     assert (found.nll.value, found.nll.high, found.sts_net.value) == (2.5, 3.0, 0.125)
 
 
@@ -191,30 +192,30 @@ def test_records_are_frozen() -> None:
 )
 def test_a_score_stands_between_its_anchors_or_beyond_them(value: float, place: float) -> None:
     found = score(value, random=0.25, own=0.75)
-    assert found.place(found.value) == place
+    assert found.normalise(found.value) == place
 
 
 @pytest.mark.parametrize(("random", "own"), [(0.5, 0.5), (0.5, 0.25), (float("nan"), 0.5), (0.5, float("nan"))])
 def test_a_score_has_no_place_where_the_training_data_is_no_better_than_random(random: float, own: float) -> None:
-    assert math.isnan(score(0.5, random=random, own=own).place(0.5))
+    assert math.isnan(score(0.5, random=random, own=own).normalise(0.5))
 
 
-def harm_places(**changes: tuple[float, float]) -> dict[str, int]:
+def harm_rank(**changes: tuple[float, float]) -> dict[str, int]:
     domains = (domain_forecast(n, nll_change=nll, gradient_change=gradient) for n, (nll, gradient) in changes.items())
-    return dict(forecast(*domains).harm_places)
+    return dict(forecast(*domains).harm_rank)
 
 
 def test_who_fares_worst_is_told_by_both_orders_together() -> None:
-    assert harm_places(law=(0.1, -0.3), code=(0.5, -0.1), web=(-0.5, -0.2)) == {"code": 1, "law": 2, "web": 2}
-    assert harm_places(law=(0.1, 0.2), code=(0.2, 0.1)) == {"law": 1, "code": 1}  # they contradict one another
-    assert harm_places(a=(0.4, 0.1), b=(0.3, 0.2), c=(0.2, 0.4), d=(0.1, 0.3)) == {"a": 2, "b": 2, "c": 1, "d": 4}
+    assert harm_rank(law=(0.1, -0.3), code=(0.5, -0.1), web=(-0.5, -0.2)) == {"code": 1, "law": 2, "web": 2}
+    assert harm_rank(law=(0.1, 0.2), code=(0.2, 0.1)) == {"law": 1, "code": 1}  # they contradict one another
+    assert harm_rank(a=(0.4, 0.1), b=(0.3, 0.2), c=(0.2, 0.4), d=(0.1, 0.3)) == {"a": 2, "b": 2, "c": 1, "d": 4}
 
 
 def test_who_fares_worst_is_told_by_one_order_or_not_at_all_where_the_other_is_unknown() -> None:
     unknown = float("nan")
-    assert harm_places(law=(0.1, 0.3), code=(0.5, unknown)) == {"code": 1, "law": 2}
-    assert harm_places(law=(unknown, 0.3), code=(0.5, 0.1)) == {"law": 1, "code": 2}
-    assert harm_places(law=(unknown, unknown), code=(unknown, unknown)) == {}
+    assert harm_rank(law=(0.1, 0.3), code=(0.5, unknown)) == {"code": 1, "law": 2}
+    assert harm_rank(law=(unknown, 0.3), code=(0.5, 0.1)) == {"law": 1, "code": 2}
+    assert harm_rank(law=(unknown, unknown), code=(unknown, unknown)) == {}
 
 
 def test_an_explanation_names_the_threatened_domains_or_else_all() -> None:

@@ -16,7 +16,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError, DataError
-from sts_callback.rollouts import Rollouts, require_enough, require_possible, samples
+from sts_callback.training.rollouts import Rollouts, require_enough, require_possible, samples
 from tiny import tiny_model
 
 PROMPTS, COMPLETIONS = ["b", "b", "a", "a"], ["one", "two", "three", "four"]

@@ -10,46 +10,46 @@ import pytest
 from logs import EMPTY, SETTINGS, whole_run, written
 from samples import GO, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.errors import CannotTell
-from sts_callback.logged import RunSettings, TimeSpent
-from sts_callback.records import FeatureInWords, Snippet
-from sts_callback.runlog import RunLog
+from sts_callback.records import Snippet, TopActivatingExamples
+from sts_callback.records.run import RunSettings, TimeSpent
+from sts_callback.runs.directory import RunDirectory
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> RunLog:
-    log = RunLog(tmp_path / "run" / "sts")
+def log(tmp_path: Path) -> RunDirectory:
+    log = RunDirectory(tmp_path / "run" / "sts")
     log.start_anew()
     return log
 
 
-def _steps(log: RunLog, before: int = 10**9) -> list[int]:
+def _steps(log: RunDirectory, before: int = 10**9) -> list[int]:
     return [check.step for check in log.checks_before(before)]
 
 
 def test_nothing_is_written_until_it_is_started(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "run" / "sts")
+    log = RunDirectory(tmp_path / "run" / "sts")
     assert list(tmp_path.iterdir()) == []
     assert log.checks_before(100) == []
     log.start_anew()
     assert list(log.folder.iterdir()) == []
 
 
-def test_an_earlier_run_is_moved_aside_and_kept(log: RunLog) -> None:
+def test_an_earlier_run_is_moved_aside_and_kept(log: RunDirectory) -> None:
     for number in (1, 2):
         log.append_check(snapshot(number, domain_drift()), GO)
         log.start_anew()
         assert log.checks_before(100) == []
     assert sorted(p.name for p in log.folder.parent.iterdir()) == ["sts", "sts.1", "sts.2"]
-    assert _steps(RunLog(log.folder.with_name("sts.1"))) == [1]
-    assert _steps(RunLog(log.folder.with_name("sts.2"))) == [2]
+    assert _steps(RunDirectory(log.folder.with_name("sts.1"))) == [1]
+    assert _steps(RunDirectory(log.folder.with_name("sts.2"))) == [2]
 
 
-def test_an_empty_folder_is_used_as_it_is(log: RunLog) -> None:
+def test_an_empty_folder_is_used_as_it_is(log: RunDirectory) -> None:
     log.start_anew()
     assert [p.name for p in log.folder.parent.iterdir()] == ["sts"]
 
 
-def test_forecast_comes_back_with_nothing_half_written(log: RunLog) -> None:
+def test_forecast_comes_back_with_nothing_half_written(log: RunDirectory) -> None:
     record = forecast(domain_forecast("law"))
     log.write_forecast(record, GO)
     assert log.read_forecast() == record
@@ -58,7 +58,7 @@ def test_forecast_comes_back_with_nothing_half_written(log: RunLog) -> None:
     assert content["verdict"]["decision"] == "go"
 
 
-def test_a_forecast_is_replaced_whole_or_not_at_all(log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forecast_is_replaced_whole_or_not_at_all(log: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     first = forecast(domain_forecast("law"))
     log.write_forecast(first, GO)
 
@@ -72,7 +72,7 @@ def test_a_forecast_is_replaced_whole_or_not_at_all(log: RunLog, monkeypatch: py
     assert log.read_forecast() == first
 
 
-def test_missing_forecast_can_not_tell(log: RunLog) -> None:
+def test_missing_forecast_can_not_tell(log: RunDirectory) -> None:
     with pytest.raises(CannotTell, match=r"^forecast: .*forecast\.json cannot be read .*start the run anew"):
         log.read_forecast()
 
@@ -91,7 +91,7 @@ def test_missing_forecast_can_not_tell(log: RunLog) -> None:
     ],
     ids=["empty", "cut", "zeros", "no forecast", "null", "null forecast", "other keys", "other version"],
 )
-def test_damaged_forecast_can_not_tell(log: RunLog, damage: object) -> None:
+def test_damaged_forecast_can_not_tell(log: RunDirectory, damage: object) -> None:
     log.write_forecast(forecast(domain_forecast()), GO)
     file = log.folder / "forecast.json"
     assert log.read_forecast()
@@ -100,9 +100,9 @@ def test_damaged_forecast_can_not_tell(log: RunLog, damage: object) -> None:
         log.read_forecast()
 
 
-def test_checks_come_back_in_order_up_to_a_step(log: RunLog) -> None:
+def test_checks_come_back_in_order_up_to_a_step(log: RunDirectory) -> None:
     known = estimate(0.125, -0.25, 0.5)  # what is unknown, NaN, equals nothing
-    checks = [snapshot(s, domain_drift("law", relative_drift=s / 100), text_drift=known) for s in (10, 20, 30)]
+    checks = [snapshot(s, domain_drift("law", relative_drift=s / 100), output_drift=known) for s in (10, 20, 30)]
     for check in checks:
         log.append_check(check, GO)
     assert log.checks_before(30) == checks
@@ -110,14 +110,14 @@ def test_checks_come_back_in_order_up_to_a_step(log: RunLog) -> None:
     assert log.checks_before(9) == []
 
 
-def test_of_a_stretch_run_twice_the_later_check_counts(log: RunLog) -> None:
+def test_of_a_stretch_run_twice_the_later_check_counts(log: RunDirectory) -> None:
     for step, share in ((10, 0.1), (20, 0.2), (30, 0.3), (20, 0.4), (30, 0.5)):
         log.append_check(snapshot(step, domain_drift("law", relative_drift=share)), GO)
     assert [(c.step, c.domains["law"].relative_drift.value) for c in log.checks_before(30)] == [(10, 0.1), (20, 0.4), (30, 0.5)]
 
 
 @pytest.mark.parametrize("keep", [1, 100, -2])
-def test_a_kill_loses_at_most_the_line_being_written(log: RunLog, keep: int) -> None:
+def test_a_kill_loses_at_most_the_line_being_written(log: RunDirectory, keep: int) -> None:
     file = log.folder / "drift.jsonl"
     log.append_check(snapshot(10, domain_drift()), GO)
     whole = file.read_bytes()
@@ -129,7 +129,7 @@ def test_a_kill_loses_at_most_the_line_being_written(log: RunLog, keep: int) -> 
     assert _steps(log) == [10, 30, 40]
 
 
-def test_a_line_that_lacks_only_its_end_is_kept(log: RunLog) -> None:
+def test_a_line_that_lacks_only_its_end_is_kept(log: RunDirectory) -> None:
     file = log.folder / "drift.jsonl"
     log.append_check(snapshot(10, domain_drift()), GO)
     file.write_bytes(file.read_bytes()[:-1])
@@ -138,7 +138,7 @@ def test_a_line_that_lacks_only_its_end_is_kept(log: RunLog) -> None:
     assert _steps(log) == [10, 20]
 
 
-def test_a_first_line_torn_to_nothing_is_no_obstacle(log: RunLog) -> None:
+def test_a_first_line_torn_to_nothing_is_no_obstacle(log: RunDirectory) -> None:
     (log.folder / "drift.jsonl").touch()
     log.append_check(snapshot(10, domain_drift()), GO)
     assert _steps(log) == [10]
@@ -151,7 +151,7 @@ ROLLOUTS = [
 ]
 
 
-def test_rollouts_come_back_as_they_were(log: RunLog) -> None:
+def test_rollouts_come_back_as_they_were(log: RunDirectory) -> None:
     assert log.read_rollouts() == []
     log.write_rollouts([])
     assert list(log.folder.iterdir()) == []
@@ -162,14 +162,14 @@ def test_rollouts_come_back_as_they_were(log: RunLog) -> None:
 
 
 @pytest.mark.parametrize("damaged", [b"{", b"[]", b'{"prompt": "p", "completion": "c"}', b"\xff"])
-def test_damaged_rollouts_are_left_out(damaged: bytes, log: RunLog) -> None:
+def test_damaged_rollouts_are_left_out(damaged: bytes, log: RunDirectory) -> None:
     log.write_rollouts(ROLLOUTS)
     with (log.folder / "rollouts.jsonl").open("ab") as file:
         file.write(damaged)
     assert log.read_rollouts() == ROLLOUTS
 
 
-def test_faults_are_lines_whatever_their_trace_holds(log: RunLog) -> None:
+def test_faults_are_lines_whatever_their_trace_holds(log: RunDirectory) -> None:
     traces = ['Traceback:\n  File "x"\nValueError: ±\u2028"', "again"]
     for step, trace in enumerate(traces):
         log.append_fault(step, "drift check", "ValueError('±')", trace)
@@ -178,20 +178,20 @@ def test_faults_are_lines_whatever_their_trace_holds(log: RunLog) -> None:
     assert lines == [{"step": step, "trace": trace, **known} for step, trace in enumerate(traces)]
 
 
-def test_a_feature_is_told_once_also_after_a_resume(log: RunLog) -> None:
+def test_a_feature_is_told_once_also_after_a_resume(log: RunDirectory) -> None:
     snippets = {"law": (Snippet("the ", "court", " held", 2.5),)}
-    one, other = (FeatureInWords(j, 0.5, "", snippets) for j in (7, 3))
-    log.append_words([one])
-    RunLog(log.folder).append_words([FeatureInWords(7, 0.25, "", {}), other])
+    one, other = (TopActivatingExamples(j, 0.5, "", snippets) for j in (7, 3))
+    log.append_top_examples([one])
+    RunDirectory(log.folder).append_top_examples([TopActivatingExamples(7, 0.25, "", {}), other])
     (file,) = log.folder.iterdir()
-    assert [FeatureInWords.from_json(line) for line in file.read_text().splitlines()] == [one, other]
+    assert [TopActivatingExamples.from_json(line) for line in file.read_text().splitlines()] == [one, other]
 
 
-def test_taking_up_a_run_drops_what_will_be_written_again(log: RunLog) -> None:
+def test_taking_up_a_run_drops_what_will_be_written_again(log: RunDirectory) -> None:
     for step, share in ((10, 0.1), (20, 0.2), (30, 0.3), (20, 0.4)):
         log.append_check(snapshot(step, domain_drift("law", relative_drift=share)), GO)
         log.append_postponed(step + 1, "too dear")
-    assert RunLog(log.folder).take_up(20) == 0
+    assert RunDirectory(log.folder).take_up(20) == 0
     rows = [json.loads(line) for line in (log.folder / "drift.jsonl").read_text().splitlines()]
     found = [(row["snapshot"]["step"], row["snapshot"]["domains"]["law"]["relative_drift"]["value"]) for row in rows]
     assert found == [(10, 0.1), (20, 0.4)]
@@ -201,9 +201,11 @@ def test_taking_up_a_run_drops_what_will_be_written_again(log: RunLog) -> None:
 
 @pytest.mark.parametrize(("damage", "n_damaged"), [(b"\xff\n", 1), (b"[1]\n{}\n", 2), (b'{"cut', 0), (b"", 0)])
 @pytest.mark.parametrize("name", ["drift.jsonl", "features.jsonl"])
-def test_taking_up_a_run_counts_damage_but_not_the_line_of_a_kill(log: RunLog, name: str, damage: bytes, n_damaged: int) -> None:
+def test_taking_up_a_run_counts_damage_but_not_the_line_of_a_kill(
+    log: RunDirectory, name: str, damage: bytes, n_damaged: int
+) -> None:
     log.append_check(snapshot(10, domain_drift()), GO)
-    log.append_words([FeatureInWords(7, 0.5, "", {})])
+    log.append_top_examples([TopActivatingExamples(7, 0.5, "", {})])
     file = log.folder / name
     whole = file.read_bytes()
     file.write_bytes(whole + damage)
@@ -212,16 +214,16 @@ def test_taking_up_a_run_counts_damage_but_not_the_line_of_a_kill(log: RunLog, n
     assert not list(log.folder.glob("*.part"))
 
 
-def test_the_folder_of_an_earlier_run_is_moved_before_the_first_line_is_written(log: RunLog) -> None:
+def test_the_folder_of_an_earlier_run_is_moved_before_the_first_line_is_written(log: RunDirectory) -> None:
     log.append_check(snapshot(10, domain_drift()), GO)
-    later = RunLog(log.folder, anew=True)
+    later = RunDirectory(log.folder, anew=True)
     assert _steps(log) == [10]
     later.append_fault(0, "forecast", "KeyError()", "trace")
     assert [file.name for file in log.folder.iterdir()] == ["faults.jsonl"]
-    assert _steps(RunLog(log.folder.with_name("sts.1"))) == [10]
+    assert _steps(RunDirectory(log.folder.with_name("sts.1"))) == [10]
 
 
-def test_faults_that_cannot_be_written_are_written_later(log: RunLog) -> None:
+def test_faults_that_cannot_be_written_are_written_later(log: RunDirectory) -> None:
     log.folder.rmdir()
     log.folder.touch()  # a file in its place
     for step in (1, 2):
@@ -233,7 +235,7 @@ def test_faults_that_cannot_be_written_are_written_later(log: RunLog) -> None:
     assert [json.loads(line)["step"] for line in (log.folder / "faults.jsonl").read_text().splitlines()] == [1, 2]
 
 
-def test_all_that_was_written_is_read_at_once(log: RunLog) -> None:
+def test_all_that_was_written_is_read_at_once(log: RunDirectory) -> None:
     run = whole_run(other_forecasts=(forecast(domain_forecast("law")),))
     written(log, run)
     read = log.read_all()
@@ -241,18 +243,18 @@ def test_all_that_was_written_is_read_at_once(log: RunLog) -> None:
     assert not read.is_empty
 
 
-def test_where_nothing_was_written_there_is_nothing_to_read(log: RunLog, tmp_path: Path) -> None:
-    assert log.read_all() == RunLog(tmp_path / "nowhere").read_all() == EMPTY
+def test_where_nothing_was_written_there_is_nothing_to_read(log: RunDirectory, tmp_path: Path) -> None:
+    assert log.read_all() == RunDirectory(tmp_path / "nowhere").read_all() == EMPTY
     assert log.read_all().is_empty
 
 
-def test_settings_alone_are_nothing_to_tell(log: RunLog) -> None:
+def test_settings_alone_are_nothing_to_tell(log: RunDirectory) -> None:
     log.write_settings(SETTINGS)
     assert log.read_all().settings == SETTINGS
     assert log.read_all().is_empty
 
 
-def test_what_cannot_be_read_is_named_with_its_reason_and_the_rest_is_read(log: RunLog) -> None:
+def test_what_cannot_be_read_is_named_with_its_reason_and_the_rest_is_read(log: RunDirectory) -> None:
     written(log, whole_run())
     drift, forecast_file = log.folder / "drift.jsonl", log.folder / "forecast.json"
     first, second, third = drift.read_text().splitlines()
@@ -261,21 +263,21 @@ def test_what_cannot_be_read_is_named_with_its_reason_and_the_rest_is_read(log: 
     read = log.read_all()
     assert [c.snapshot.step for c in read.checks] == [10]
     assert read.forecast is read.forecast_verdict is None
-    assert read.faults and read.words and read.postponed
+    assert read.faults and read.top_examples and read.postponed
     assert read.unreadable == (
         "drift.jsonl cannot be read in 2 of 3 lines: cut off or damaged.",
         "forecast.json cannot be read: cut off or damaged.",
     )
 
 
-def test_a_stretch_run_twice_is_read_as_it_went_later(log: RunLog) -> None:
+def test_a_stretch_run_twice_is_read_as_it_went_later(log: RunDirectory) -> None:
     for share in (0.25, 0.5):
         log.append_check(snapshot(10, domain_drift(relative_drift=share)), GO)
     (only,) = log.read_all().checks
     assert only.snapshot.domains["law"].relative_drift.value == 0.5
 
 
-def test_time_stands_beside_a_check_where_earlier_versions_do_not_look(log: RunLog) -> None:
+def test_time_stands_beside_a_check_where_earlier_versions_do_not_look(log: RunDirectory) -> None:
     log.append_check(snapshot(10, domain_drift()), GO)
     log.append_check(snapshot(20, domain_drift()), GO, TimeSpent(1.0, 50.0))
     assert [c.time for c in log.read_all().checks] == [None, TimeSpent(1.0, 50.0)]
@@ -287,7 +289,7 @@ def test_time_stands_beside_a_check_where_earlier_versions_do_not_look(log: RunL
     assert log.read_all().checks[1].time == TimeSpent(1.0, 50.0)
 
 
-def test_settings_come_back_with_the_versions_that_are_installed(log: RunLog) -> None:
+def test_settings_come_back_with_the_versions_that_are_installed(log: RunDirectory) -> None:
     def mine() -> None: ...
 
     for action, named in ((mine, mine.__qualname__), ("stop", "stop")):

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 import samples
-from sts_callback import scoring
-from sts_callback.baseline import SetBaseline
-from sts_callback.metrics.null import matched_sets
-from sts_callback.metrics.sketch import WIDTH
-from sts_callback.metrics.sparse import SparseActs
-from sts_callback.model.probes import ProbeSet, Query
-from sts_callback.readings import BARE, DriftReading, Reading, Shift
+from sts_callback.data.probes import ProbeSet, Query
+from sts_callback.measure import scoring
+from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, ForecastScorer, rank_agreement
+from sts_callback.measure.stats import ZERO_SHOT, DriftStats, ProbeStats, Shift
+from sts_callback.measure.step_zero import StepZeroStats
+from sts_callback.metrics.scores import matched_sets
+from sts_callback.metrics.sums import SKETCH_WIDTH, SparseActs
 from sts_callback.records import DomainForecast, Estimate
-from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer, rank_agreement
 
 N_QUERIES, N_DRAWS, D_SAE, D_IN, N_FEATURES = 24, 8, 60, 5, 6
 NAN = float("nan")
@@ -43,30 +42,30 @@ def shift(rng: np.random.Generator, tokens: Array, by_feature: Array | None = No
     return Shift(*(torch.from_numpy(x).float() for x in (features, raw, raw * rng.uniform(0.1, 0.5, len(tokens)))))
 
 
-def reading(seed: int = 0, by_feature: Array | None = None, **changes: Any) -> Reading:
+def reading(seed: int = 0, by_feature: Array | None = None, **changes: Any) -> ProbeStats:
     """Random sums; feature j is j + 1 times as active as the first; plain prose shifts all features alike."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(8, 20, N_QUERIES).astype(np.float64)
     sums = {
         "activity": rng.uniform(0.5, 1.5, (N_QUERIES, D_SAE)) * np.arange(1, D_SAE + 1) * tokens[:, None],
-        "energy": rng.uniform(20, 30, N_QUERIES) * tokens,
+        "sq_norm": rng.uniform(20, 30, N_QUERIES) * tokens,
         "raw": rng.normal(0.5, 1, (N_QUERIES, D_IN)) * tokens[:, None],
-        "raw_energy": rng.uniform(50, 60, N_QUERIES) * tokens,
+        "raw_sq_norm": rng.uniform(50, 60, N_QUERIES) * tokens,
     }
     n_answer = np.array([2 + i % 3 for i in range(N_QUERIES)])
     fields: dict[str, Any] = {
         **{name: torch.from_numpy(values).float() for name, values in sums.items()},
         "n_tokens": torch.from_numpy(tokens).long(),
         "n_masked": 7,
-        "shifts": {name: shift(rng, tokens, None if name == NEUTRAL else by_feature) for name in (OWN, TAUGHT, NEUTRAL)},
+        "shifts": {name: shift(rng, tokens, None if name == FILLER else by_feature) for name in (DOMAIN_ICL, TRAIN_ICL, FILLER)},
         "n_answer": torch.from_numpy(n_answer),
         "gradients": None,
-        "nll": {name: torch.from_numpy(rng.uniform(1, 3, N_QUERIES) * n_answer) for name in (BARE, TAUGHT, NEUTRAL)},
+        "nll": {name: torch.from_numpy(rng.uniform(1, 3, N_QUERIES) * n_answer) for name in (ZERO_SHOT, TRAIN_ICL, FILLER)},
         "counted": torch.ones(int(tokens.sum()), dtype=torch.bool),
         "acts": SparseActs.of(torch.ones(3, D_SAE)),
-        "sketches": torch.zeros(3, 2, WIDTH),
+        "sketches": torch.zeros(3, 2, SKETCH_WIDTH),
     }
-    return Reading(**(fields | changes))
+    return ProbeStats(**(fields | changes))
 
 
 def concentrated(where: range = range(20, 20 + N_FEATURES), times: float = 30.0) -> Array:
@@ -85,7 +84,9 @@ def gradients(seed: int = 0) -> torch.Tensor:
 TRAIN, LAW = reading(0, concentrated()), reading(1, concentrated(times=10.0))
 
 
-def scored(law: Reading = LAW, train: Reading = TRAIN, **changes: Any) -> tuple[ForecastScorer, DomainForecast, DomainForecast]:
+def scored(
+    law: ProbeStats = LAW, train: ProbeStats = TRAIN, **changes: Any
+) -> tuple[ForecastScorer, DomainForecast, DomainForecast]:
     """The scorer, and the records of the training data and of one domain."""
     options: dict[str, Any] = {"train_gradients": gradients(), "gradients": gradients(), "n_features": N_FEATURES} | changes
     train, law = (
@@ -115,7 +116,7 @@ def assert_estimate(found: Estimate, above: Array, below: Array, n_groups: int) 
 
 def test_shifted_features_are_those_that_shift_most_on_the_training_data() -> None:
     scorer = ForecastScorer(TRAIN, N_FEATURES)
-    mean = TRAIN.shifts[TAUGHT].features.double().numpy().sum(axis=0) / TRAIN.n_tokens.sum().item()
+    mean = TRAIN.shifts[TRAIN_ICL].features.double().numpy().sum(axis=0) / TRAIN.n_tokens.sum().item()
     assert scorer.mean_shift.numpy() == pytest.approx(mean, rel=1e-6)
     assert scorer.features == tuple(np.argsort(-mean)[:N_FEATURES].tolist())
     assert sorted(scorer.features) == list(range(20, 20 + N_FEATURES))
@@ -124,18 +125,18 @@ def test_shifted_features_are_those_that_shift_most_on_the_training_data() -> No
 def test_every_score_is_that_of_its_equation() -> None:
     scorer, _, law = scored()
     columns, tokens = list(scorer.features), LAW.n_tokens.double().numpy()
-    taught, own = (LAW.shifts[name].features.double().numpy() for name in (TAUGHT, OWN))
+    taught, own = (LAW.shifts[name].features.double().numpy() for name in (TRAIN_ICL, DOMAIN_ICL))
     activity = LAW.activity.double().numpy()
     assert_estimate(law.sts_act, activity[:, columns].sum(axis=1), tokens, N_QUERIES)
     assert_estimate(law.sts_icl, own[:, columns].sum(axis=1), tokens, N_DRAWS)
     assert_estimate(law.sts_rel, own[:, columns].sum(axis=1), own.sum(axis=1), N_DRAWS)
     assert_estimate(law.sts_cross, taught[:, columns].sum(axis=1), taught.sum(axis=1), N_DRAWS)
-    assert_estimate(law.relative_shift, taught.sum(axis=1), LAW.energy.double().numpy(), N_DRAWS)
-    raw = LAW.shifts[TAUGHT].raw.double().numpy()
-    assert_estimate(law.raw_shift, raw, LAW.raw_energy.double().numpy(), N_DRAWS)
-    assert_estimate(law.raw_over_prose, raw, LAW.shifts[NEUTRAL].raw.double().numpy(), N_DRAWS)
-    assert law.unseen == pytest.approx(LAW.shifts[TAUGHT].unseen.double().numpy().sum() / raw.sum(), rel=1e-6)
-    neutral = LAW.shifts[NEUTRAL].features.double().numpy()
+    assert_estimate(law.relative_shift, taught.sum(axis=1), LAW.sq_norm.double().numpy(), N_DRAWS)
+    raw = LAW.shifts[TRAIN_ICL].raw.double().numpy()
+    assert_estimate(law.raw_shift, raw, LAW.raw_sq_norm.double().numpy(), N_DRAWS)
+    assert_estimate(law.raw_over_prose, raw, LAW.shifts[FILLER].raw.double().numpy(), N_DRAWS)
+    assert law.sae_error_share == pytest.approx(LAW.shifts[TRAIN_ICL].sae_error.double().numpy().sum() / raw.sum(), rel=1e-6)
+    neutral = LAW.shifts[FILLER].features.double().numpy()
     assert_estimate(law.sts_net, (taught - neutral)[:, columns].sum(axis=1), taught.sum(axis=1), N_DRAWS)
     one, other = (r.raw.double().numpy().sum(axis=0) for r in (LAW, TRAIN))
     assert law.cosine == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other), rel=1e-5)
@@ -144,8 +145,8 @@ def test_every_score_is_that_of_its_equation() -> None:
 def test_the_likelihood_is_that_of_its_equation() -> None:
     _, _, law = scored()
     n_answer = LAW.n_answer.double().numpy()
-    assert_estimate(law.nll, LAW.nll[BARE].numpy(), n_answer, N_QUERIES)
-    risen = (LAW.nll[TAUGHT] - LAW.nll[NEUTRAL]).numpy()
+    assert_estimate(law.nll, LAW.nll[ZERO_SHOT].numpy(), n_answer, N_QUERIES)
+    risen = (LAW.nll[TRAIN_ICL] - LAW.nll[FILLER]).numpy()
     assert law.nll_change.value == pytest.approx(risen.sum() / n_answer.sum(), rel=1e-6)
     low, high = interval_by_formula(risen, n_answer, N_DRAWS)
     assert law.nll_change.high - law.nll_change.low == pytest.approx(high - low, rel=0.1)
@@ -155,7 +156,7 @@ def test_counts_are_those_of_the_reading_and_the_probes() -> None:
     _, train, law = scored()
     assert (law.name, law.n_queries, law.n_masked, law.n_cut) == ("law", N_QUERIES, 7, 3)
     assert (law.n_tokens, law.n_answer_tokens) == (int(LAW.n_tokens.sum()), 3 * N_QUERIES)
-    assert (train.name, train.rank, math.isnan(train.above_next)) == ("train", (0, 0), True)
+    assert (train.name, train.rank, math.isnan(train.p_above_next)) == ("train", (0, 0), True)
 
 
 def test_the_lower_anchor_is_the_mean_over_random_sets_of_like_activity() -> None:
@@ -164,9 +165,9 @@ def test_the_lower_anchor_is_the_mean_over_random_sets_of_like_activity() -> Non
     sets = matched_sets(torch.from_numpy(LAW.activity.double().numpy().sum(axis=0) / tokens.sum()), scorer.features).numpy()
     for found, values, below in (
         (law.sts_act, LAW.activity, tokens.sum()),
-        (law.sts_icl, LAW.shifts[OWN].features, tokens.sum()),
-        (law.sts_rel, LAW.shifts[OWN].features, LAW.shifts[OWN].features.sum().item()),
-        (law.sts_cross, LAW.shifts[TAUGHT].features, LAW.shifts[TAUGHT].features.sum().item()),
+        (law.sts_icl, LAW.shifts[DOMAIN_ICL].features, tokens.sum()),
+        (law.sts_rel, LAW.shifts[DOMAIN_ICL].features, LAW.shifts[DOMAIN_ICL].features.sum().item()),
+        (law.sts_cross, LAW.shifts[TRAIN_ICL].features, LAW.shifts[TRAIN_ICL].features.sum().item()),
     ):
         sums = values.double().numpy().sum(axis=0)
         assert found.random == pytest.approx(np.mean([sums[one].sum() for one in sets]) / below, rel=1e-5)
@@ -177,7 +178,7 @@ def test_net_of_plain_prose_stands_between_that_and_training_data_that_is_clear_
     assert train.sts_net.low > 0
     assert (law.sts_net.random, law.sts_net.own) == (0.0, train.sts_net.value)
     assert law.transfer.value == pytest.approx(law.sts_net.value / train.sts_net.value)
-    as_prose = dataclasses.replace(TRAIN, shifts={**TRAIN.shifts, NEUTRAL: TRAIN.shifts[TAUGHT]})
+    as_prose = dataclasses.replace(TRAIN, shifts={**TRAIN.shifts, FILLER: TRAIN.shifts[TRAIN_ICL]})
     _, train, law = scored(train=as_prose)
     assert train.sts_net.value == 0
     assert math.isfinite(law.sts_net.value) and math.isnan(law.transfer.value)
@@ -193,15 +194,15 @@ def test_the_upper_anchor_is_the_training_data_which_stands_at_exactly_1(name: s
     assert own.own == own.value
     assert getattr(law, name).own == own.value
     if name != "sts_act":  # random features match in activity, so there is little between its anchors
-        assert own.place(own.value) == 1.0
+        assert own.normalise(own.value) == 1.0
 
 
 def test_training_data_without_demonstrations_of_its_own_is_scored_by_the_training_ones() -> None:
-    train = dataclasses.replace(TRAIN, shifts={name: TRAIN.shifts[name] for name in (TAUGHT, NEUTRAL)})
+    train = dataclasses.replace(TRAIN, shifts={name: TRAIN.shifts[name] for name in (TRAIN_ICL, FILLER)})
     _, found, _ = scored(train=train)
     assert found.sts_rel.value == found.sts_cross.value
     columns = list(ForecastScorer(train, N_FEATURES).features)
-    taught = TRAIN.shifts[TAUGHT].features.double()
+    taught = TRAIN.shifts[TRAIN_ICL].features.double()
     assert found.sts_icl.value == pytest.approx(float(taught[:, columns].sum() / TRAIN.n_tokens.sum()), rel=1e-6)
 
 
@@ -209,36 +210,37 @@ def test_a_domain_that_shifts_without_regard_to_the_features_stands_about_0_and_
     _, _, anywhere = scored(reading(2))
     _, _, alike = scored(reading(3, concentrated()))
     _, _, elsewhere = scored(reading(4, concentrated(range(40, 40 + N_FEATURES))))
-    assert anywhere.sts_cross.placed.value == pytest.approx(0, abs=0.02)
-    assert alike.sts_cross.placed.value == pytest.approx(1, abs=0.02)
-    assert elsewhere.sts_cross.placed.value < 0.05
+    assert anywhere.sts_cross.normalised.value == pytest.approx(0, abs=0.02)
+    assert alike.sts_cross.normalised.value == pytest.approx(1, abs=0.02)
+    assert elsewhere.sts_cross.normalised.value < 0.05
 
 
 def test_where_nothing_shifts_scores_are_unknown() -> None:
     nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
-    _, _, law = scored(dataclasses.replace(LAW, shifts=dict.fromkeys((OWN, TAUGHT, NEUTRAL), nothing)))
+    _, _, law = scored(dataclasses.replace(LAW, shifts=dict.fromkeys((DOMAIN_ICL, TRAIN_ICL, FILLER), nothing)))
     assert math.isnan(law.sts_cross.value)
     assert math.isnan(law.sts_net.value)
     assert math.isnan(law.transfer.value)
-    assert math.isnan(law.unseen)
+    assert math.isnan(law.sae_error_share)
     assert law.relative_shift.value == law.raw_shift.value == law.sts_icl.value == 0.0
 
 
 def test_where_no_token_counts_scores_are_unknown() -> None:
     none = {
-        name: torch.zeros_like(getattr(LAW, name)) for name in ("n_tokens", "activity", "energy", "raw", "raw_energy", "counted")
+        name: torch.zeros_like(getattr(LAW, name))
+        for name in ("n_tokens", "activity", "sq_norm", "raw", "raw_sq_norm", "counted")
     }
     nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
-    _, _, law = scored(dataclasses.replace(LAW, **none, shifts=dict.fromkeys((OWN, TAUGHT, NEUTRAL), nothing)))
+    _, _, law = scored(dataclasses.replace(LAW, **none, shifts=dict.fromkeys((DOMAIN_ICL, TRAIN_ICL, FILLER), nothing)))
     assert law.n_tokens == 0
     assert all(math.isnan(getattr(law, name).value) for name in (*SCORES, "relative_shift", "raw_shift", "raw_over_prose"))
     assert math.isfinite(law.nll_change.value)
 
 
 def test_what_a_transcoder_leaves_is_unknown() -> None:
-    blind = {name: dataclasses.replace(s, unseen=torch.full((N_QUERIES,), NAN)) for name, s in LAW.shifts.items()}
+    blind = {name: dataclasses.replace(s, sae_error=torch.full((N_QUERIES,), NAN)) for name, s in LAW.shifts.items()}
     _, _, law = scored(dataclasses.replace(LAW, shifts=blind))
-    assert math.isnan(law.unseen)
+    assert math.isnan(law.sae_error_share)
     assert math.isfinite(law.raw_shift.value)
 
 
@@ -294,7 +296,7 @@ def test_gradients_of_which_nothing_is_in_common_tell_nothing() -> None:
     assert math.isnan(law.gradient_change.value)
 
 
-def ranked(*domains: tuple[str, Reading]) -> dict[str, DomainForecast]:
+def ranked(*domains: tuple[str, ProbeStats]) -> dict[str, DomainForecast]:
     scorer = ForecastScorer(TRAIN, N_FEATURES)
     scorer.domain(probes("train"), TRAIN)
     return scorer.ranked({name: scorer.domain(probes(name), r) for name, r in domains})
@@ -306,26 +308,26 @@ def test_domains_are_ranked_by_transfer_the_most_moved_first() -> None:
     )
     assert list(found) == ["low", "high", "middle"]
     assert {name: d.rank for name, d in found.items()} == {"high": (1, 1), "middle": (2, 2), "low": (3, 3)}
-    assert (found["high"].above_next, found["middle"].above_next) == (1.0, 1.0)
-    assert math.isnan(found["low"].above_next)
+    assert (found["high"].p_above_next, found["middle"].p_above_next) == (1.0, 1.0)
+    assert math.isnan(found["low"].p_above_next)
 
 
 def test_domains_alike_share_their_ranks() -> None:
     found = ranked(("one", reading(1)), ("other", reading(2)), ("high", reading(3, concentrated())))
     assert [found[name].rank for name in ("high", "one", "other")] == [(1, 1), (2, 3), (2, 3)]
     first = max(("one", "other"), key=lambda name: found[name].transfer.value)
-    assert 0.5 <= found[first].above_next < 1
+    assert 0.5 <= found[first].p_above_next < 1
 
 
 def test_ranking_changes_nothing_else_and_a_domain_without_a_score_comes_last() -> None:
     nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
-    silent = dataclasses.replace(LAW, shifts=dict.fromkeys((OWN, TAUGHT, NEUTRAL), nothing))
-    found = ranked(("low", reading(1)), ("silent", silent), ("high", reading(2, concentrated())))
+    dead_fraction = dataclasses.replace(LAW, shifts=dict.fromkeys((DOMAIN_ICL, TRAIN_ICL, FILLER), nothing))
+    found = ranked(("low", reading(1)), ("silent", dead_fraction), ("high", reading(2, concentrated())))
     assert {name: d.rank for name, d in found.items()} == {"high": (1, 1), "low": (2, 2), "silent": (3, 3)}
-    assert found["high"].above_next == 1.0
-    assert math.isnan(found["low"].above_next)
+    assert found["high"].p_above_next == 1.0
+    assert math.isnan(found["low"].p_above_next)
     (alone,) = ranked(("high", reading(2, concentrated()))).values()
-    assert dataclasses.replace(found["high"], above_next=NAN).to_json() == alone.to_json()
+    assert dataclasses.replace(found["high"], p_above_next=NAN).to_json() == alone.to_json()
 
 
 def test_an_estimate_by_hand() -> None:
@@ -338,33 +340,33 @@ def test_an_estimate_by_hand() -> None:
 
 
 def test_a_baseline_keeps_what_drift_needs() -> None:
-    step_zero = scoring.set_baseline(LAW)
+    step_zero = scoring.step_zero_stats(LAW)
     tokens = LAW.n_tokens.sum().item()
     for found, sums in (
         (step_zero.mean_activity, LAW.activity),
-        (step_zero.mean_own_shift, LAW.shifts[OWN].features),
-        (step_zero.mean_train_shift, LAW.shifts[TAUGHT].features),
-        (step_zero.mean_neutral_shift, LAW.shifts[NEUTRAL].features),
+        (step_zero.mean_own_shift, LAW.shifts[DOMAIN_ICL].features),
+        (step_zero.mean_train_shift, LAW.shifts[TRAIN_ICL].features),
+        (step_zero.mean_filler_shift, LAW.shifts[FILLER].features),
     ):
         assert found.numpy() == pytest.approx(sums.double().numpy().sum(axis=0) / tokens)
-    for name in ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy"):
+    for name in ("counted", "acts", "sketches", "n_tokens", "sq_norm", "raw_sq_norm"):
         assert getattr(step_zero, name) is getattr(LAW, name)
-    assert torch.equal(step_zero.nll, LAW.nll[BARE])
-    assert scoring.set_baseline(dataclasses.replace(LAW, nll=MappingProxyType({}))).nll.isnan().all()
+    assert torch.equal(step_zero.nll, LAW.nll[ZERO_SHOT])
+    assert scoring.step_zero_stats(dataclasses.replace(LAW, nll=MappingProxyType({}))).nll.isnan().all()
 
 
-def drift_reading(**changes: Any) -> DriftReading:
+def drift_reading(**changes: Any) -> DriftStats:
     rng = np.random.default_rng(7)
     fields: dict[str, Any] = {
         "n_tokens": LAW.n_tokens,
         "n_masked": 4,
         "shift": shift(rng, LAW.n_tokens.double().numpy(), concentrated(range(30, 40))),
-        "nll": LAW.nll[BARE] + torch.from_numpy(rng.normal(1, 1, N_QUERIES)),
+        "nll": LAW.nll[ZERO_SHOT] + torch.from_numpy(rng.normal(1, 1, N_QUERIES)),
     }
-    return DriftReading(**(fields | changes))
+    return DriftStats(**(fields | changes))
 
 
-STEP_ZERO: SetBaseline = scoring.set_baseline(LAW)
+STEP_ZERO: StepZeroStats = scoring.step_zero_stats(LAW)
 
 
 def test_every_number_of_a_drift_is_that_of_its_equation() -> None:
@@ -374,14 +376,14 @@ def test_every_number_of_a_drift_is_that_of_its_equation() -> None:
     law = scoring.domain_drift(probes(), now, STEP_ZERO, (30, 31, 0), realised)
     drift, columns = now.shift.features.double().numpy(), list(realised)
     assert (law.name, law.n_queries, law.n_tokens, law.n_masked) == ("law", N_QUERIES, int(LAW.n_tokens.sum()), 4)
-    assert_estimate(law.relative_drift, drift.sum(axis=1), LAW.energy.double().numpy(), N_QUERIES)
-    assert law.raw_drift == pytest.approx(float(now.shift.raw.double().sum() / LAW.raw_energy.double().sum()))
-    assert law.unseen == pytest.approx(float(now.shift.unseen.double().sum() / now.shift.raw.double().sum()))
+    assert_estimate(law.relative_drift, drift.sum(axis=1), LAW.sq_norm.double().numpy(), N_QUERIES)
+    assert law.raw_drift == pytest.approx(float(now.shift.raw.double().sum() / LAW.raw_sq_norm.double().sum()))
+    assert law.sae_error_share == pytest.approx(float(now.shift.sae_error.double().sum() / now.shift.raw.double().sum()))
     assert law.share_on_forecast == pytest.approx(drift[:, [30, 31, 0]].sum() / drift.sum())
     assert [j for j, _ in law.top_features] == np.argsort(-drift.sum(axis=0))[:10].tolist()
     assert [share for _, share in law.top_features] == pytest.approx(np.sort(drift.sum(axis=0) / drift.sum())[::-1][:10].tolist())
     tokens = LAW.n_tokens.sum().item()
-    own, taught = (LAW.shifts[name].features.double().numpy() for name in (OWN, TAUGHT))
+    own, taught = (LAW.shifts[name].features.double().numpy() for name in (DOMAIN_ICL, TRAIN_ICL))
     assert law.sts_act == pytest.approx(LAW.activity.double().numpy()[:, columns].sum() / tokens)
     assert law.sts_icl == pytest.approx(own[:, columns].sum() / tokens)
     assert law.sts_rel == pytest.approx(own[:, columns].sum() / own.sum())
@@ -392,19 +394,19 @@ def test_a_change_of_likelihood_is_that_of_its_equation_and_tested_over_queries(
     now = drift_reading()
     law = scoring.domain_drift(probes(), now, STEP_ZERO, (1,), (1,))
     assert now.nll is not None
-    risen, n_answer = (now.nll - LAW.nll[BARE]).numpy(), LAW.n_answer.double().numpy()
+    risen, n_answer = (now.nll - LAW.nll[ZERO_SHOT]).numpy(), LAW.n_answer.double().numpy()
     assert law.nll == pytest.approx(now.nll.sum().item() / n_answer.sum())
     assert_estimate(law.nll_change, risen, n_answer, N_QUERIES)
     flips = np.random.default_rng(1).choice([-1, 1], (100_000, N_QUERIES)) @ risen
     assert law.p_worse == pytest.approx((flips >= risen.sum()).mean(), abs=2e-3)
-    better = scoring.domain_drift(probes(), drift_reading(nll=LAW.nll[BARE] - 1), STEP_ZERO, (1,), (1,))
+    better = scoring.domain_drift(probes(), drift_reading(nll=LAW.nll[ZERO_SHOT] - 1), STEP_ZERO, (1,), (1,))
     assert better.nll_change.high < 0
     assert better.p_worse == pytest.approx(1, abs=1e-3)
 
 
 def test_unchanged_weights_have_not_drifted() -> None:
     nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
-    law = scoring.domain_drift(probes(), drift_reading(shift=nothing, nll=LAW.nll[BARE]), STEP_ZERO, (1,), ())
+    law = scoring.domain_drift(probes(), drift_reading(shift=nothing, nll=LAW.nll[ZERO_SHOT]), STEP_ZERO, (1,), ())
     assert law.relative_drift == Estimate(0.0, 0.0, 0.0)
     assert law.nll_change == Estimate(0.0, 0.0, 0.0)
     assert (law.raw_drift, law.p_worse, law.top_features) == (0.0, 1.0, ())
@@ -414,7 +416,7 @@ def test_tokens_that_have_become_sinks_do_not_make_the_drift_look_smaller() -> N
     """Half of each query's tokens are gone, and with them half of the drift: per token it is the same."""
     tokens = torch.full((N_QUERIES,), 10)
     fifty = torch.full((N_QUERIES,), 50.0)
-    step_zero = dataclasses.replace(STEP_ZERO, n_tokens=tokens, energy=fifty, raw_energy=fifty)
+    step_zero = dataclasses.replace(STEP_ZERO, n_tokens=tokens, sq_norm=fifty, raw_sq_norm=fifty)
     per_feature, ones = torch.full((N_QUERIES, D_SAE), 1 / D_SAE), torch.ones(N_QUERIES)
     found = []
     for part in (1.0, 0.5):

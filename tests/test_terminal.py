@@ -10,15 +10,24 @@ import pytest
 from past import forecast_of, lawful_runs, run
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback.config import PolicyConfig
-from sts_callback.domains.starter import starter_domains
-from sts_callback.hindsight import expectations, track_records
-from sts_callback.mix import Caps, search
+from sts_callback.data.starter import starter_domains
 from sts_callback.policy import judge_drift, judge_forecast
-from sts_callback.records import Check, DriftSnapshot, FeatureInWords, Forecast, Snippet, Verdict
-from sts_callback.remedies import Blame, BlamedRow, Dial, DialedDomain, DialPoint, DomainBlame, Mix, SourceEffect
-from sts_callback.terminal.forecast import check_lines, doctor_table, forecast_table, layers_table, words_lines
-from sts_callback.terminal.ledger import expectations_table, ledger_table
-from sts_callback.terminal.remedies import blame_table, dial_table, mix_table
+from sts_callback.records import Check, DriftSnapshot, Forecast, Snippet, TopActivatingExamples, Verdict
+from sts_callback.records.remedies import (
+    AdapterScales,
+    AttributedRow,
+    Attribution,
+    DomainAttribution,
+    Mix,
+    ScaledDomain,
+    ScalePoint,
+    SourceEffect,
+)
+from sts_callback.remedies.mixture import MixtureConstraints, search
+from sts_callback.report.terminal.forecast import check_lines, doctor_table, examples_lines, forecast_table, layers_table
+from sts_callback.report.terminal.ledger import expectations_table, ledger_table
+from sts_callback.report.terminal.remedies import adapter_scales_table, attribution_table, mix_table
+from sts_callback.runs.track_record import expectations, track_records
 
 NAMES = ("code", "everyday", "law", "health", "translation")
 HARM: dict[str, Any] = {"nll_change": 0.5}
@@ -117,7 +126,13 @@ def test_wide_intervals_keep_the_width_and_lose_no_letter() -> None:
 
 
 def test_missing_numbers_are_shown_as_such() -> None:
-    missing = {"sts_net": score(NAN, random=NAN), "nll_change": NAN, "gradient_change": NAN, "unseen": NAN, "cosine": NAN}
+    missing = {
+        "sts_net": score(NAN, random=NAN),
+        "nll_change": NAN,
+        "gradient_change": NAN,
+        "sae_error_share": NAN,
+        "cosine": NAN,
+    }
     record = forecast(domain_forecast("law", **missing))
     text = forecast_table(record, _judged(record), colour=False)
     _assert_narrow(text)
@@ -211,8 +226,8 @@ def test_colour_follows_the_terminal_by_default(monkeypatch: pytest.MonkeyPatch)
 def test_colour_changes_no_text() -> None:
     record = _forecast(**HARM)
     coloured = forecast_table(record, _judged(record), colour=True)
-    bare = "\n".join(line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", coloured).splitlines())
-    assert bare == forecast_table(record, _judged(record), colour=False)
+    zero_shot = "\n".join(line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", coloured).splitlines())
+    assert zero_shot == forecast_table(record, _judged(record), colour=False)
 
 
 def test_a_check_without_threat_names_each_domain_once_and_no_reason() -> None:
@@ -234,7 +249,7 @@ def test_a_check_that_supersedes_no_forecast_says_nothing_of_it() -> None:
 
 
 def test_text_drift_is_shown_where_it_is_known() -> None:
-    known = snapshot(40, domain_drift("law"), text_drift=estimate(0.125, -0.0625, 0.25))
+    known = snapshot(40, domain_drift("law"), output_drift=estimate(0.125, -0.0625, 0.25))
     for check, n_lines in ((known, 1), (snapshot(40, domain_drift("law")), 0)):
         text = check_lines(check, Verdict("go", (), {}, 40, True), 100, colour=False)
         _assert_narrow(text)
@@ -334,15 +349,18 @@ def test_a_decision_is_named_in_capitals(decision: Any, shown: str) -> None:
 
 def test_features_in_words_show_the_strongest_place_of_each_set() -> None:
     strong, weak = Snippet("so the\n\nhigh ", "court", " held that", 2.5), Snippet("", "law", "", 0.5)
-    words = [FeatureInWords(7, 0.125, "https://x/7", {"train": (strong, weak), "law": ()}), FeatureInWords(3, 0.5, "", {})]
-    text = words_lines(words, colour=False)
+    words = [
+        TopActivatingExamples(7, 0.125, "https://x/7", {"train": (strong, weak), "law": ()}),
+        TopActivatingExamples(3, 0.5, "", {}),
+    ]
+    text = examples_lines(words, colour=False)
     assert text.splitlines() == [
         "feature 7, 12.5%  https://x/7",
         "  train        ...so the high [court] held that",
         "feature 3, 50.0%",
     ]
     long = Snippet("a " * 90, "b" * 90, "c " * 90, 1.0)
-    _assert_narrow(words_lines([FeatureInWords(7, 0.1, "", {"a long name indeed": (long,)})], colour=False))
+    _assert_narrow(examples_lines([TopActivatingExamples(7, 0.1, "", {"a long name indeed": (long,)})], colour=False))
 
 
 def test_several_saes_stand_side_by_side_with_their_agreement() -> None:
@@ -425,16 +443,16 @@ def test_what_the_doctor_warns_of_stands_below_a_forecast() -> None:
     assert "layer: 12" not in text
 
 
-def _blame(**changes: Any) -> Blame:
+def _blame(**changes: Any) -> Attribution:
     place = Snippet("a long text that stands before the\n", "court", " and one that stands behind it, which is long too" * 2, 3.5)
-    rows = (BlamedRow(1234567, 0.75, 65535, place), BlamedRow(3, -0.25, 7, place))
-    law = DomainBlame("law", 0.75, -0.125, 0.375, 1, rows)
+    rows = (AttributedRow(1234567, 0.75, 65535, place), AttributedRow(3, -0.25, 7, place))
+    law = DomainAttribution("law", 0.75, -0.125, 0.375, 1, rows)
     given: dict[str, Any] = {"n_rows": 2_000_000, "n_read": 2000, "n_cut": 3, "domains": {"law": law}, "left_out": (1234567,)}
-    return Blame(identity=IDENTITY, seconds=1.5, **{**given, **changes})
+    return Attribution(identity=IDENTITY, seconds=1.5, **{**given, **changes})
 
 
 def test_blame_shows_rows_where_they_fire_and_says_what_that_means() -> None:
-    shown = blame_table(_blame(), colour=False)
+    shown = attribution_table(_blame(), colour=False)
     assert max(map(len, shown.splitlines())) <= 80
     flat = " ".join(shown.split())
     assert re.search(r"1234567 0\.75 65535 \.\.\..* \[court\] and one", flat)
@@ -449,7 +467,7 @@ def test_blame_shows_rows_where_they_fire_and_says_what_that_means() -> None:
 
 
 def test_blame_marks_what_stands_out() -> None:
-    lines = blame_table(_blame(), colour=True).splitlines()
+    lines = attribution_table(_blame(), colour=True).splitlines()
     marked = {
         number: next(line for line in lines if f" {number} " in line or f"{number} " in line) for number in ("1234567", "3 ")
     }
@@ -458,17 +476,17 @@ def test_blame_marks_what_stands_out() -> None:
 
 
 def test_blame_of_all_rows_speaks_of_no_sample() -> None:
-    shown = blame_table(_blame(n_rows=2000, n_cut=0), colour=False)
+    shown = attribution_table(_blame(n_rows=2000, n_cut=0), colour=False)
     assert "were read" not in shown
     assert "were cut" not in shown
 
 
-def _dial(**findings: Any) -> Dial:
-    def point(scale: float, finding: Any) -> DialPoint:
-        law = DialedDomain("law", 32, estimate(scale, 0.0, 2.0), estimate(0.12, -0.1, 0.3), 0.1, finding)
-        return DialPoint(scale, finding, {"law": law})
+def _dial(**findings: Any) -> AdapterScales:
+    def point(scale: float, finding: Any) -> ScalePoint:
+        law = ScaledDomain("law", 32, estimate(scale, 0.0, 2.0), estimate(0.12, -0.1, 0.3), 0.1, finding)
+        return ScalePoint(scale, finding, {"law": law})
 
-    return Dial(IDENTITY, tuple(point(float(scale[1:]) / 100, finding) for scale, finding in findings.items()), 1.5)
+    return AdapterScales(IDENTITY, tuple(point(float(scale[1:]) / 100, finding) for scale, finding in findings.items()), 1.5)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +499,7 @@ def _dial(**findings: Any) -> Dial:
     ],
 )
 def test_a_dial_shows_the_curve_and_answers(findings: dict[str, Any], answer: str) -> None:
-    shown = dial_table(_dial(**findings), colour=False)
+    shown = adapter_scales_table(_dial(**findings), colour=False)
     assert max(map(len, shown.splitlines())) <= 80
     assert answer in shown
     assert ("lora_alpha" in shown) == ("to use it" in answer)
@@ -496,7 +514,7 @@ def _mix(train_change: float, replay_change: float) -> Mix:
         for name, n_rows, law in (("train", 800, train_change), ("cases", 900, replay_change))
     }
     policy = PolicyConfig(budgets={"law": 0.1, "code": 0.1})
-    return Mix(IDENTITY, "pilot runs", made, search(made, policy, Caps()), 2.5)
+    return Mix(IDENTITY, "pilot runs", made, search(made, policy, MixtureConstraints()), 2.5)
 
 
 @pytest.mark.parametrize(

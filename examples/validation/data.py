@@ -55,14 +55,14 @@ def deal(data_dir: Path, n_measured: int, seed: int) -> dict[str, Dealt]:
 
     """
     dealt = {}
-    for name, (unseen, seen) in _pools(data_dir, seed).items():
+    for name, (sae_error_share, seen) in _pools(data_dir, seed).items():
         draw = random.Random(f"{seed}/{name}")
-        unseen, seen = (list({row["prompt"]: row for row in rows}.values()) for rows in (unseen, seen))
-        known = {row["prompt"] for row in unseen}
+        sae_error_share, seen = (list({row["prompt"]: row for row in rows}.values()) for rows in (sae_error_share, seen))
+        known = {row["prompt"] for row in sae_error_share}
         seen = [row for row in seen if row["prompt"] not in known]
-        draw.shuffle(unseen)
+        draw.shuffle(sae_error_share)
         draw.shuffle(seen)
-        measured, rest = unseen[:n_measured], unseen[n_measured:]
+        measured, rest = sae_error_share[:n_measured], sae_error_share[n_measured:]
         if seen:
             dealt[name] = Dealt(measured, rest, seen)
         else:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sts_callback.data.probes import ProbeSet, Query, filler_tokens
+from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, ForecastScorer
+from sts_callback.measure.stats import ZERO_SHOT, ProbeStats
 from sts_callback.metrics.sums import token_mean
 from sts_callback.model.capture import undisturbed
-from sts_callback.model.probes import ProbeSet, Query, neutral_tokens
-from sts_callback.readings import BARE, Reading
 from sts_callback.records import TRAIN
-from sts_callback.scoring import NEUTRAL, OWN, TAUGHT, ForecastScorer
 from validation.data import DOMAINS
 from validation.lab import Lab
 from validation.plan import CANDIDATES, COSTS, FORECASTS, SETTINGS, SUMS, rounded, store, stored
@@ -30,13 +30,13 @@ def forecast(lab: Lab) -> None:
     np.savez_compressed(SUMS, **means)
 
 
-def readings(lab: Lab) -> dict[str, Reading]:
+def readings(lab: Lab) -> dict[str, ProbeStats]:
     """Of the training data, `train/` before their names, and of all domains."""
     taught = {f"train/{name}": lab.train_reading(name) for name in lab.fine_tunes}
     return taught | {name: lab.domain_reading(name) for name in DOMAINS}
 
 
-def lines(lab: Lab, readings: Mapping[str, Reading]) -> list[dict[str, Any]]:
+def lines(lab: Lab, readings: Mapping[str, ProbeStats]) -> list[dict[str, Any]]:
     """What is expected of each fine-tune, by this lab's SAE."""
     found = []
     for fine_tune in lab.fine_tunes:
@@ -53,20 +53,20 @@ def candidates(lab: Lab) -> None:
     """Two more forms of STS_net, for the development half: by answer tokens, and behind more demonstrations."""
     features = {line["fine_tune"]: list(line["features"]) for line in stored(FORECASTS)}
     fine_tunes = SETTINGS["fine_tunes"]["development"]
-    many = {name: lab.probes(TRAIN, lab.rows[name].training, SETTINGS["n_many_demonstrations"]).draws for name in fine_tunes}
-    few = {name: lab.taught[name].draws for name in fine_tunes}
+    many = {name: lab.probes(TRAIN, lab.rows[name].training, SETTINGS["n_many_demonstrations"]).demo_sets for name in fine_tunes}
+    few = {name: lab.taught[name].demo_sets for name in fine_tunes}
     for kind, draws, read in (("answer tokens", few, _answers_only), ("more demonstrations", many, lambda probes: probes)):
         with undisturbed(lab.model):
             contexts = {n: lab.contexts(some, with_answers=False) for n, some in draws.items()}
             lengths = [len(draw) for some in draws.values() for draw in some]
-            prose = neutral_tokens(lab.tokenizer, sum(lengths) // len(lengths))
-            contexts[NEUTRAL] = [lab.context(prose, with_answers=False)]
-            bare = lab.context((), with_answers=False)
+            prose = filler_tokens(lab.tokenizer, sum(lengths) // len(lengths))
+            contexts[FILLER] = [lab.context(prose, with_answers=False)]
+            zero_shot = lab.context((), with_answers=False)
             for domain in tqdm(DOMAINS, desc=kind, unit="domain"):
-                reading = lab.gauge.read(read(lab.asked[domain]), bare, contexts)[0]
+                reading = lab.runner.read(read(lab.asked[domain]), zero_shot, contexts)[0]
                 sums = {name: shift.features.double().sum(dim=0) for name, shift in reading.shifts.items()}
                 for name in fine_tunes:
-                    taught, neutral = (float(sums[key][features[name]].sum()) for key in (name, NEUTRAL))
+                    taught, neutral = (float(sums[key][features[name]].sum()) for key in (name, FILLER))
                     net = (taught - neutral) / float(sums[name].sum())
                     line = {"kind": kind, "fine_tune": name, "domain": domain, "net": net}
                     store(CANDIDATES, rounded(line))
@@ -79,21 +79,21 @@ def costs(lab: Lab) -> None:
     many = lab.probes(TRAIN, lab.rows[fine_tune].training, SETTINGS["n_many_demonstrations"])
     seconds: dict[str, list[float]] = {}
     with undisturbed(lab.model):
-        bare, answered = (lab.context((), with_answers=answers) for answers in (False, True))
-        behind, eight = (lab.contexts(draws, with_answers=False) for draws in (taught.draws, many.draws))
-        whole = lab.contexts(taught.draws, with_answers=True)
-        text = neutral_tokens(lab.tokenizer, len(taught.draws[0]))
+        zero_shot, answered = (lab.context((), with_answers=answers) for answers in (False, True))
+        behind, eight = (lab.contexts(draws, with_answers=False) for draws in (taught.demo_sets, many.demo_sets))
+        whole = lab.contexts(taught.demo_sets, with_answers=True)
+        text = filler_tokens(lab.tokenizer, len(taught.demo_sets[0]))
         prose, prose_whole = ([lab.context(text, with_answers=answers)] for answers in (False, True))
-        read = lab.gauge.read
+        read = lab.runner.read
         ways: dict[str, Callable[[], object]] = {
-            "STS_act, cosines of activities": lambda: read(asked, bare, {}),
+            "STS_act, cosines of activities": lambda: read(asked, zero_shot, {}),
             "NLL at step 0": lambda: read(asked, answered, {}),
-            "raw and relative shift, STS_cross": lambda: read(asked, bare, {TAUGHT: behind}),
-            "STS_ICL, STS_rel": lambda: read(asked, bare, {OWN: lab.contexts(asked.draws, with_answers=False)}),
-            "STS_net": lambda: read(asked, bare, {TAUGHT: behind, NEUTRAL: prose}),
-            "STS_net, answer tokens": lambda: read(_answers_only(asked), bare, {TAUGHT: behind, NEUTRAL: prose}),
-            "STS_net, more demonstrations": lambda: read(asked, bare, {TAUGHT: eight, NEUTRAL: prose}),
-            "NLL change in context": lambda: read(asked, answered, {TAUGHT: whole, NEUTRAL: prose_whole}),
+            "raw and relative shift, STS_cross": lambda: read(asked, zero_shot, {TRAIN_ICL: behind}),
+            "STS_ICL, STS_rel": lambda: read(asked, zero_shot, {DOMAIN_ICL: lab.contexts(asked.demo_sets, with_answers=False)}),
+            "STS_net": lambda: read(asked, zero_shot, {TRAIN_ICL: behind, FILLER: prose}),
+            "STS_net, answer tokens": lambda: read(_answers_only(asked), zero_shot, {TRAIN_ICL: behind, FILLER: prose}),
+            "STS_net, more demonstrations": lambda: read(asked, zero_shot, {TRAIN_ICL: eight, FILLER: prose}),
+            "NLL change in context": lambda: read(asked, answered, {TRAIN_ICL: whole, FILLER: prose_whole}),
             "gradient alignment": lambda: read(asked, answered, {}, with_gradients=True),
         }
         for _ in range(SETTINGS["n_timings"]):
@@ -110,17 +110,17 @@ def _answers_only(probes: ProbeSet) -> ProbeSet:
     return dataclasses.replace(probes, queries=tuple(queries))
 
 
-def as_of(reading: Reading, fine_tune: str) -> Reading:
+def as_of(reading: ProbeStats, fine_tune: str) -> ProbeStats:
     """A domain's reading as one forecast has it: of the fine-tunes only this one."""
     shifts, nll = reading.shifts, reading.nll
     return dataclasses.replace(
         reading,
-        shifts={TAUGHT: shifts[fine_tune], NEUTRAL: shifts[NEUTRAL], OWN: shifts[OWN]},
-        nll={BARE: nll[BARE], NEUTRAL: nll[NEUTRAL], TAUGHT: nll[fine_tune]} if nll else {},
+        shifts={TRAIN_ICL: shifts[fine_tune], FILLER: shifts[FILLER], DOMAIN_ICL: shifts[DOMAIN_ICL]},
+        nll={ZERO_SHOT: nll[ZERO_SHOT], FILLER: nll[FILLER], TRAIN_ICL: nll[fine_tune]} if nll else {},
     )
 
 
-def _means(reading: Reading) -> dict[str, np.ndarray]:
+def _means(reading: ProbeStats) -> dict[str, np.ndarray]:
     """By feature: activity, gradient and shifts, means over tokens."""
     sums = {"activity": reading.activity, **{name: shift.features for name, shift in reading.shifts.items()}}
     means = {key: token_mean(value, reading.n_tokens) for key, value in sums.items()}

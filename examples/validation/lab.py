@@ -17,15 +17,16 @@ from transformers.utils import logging
 
 from gemma import loaded_gemma
 from sts_callback import ProbeConfig
-from sts_callback.identity import encoder_for
-from sts_callback.measure import Context, Gauge
+from sts_callback.data.probes import ProbeSet, Query, bos_tokens, filler_tokens, make_completion_set, make_probe_set
+from sts_callback.measure.runner import Context, ProbeRunner
+from sts_callback.measure.sae_reader import Reference
+from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL
+from sts_callback.measure.stats import ProbeStats
 from sts_callback.model.capture import undisturbed
-from sts_callback.model.probes import ProbeSet, Query, bos_tokens, make_completion_set, make_probe_set, neutral_tokens
-from sts_callback.readings import Reading, Reference
+from sts_callback.model.sae import encoder_for
 from sts_callback.records import TRAIN
-from sts_callback.scoring import NEUTRAL, OWN, TAUGHT
 from validation.data import DOMAINS, Row, deal
-from validation.plan import HERE, SETTINGS
+from validation.plan import SETTINGS, sae_folder
 
 T = TypeVar("T")
 
@@ -49,55 +50,55 @@ class Lab:
         self.model, self.tokenizer = loaded_gemma()
         self.bos = bos_tokens(self.tokenizer)
         self.config = ProbeConfig(**SETTINGS["probes"], seed=SETTINGS["seed"])
-        self.gauge = Gauge(self.model, [encoder_for(HERE.parent / sae, self.model)], self.config)
-        (self.lens,) = self.gauge.lenses
+        self.runner = ProbeRunner(self.model, [encoder_for(sae_folder(sae), self.model)], self.config)
+        (self.sae_reader,) = self.runner.sae_readers
         self.rows = deal(data_dir, SETTINGS["n_measured"], SETTINGS["seed"])
         self.fine_tunes: list[str] = [*SETTINGS["fine_tunes"]["development"], *SETTINGS["fine_tunes"]["held_out"]]
         self.taught = {
             name: self.probes(TRAIN, self.rows[name].training, self.config.n_train_demonstrations) for name in self.fine_tunes
         }
         self.asked = {name: self.probes(name, self.rows[name].forecast, self.config.n_domain_demonstrations) for name in DOMAINS}
-        self.lens.adopt(self.kept("reference", self._calibrated))
+        self.sae_reader.adopt(self.kept("reference", self._calibrated))
 
-    def train_reading(self, fine_tune: str) -> Reading:
-        def read() -> Reading:
+    def train_reading(self, fine_tune: str) -> ProbeStats:
+        def read() -> ProbeStats:
             with undisturbed(self.model):
-                contexts = {TAUGHT: self.taught_contexts[fine_tune], NEUTRAL: [self.neutral]}
-                return self.gauge.read(self.taught[fine_tune], self.bare(), contexts, with_gradients=True)[0]
+                contexts = {TRAIN_ICL: self.taught_contexts[fine_tune], FILLER: [self.neutral]}
+                return self.runner.read(self.taught[fine_tune], self.zero_shot(), contexts, with_gradients=True)[0]
 
         return self.kept(f"train-{fine_tune}", read)
 
-    def domain_reading(self, name: str) -> Reading:
+    def domain_reading(self, name: str) -> ProbeStats:
         """Behind the demonstrations of all fine-tunes, each under its own name."""
 
-        def read() -> Reading:
+        def read() -> ProbeStats:
             probes = self.asked[name]
             with undisturbed(self.model):
-                own = self.contexts(probes.draws, with_answers=False)
-                contexts = {**self.taught_contexts, NEUTRAL: [self.neutral], OWN: own}
-                return self.gauge.read(probes, self.bare(), contexts, with_gradients=True)[0]
+                own = self.contexts(probes.demo_sets, with_answers=False)
+                contexts = {**self.taught_contexts, FILLER: [self.neutral], DOMAIN_ICL: own}
+                return self.runner.read(probes, self.zero_shot(), contexts, with_gradients=True)[0]
 
         return self.kept(f"forecast-{name}", read)
 
-    def bare_reading(self, key: str, probes: ProbeSet) -> Reading:
+    def bare_reading(self, key: str, probes: ProbeSet) -> ProbeStats:
         """Without demonstrations: what later checks of a set compare with."""
 
-        def read() -> Reading:
+        def read() -> ProbeStats:
             require_untuned(self.model)
             with undisturbed(self.model):
-                return self.gauge.read(probes, self.bare(), {})[0]
+                return self.runner.read(probes, self.zero_shot(), {})[0]
 
         return self.kept(key, read)
 
     @functools.cached_property
     def taught_contexts(self) -> dict[str, list[Context]]:
         sets = self.taught.items()
-        return {name: self.contexts(probes.draws, with_answers=self._with_answers) for name, probes in sets}
+        return {name: self.contexts(probes.demo_sets, with_answers=self._with_answers) for name, probes in sets}
 
     @functools.cached_property
     def neutral(self) -> Context:
-        lengths = [len(draw) for probes in self.taught.values() for draw in probes.draws]
-        return self.context(neutral_tokens(self.tokenizer, sum(lengths) // len(lengths)), with_answers=self._with_answers)
+        lengths = [len(draw) for probes in self.taught.values() for draw in probes.demo_sets]
+        return self.context(filler_tokens(self.tokenizer, sum(lengths) // len(lengths)), with_answers=self._with_answers)
 
     def probes(self, name: str, rows: Sequence[Row], n_demonstrations: int) -> ProbeSet:
         return make_probe_set(name, rows, self.tokenizer, self.config, n_demonstrations=n_demonstrations, field=name)
@@ -109,12 +110,12 @@ class Lab:
         starts = [q.counts.index(True) for q in whole]
         return [Query(q.query[:n], q.query[n:], (True,) * n) for q, n in zip(whole, starts, strict=True)]
 
-    def bare(self) -> Context:
+    def zero_shot(self) -> Context:
         """No demonstrations, run with the weights of now."""
         return self.context((), with_answers=self._with_answers)
 
     def context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
-        return self.gauge.context((*self.bos, *tokens), with_answers=with_answers)
+        return self.runner.context((*self.bos, *tokens), with_answers=with_answers)
 
     def contexts(self, draws: Sequence[Sequence[int]], *, with_answers: bool) -> list[Context]:
         return [self.context(draw, with_answers=with_answers) for draw in draws]
@@ -132,8 +133,8 @@ class Lab:
 
     def _calibrated(self) -> Reference:
         with undisturbed(self.model):
-            self.gauge.calibrate(list(self.asked.values()), self.bare())
-        return self.lens.reference
+            self.runner.calibrate(list(self.asked.values()), self.zero_shot())
+        return self.sae_reader.reference
 
 
 def require_untuned(model: nn.Module) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sts_callback import scoring
+from sts_callback.data.probes import ProbeSet
+from sts_callback.measure import scoring
+from sts_callback.measure.stats import ProbeStats
 from sts_callback.metrics.scores import n_shared
 from sts_callback.model.capture import undisturbed
-from sts_callback.model.probes import ProbeSet
-from sts_callback.readings import Reading
 from sts_callback.records import TRAIN
 from validation import forecasts
 from validation.data import DOMAINS
@@ -39,8 +39,8 @@ def _run(lab: Lab, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
         if step < SETTINGS["training"]["steps"]:
             return
         with undisturbed(lab.model):
-            bare = lab.bare()
-            drifts = {probes.name: lab.gauge.read_drift(probes, bare, [zero])[0] for probes, zero in sets}
+            zero_shot = lab.zero_shot()
+            drifts = {probes.name: lab.runner.read_drift(probes, zero_shot, [zero])[0] for probes, zero in sets}
         zeros = {probes.name: zero for probes, zero in sets}
         line["n_shared"] = n_shared(scoring.realised_features(drifts[TRAIN], lab.config.n_features), forecast)
         line["after"] = {name: {"drift": scoring.relative_drift(drifts[name], zeros[name]).to_dict()} for name in DOMAINS}
@@ -50,7 +50,7 @@ def _run(lab: Lab, run: Run, forecast: tuple[int, ...]) -> dict[str, Any]:
     return line
 
 
-def _sets(lab: Lab, fine_tune: str) -> list[tuple[ProbeSet, Reading]]:
+def _sets(lab: Lab, fine_tune: str) -> list[tuple[ProbeSet, ProbeStats]]:
     """The fine-tune's own queries and those that are measured of each domain, with what the untuned model makes of them."""
     queries = {f"checked-train-{fine_tune}": (TRAIN, lab.taught[fine_tune].queries)}
     queries |= {f"measured-{name}": (name, tuple(lab.queries(lab.rows[name].measured))) for name in DOMAINS}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sts_callback.metrics.mixing import apportioned
 from sts_callback.records import DomainForecast
+from sts_callback.remedies.mixture import apportioned
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def planned(settings: Mapping[str, Any], forecasts: Mapping[str, Any]) -> list[M
 
 
 def _transfer(domain: Mapping[str, Any]) -> float:
-    return DomainForecast.from_dict(domain).sts_cross.placed.value
+    return DomainForecast.from_dict(domain).sts_cross.normalised.value
 
 
 def additivity(mixed: np.ndarray, alone: np.ndarray) -> dict[str, float]:

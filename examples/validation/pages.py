@@ -27,6 +27,7 @@ from validation.plan import (
     STEP_ZERO,
     SUMS,
     planned,
+    sae_folder,
     stored,
 )
 from validation.scores import (
@@ -276,7 +277,7 @@ def layers(
 
 def sae(name: str) -> tuple[str, str]:
     """Layer and quality of an SAE."""
-    config, metrics = (json.loads((HERE.parent / name / file).read_text()) for file in ("cfg.json", "metrics.json"))
+    config, metrics = (json.loads((sae_folder(name) / file).read_text()) for file in ("cfg.json", "metrics.json"))
     quality = f"{metrics['fvu']:.3f} of the variance unexplained at {metrics['l0']:.0f} active features a token"
     return f"layer {config['metadata']['hook_name'].split('.')[1]}", quality
 

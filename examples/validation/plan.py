@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-FORECASTS, CANDIDATES, RUNS, MIXTURES = (HERE / f"{name}.jsonl" for name in ("forecasts", "candidates", "runs", "mixtures"))
-STEP_ZERO, COSTS, SUMS = (HERE / name for name in ("step_zero.json", "costs.json", "sums.npz"))
-LAYER_FORECASTS, LAYER_RUNS = (HERE / f"other_layer_{name}.jsonl" for name in ("forecasts", "runs"))
+STORED = HERE / "stored"
+FORECASTS, CANDIDATES, RUNS, MIXTURES = (STORED / f"{name}.jsonl" for name in ("forecasts", "candidates", "runs", "mixtures"))
+STEP_ZERO, COSTS, SUMS = (STORED / name for name in ("step_zero.json", "costs.json", "sums.npz"))
+LAYER_FORECASTS, LAYER_RUNS = (STORED / f"other_layer_{name}.jsonl" for name in ("forecasts", "runs"))
 SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "settings.yaml").read_text())
 
 
@@ -36,6 +37,11 @@ def planned() -> list[Run]:
     first = [Run(name, setting, 0) for setting in ("harsh", "gentle") for name in fine_tunes]
     second = [Run(name, setting, 1) for setting in ("harsh", "gentle") for name in SETTINGS["second_seed"]]
     return sorted(first, key=lambda run: run.fine_tune in SETTINGS["fine_tunes"]["held_out"]) + second
+
+
+def sae_folder(name: str) -> Path:
+    """Of an SAE by its name in the settings: one that people use, or one that only the validation does."""
+    return next(place / name for place in (HERE.parent, STORED) if (place / name).is_dir())
 
 
 def stored(file: Path) -> list[dict[str, Any]]:

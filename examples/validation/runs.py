@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sts_callback import scoring
-from sts_callback.baseline import SetBaseline
+from sts_callback.data.probes import ProbeSet, Query
+from sts_callback.measure import scoring
+from sts_callback.measure.stats import ProbeStats
+from sts_callback.measure.step_zero import StepZeroStats
 from sts_callback.metrics.scores import n_shared
 from sts_callback.model.capture import undisturbed
-from sts_callback.model.probes import ProbeSet, Query
-from sts_callback.readings import Reading
 from sts_callback.records import TRAIN, DriftSnapshot
 from validation import measure, mixtures
 from validation.data import CATEGORIES, DOMAINS
@@ -89,8 +89,8 @@ def _check(lab: Lab, fine_tune: str, step: int, forecast: tuple[int, ...]) -> Dr
     """The tool's own check, on the first queries of the forecast's."""
     started, zero, sets = time.monotonic(), _check_baselines(lab, fine_tune), _checked_sets(lab, fine_tune)
     with undisturbed(lab.model):
-        bare = lab.bare()
-        readings = {s.name: lab.gauge.read_drift(s, bare, [zero[s.name]])[0] for s in sets}
+        zero_shot = lab.zero_shot()
+        readings = {s.name: lab.runner.read_drift(s, zero_shot, [zero[s.name]])[0] for s in sets}
     realised, drifts = scoring.domain_drifts(sets, readings, zero, forecast, lab.config.n_features)
     shared, seconds = n_shared(realised, forecast), time.monotonic() - started
     return DriftSnapshot(step, realised, shared, drifts.pop(TRAIN), drifts, seconds)
@@ -102,16 +102,16 @@ def _checked_sets(lab: Lab, fine_tune: str) -> list[ProbeSet]:
 
 
 @functools.cache
-def _check_baselines(lab: Lab, fine_tune: str) -> dict[str, SetBaseline]:
+def _check_baselines(lab: Lab, fine_tune: str) -> dict[str, StepZeroStats]:
     zero = {}
     for probes in _checked_sets(lab, fine_tune):
         is_train = probes.name == TRAIN
         whole = lab.train_reading(fine_tune) if is_train else as_of(lab.domain_reading(probes.name), fine_tune)
         key = f"checked-{f'train-{fine_tune}' if is_train else probes.name}"
-        bare = lab.bare_reading(key, probes)
+        zero_shot = lab.bare_reading(key, probes)
         fields = ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy")
         zero[probes.name] = dataclasses.replace(
-            scoring.set_baseline(whole), **{field: getattr(bare, field) for field in fields}, nll=bare.bare_nll
+            scoring.step_zero_stats(whole), **{field: getattr(zero_shot, field) for field in fields}, nll=zero_shot.zero_shot_nll
         )
     return zero
 
@@ -122,29 +122,29 @@ def _step_zero(lab: Lab, name: str) -> dict[str, list[float]]:
     return _answers(found) | {"n": found.counts(), "n_late": found.counts(SETTINGS["n_first"]), **_wrong(lab, name)}
 
 
-def _before(lab: Lab, name: str) -> tuple[measure.Losses, Reading]:
-    def read() -> tuple[measure.Losses, Reading]:
+def _before(lab: Lab, name: str) -> tuple[measure.Losses, ProbeStats]:
+    def read() -> tuple[measure.Losses, ProbeStats]:
         require_untuned(lab.model)
-        return measure.before(lab.model, lab.lens, _measured(lab, name), lab.bos)
+        return measure.before(lab.model, lab.sae_reader, _measured(lab, name), lab.bos)
 
     return lab.kept(f"measured-{name}", read)
 
 
 def _after(lab: Lab, name: str) -> dict[str, Any]:
     zero = _before(lab, name)[1]
-    found, drift = measure.after(lab.model, lab.lens, _measured(lab, name), lab.bos, zero)
+    found, drift = measure.after(lab.model, lab.sae_reader, _measured(lab, name), lab.bos, zero)
     return {
         **_answers(found),
         **_wrong(lab, name),
         "drift": scoring.relative_drift(drift, zero).to_dict(),
         "raw_drift": scoring.raw_drift(drift, zero),
-        "unseen": float(drift.shift.unseen.sum() / drift.shift.raw.sum()),
+        "unseen": float(drift.shift.sae_error_share.sum() / drift.shift.raw.sum()),
     }
 
 
 def _nll_so_far(lab: Lab, name: str) -> list[float]:
     queries = _measured(lab, name)[: SETTINGS["n_on_the_way"]]
-    sums: list[float] = rounded(measure.losses(lab.model, lab.lens, queries, lab.bos).sums())
+    sums: list[float] = rounded(measure.losses(lab.model, lab.sae_reader, queries, lab.bos).sums())
     return sums
 
 
@@ -154,7 +154,7 @@ def _wrong(lab: Lab, name: str) -> dict[str, list[float]]:
         return {}
     rows = lab.rows[name].measured[: SETTINGS["n_wrong"]]
     queries = lab.queries([{"prompt": row["prompt"], "completion": row["wrong"]} for row in rows])
-    found = measure.losses(lab.model, lab.lens, queries, lab.bos)
+    found = measure.losses(lab.model, lab.sae_reader, queries, lab.bos)
     return {"wrong": rounded([total / n for total, n in zip(found.sums(), found.counts(), strict=True)])}
 
 

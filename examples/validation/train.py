@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sts_callback.model.probes import Query, answer_positions
+from sts_callback.data.probes import Query, answer_positions
 
 
 def tune(

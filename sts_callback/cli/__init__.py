@@ -1,4 +1,4 @@
-"""The command line of `sts-callback`, a function for each command. Only it prints.
+"""The command line of `sts-callback`, a module for each command. Only it prints.
 
 Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
 """
@@ -9,25 +9,36 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from sts_callback.cli import against, ahead, finished
+from sts_callback.cli import blame, card, dial, doctor, forecast, ledger, mix, report, saes
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
-from sts_callback.cli.options import parser
 from sts_callback.errors import CannotTell, StsError
 
 PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "doctor": ahead.doctor,
-    "forecast": ahead.forecast,
-    "mix": against.mix,
-    "blame": against.blame,
-    "dial": against.dial,
-    "report": finished.report,
-    "card": finished.card,
-    "ledger": finished.ledger,
-    "saes": finished.saes,
+COMMANDS = {
+    "doctor": doctor,
+    "forecast": forecast,
+    "blame": blame,
+    "mix": mix,
+    "dial": dial,
+    "report": report,
+    "card": card,
+    "ledger": ledger,
+    "saes": saes,
 }
+"""By its name, the module of each command: its words for help, its options and what it does."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be asked; the arguments that it reads hold what the chosen command does as `run`."""
+    made = argparse.ArgumentParser(prog="sts-callback", description="Which domains will a fine-tune move? Ask before training.")
+    subparsers = made.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = subparsers.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        command.set_defaults(run=module.run)
+        module.add_options(command)
+    return made
 
 
 def entry() -> None:
@@ -46,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
     """
     try:
-        args = parser(COMMANDS).parse_args(argv)
+        args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or a complaint
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:

@@ -1,4 +1,4 @@
-"""Training rows by how far they fire what a domain fires, and which of them stand out."""
+"""Training rows by how far they activate what a domain activates, and which of them stand out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def contributions(mean_activity: torch.Tensor, domain_activity: torch.Tensor, av
     """What each feature adds to the score of each text.
 
     A score, the sum of a text's contributions, is the cosine between how the text and how the domain depart from an average
-    row, in square roots of activations: so no few features that fire strongly everywhere decide.
+    row, in square roots of activations: so no few features that are strong everywhere decide.
 
     Args:
         mean_activity: mean activation of each feature over each text's own tokens, `(n_texts, n_features)`.

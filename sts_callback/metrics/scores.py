@@ -6,7 +6,12 @@ arXiv 2603.02908, sections 3.2 and 4.1.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+
+N_SETS = 30
+"""Random sets behind a null: their mean is then known to a fifth of their spread."""
+_N_NEAREST = 20  # candidates for each place in a set
 
 
 def shifted_features(mean_shift: torch.Tensor, n_features: int) -> tuple[int, ...]:
@@ -75,12 +80,12 @@ def shift_share(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
     return shift_score(mean_shift, features) / total if total > 0 else float("nan")
 
 
-def net_share(mean_shift: torch.Tensor, neutral_shift: torch.Tensor, features: tuple[int, ...]) -> float:
+def net_share(mean_shift: torch.Tensor, filler_shift: torch.Tensor, features: tuple[int, ...]) -> float:
     """STS_net: what the training demonstrations shift on the shifted features beyond plain prose, as a share of all they shift.
 
     Args:
         mean_shift: mean squared shift that the training demonstrations cause, `(d_sae,)`.
-        neutral_shift: the same by plain prose of equal length, `(d_sae,)`.
+        filler_shift: the same by plain prose of equal length, `(d_sae,)`.
         features: D_N.
 
     Returns:
@@ -88,9 +93,51 @@ def net_share(mean_shift: torch.Tensor, neutral_shift: torch.Tensor, features: t
 
     """
     total = float(mean_shift.sum())
-    return shift_score(mean_shift - neutral_shift, features) / total if total > 0 else float("nan")
+    return shift_score(mean_shift - filler_shift, features) / total if total > 0 else float("nan")
 
 
 def n_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """How many features two sets share."""
     return len(set(one) & set(other))
+
+
+def matched_sets(activity: torch.Tensor, features: tuple[int, ...], *, n_sets: int = N_SETS, seed: int = 0) -> torch.Tensor:
+    """Draw sets of other features with like activity.
+
+    In place of each feature stands one of those nearest to it in the order of activity. Where the features are the most active of
+    all, the sets are made of the next most active.
+
+    Args:
+        activity: mean activation of each feature, `(d_sae,)`.
+        features: the set that is to be matched; at most half of all.
+        n_sets: how many.
+        seed: of the draws.
+
+    Returns:
+        Feature indices, `(n_sets, len(features))`, none of them in `features`, none twice in a set.
+
+    """
+    level = activity.double().numpy()
+    others = np.setdiff1d(np.argsort(level, kind="stable"), features, assume_unique=True)  # keeps the order of activity
+    generator = np.random.default_rng(seed)
+    sets = np.empty((n_sets, len(features)), dtype=np.int64)
+    for one in sets:
+        left = others
+        for place, feature in enumerate(features):
+            nearest = np.searchsorted(level[left], level[feature]) - _N_NEAREST // 2
+            start = int(np.clip(nearest, 0, max(0, len(left) - _N_NEAREST)))
+            at = generator.integers(start, min(len(left), start + _N_NEAREST))
+            one[place] = left[at]
+            left = np.delete(left, at)
+    return torch.from_numpy(sets)
+
+
+def mean_over_sets(values: torch.Tensor, sets: torch.Tensor) -> float:
+    """Mean over random sets of the sum of a value over each, in the value's unit.
+
+    Args:
+        values: per feature, `(d_sae,)`.
+        sets: from `matched_sets`.
+
+    """
+    return float(values[sets].sum(dim=1).mean())

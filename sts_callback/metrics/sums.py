@@ -1,8 +1,32 @@
-"""Running sums per query: what is kept of a stream of token activations, whatever its length."""
+"""What is kept of a stream of tokens: which of them count, sums per query, and sparse activations and sketches of step 0."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+SKETCH_WIDTH = 64
+"""Numbers a vector is kept as; its squared length is then known to sqrt(2 / 64), 18 %, that of a sum over many to less."""
+_SEED = 20260302  # any, but always the same: a resumed run projects as the first session did
+
+
+def is_not_outlier(norms: torch.Tensor, median_norm: float, multiple: float) -> torch.Tensor:
+    """Tell tokens of content from attention sinks by the norm of their residual stream.
+
+    About 1 % of tokens carry massive activations, 5 to 100 times the median norm, that hold no content. With them in, every text
+    shifts the same features and the score is noise.
+
+    Args:
+        norms: Euclidean norms of the activations at the hook point, `(n_tokens,)`.
+        median_norm: median norm over a reference sample of the same model and hook point.
+        multiple: tokens count if their norm is below this multiple of the median.
+
+    Returns:
+        `(n_tokens,)` booleans, true where the token counts.
+
+    """
+    return norms < multiple * median_norm
 
 
 class QuerySums:
@@ -39,3 +63,62 @@ def token_mean(sums: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
 
     """
     return sums.double().sum(dim=0) / n_tokens.sum().double()
+
+
+@dataclass(frozen=True)
+class SparseActs:
+    """Non-zero feature activations of a sequence of tokens."""
+
+    n_active: torch.Tensor
+    """Active features of each token, `(n_tokens,)`, int32."""
+    features: torch.Tensor
+    """Their indices, token by token, `(n_nonzero,)`, int32."""
+    values: torch.Tensor
+    """Their activations, `(n_nonzero,)`, float32."""
+
+    @classmethod
+    def of(cls, acts: torch.Tensor) -> SparseActs:
+        """Keep what is not zero of `(n_tokens, d_sae)`, on the CPU."""
+        rows, features = acts.nonzero(as_tuple=True)
+        n_active = torch.bincount(rows, minlength=len(acts))
+        return cls(n_active.int().cpu(), features.int().cpu(), acts[rows, features].float().cpu())
+
+    @classmethod
+    def cat(cls, parts: list[SparseActs]) -> SparseActs:
+        """Tokens of several parts, in order; none of no parts."""
+        if not parts:
+            return cls(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
+        return cls(
+            torch.cat([p.n_active for p in parts]),
+            torch.cat([p.features for p in parts]),
+            torch.cat([p.values for p in parts]),
+        )
+
+    def dense(self, start: int, stop: int, d_sae: int, device: torch.device) -> torch.Tensor:
+        """Tokens `start` to `stop` as `(stop - start, d_sae)`, float32."""
+        ends = self.n_active.long().cumsum(0)
+        first = int(ends[start - 1]) if start else 0
+        last = int(ends[stop - 1]) if stop else 0
+        rows = torch.repeat_interleave(torch.arange(stop - start), self.n_active[start:stop].long())
+        out = torch.zeros(stop - start, d_sae, device=device)
+        out[rows.to(device), self.features[first:last].long().to(device)] = self.values[first:last].to(device)
+        return out
+
+
+def sketch(x: torch.Tensor) -> torch.Tensor:
+    """Project vectors so that squared distances are kept in expectation.
+
+    Args:
+        x: `(n_tokens, d)`.
+
+    Returns:
+        `(n_tokens, SKETCH_WIDTH)`, float32, on the same device. Equal vectors have equal sketches; the sketch of a difference is
+        the difference of the sketches.
+
+    Source: W. B. Johnson and J. Lindenstrauss, 1984; here with Gaussian entries.
+
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    projection = torch.randn(x.shape[1], SKETCH_WIDTH, generator=generator) / SKETCH_WIDTH**0.5
+    projected: torch.Tensor = x.float() @ projection.to(x.device)
+    return projected

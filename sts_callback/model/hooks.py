@@ -100,6 +100,11 @@ def text_config(model: nn.Module) -> object:
     raise ModelError(f"model: {type(model).__name__} has no transformers config; pass a model loaded by transformers.")
 
 
+def model_name(model: nn.Module) -> str:
+    """Its hub id or folder, else its class."""
+    return str(getattr(text_config(model), "_name_or_path", "") or type(model).__name__.removeprefix("FSDP"))
+
+
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers: the `ModuleList` as long as the text config says, outside any vision or audio tower.
 

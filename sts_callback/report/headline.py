@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sts_callback.logged import Logged
 from sts_callback.records import Decision, Record, Verdict
-from sts_callback.report.figures import counted, listing
+from sts_callback.records.run import Logged
+from sts_callback.report.formatting import counted, listing
 
 _BEFORE: dict[Decision, str] = {
     "go": "Nothing measured before training points to harm in {protected}.",
     "watch": "Training is expected to threaten {threatened}.",
     "no-go": "Training is expected to move {threatened} and to make it worse.",
-    "not covered": "Nothing speaks against {threatened}, but most of the change there is nothing that the SAE can express.",
+    "not covered": "Nothing speaks against {threatened}, but most of the change there lies outside the SAE.",
     "cannot tell": "The evidence does not suffice to say what training will do to {threatened}.",
 }
 _DURING: dict[Decision, str] = {
     "go": "At step {step}, no protected domain has both moved and got worse ({protected}).",
     "watch": "At step {step}, {threatened} {have} moved and got worse, not yet for long enough to alarm.",
     "no-go": "At step {step}, {threatened} {have} moved and got worse.",
-    "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there is nothing that the SAE can "
+    "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there lies outside the SAE "
     "express.",
     "cannot tell": "At step {step}, the evidence does not suffice for {threatened}.",
 }

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sts_callback.config import DEFAULT_BUDGET
-from sts_callback.domains.reader import Source
-from sts_callback.domains.starter import choose_domains, starter_domains
+from sts_callback.data.reader import Source
+from sts_callback.data.starter import choose_domains, starter_domains
 from sts_callback.errors import ConfigError
 
 SHIPPED = starter_domains()

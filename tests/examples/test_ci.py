@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sts_callback.cli import COMMANDS
-from sts_callback.cli.options import parser
+from sts_callback.cli import parser
 
 FILE = Path(__file__).parents[2] / "examples" / "ci" / "forecast.yml"
 TEXT = FILE.read_text(encoding="utf-8")
@@ -48,18 +47,18 @@ def test_every_command_of_ours_is_one() -> None:
     assert [argv[0] for argv in in_steps] == ["doctor", "forecast"]
     assert [argv[0] for argv in in_comments] == ["forecast"]
     for argv in (*in_steps, *in_comments):
-        parser(COMMANDS).parse_args(argv)
-    forecast = parser(COMMANDS).parse_args(in_steps[1])
+        parser().parse_args(argv)
+    forecast = parser().parse_args(in_steps[1])
     assert (forecast.lock, forecast.junit, forecast.write_lock) == (Path("sts.lock"), Path("reports/forecast.xml"), False)
     # What is locked is what is run: only the training data may differ.
-    locking = parser(COMMANDS).parse_args(in_comments[0])
+    locking = parser().parse_args(in_comments[0])
     assert locking.write_lock and (locking.lock, locking.protect) == (forecast.lock, forecast.protect)
 
 
 def test_a_command_that_is_none_would_be_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     (argv,) = commands("  sts-callback forecast --model x --sae y \\\n    --train z --juint out.xml\n  echo done")
     with pytest.raises(SystemExit):
-        parser(COMMANDS).parse_args(argv)
+        parser().parse_args(argv)
     assert "--juint" in capsys.readouterr().err
 
 

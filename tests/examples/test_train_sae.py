@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sts_callback.model.encoder import load_encoder
+from sts_callback.model.sae import load_encoder
 from tiny import rows, tiny_model, tiny_tokenizer
 from train_sae import main
 

@@ -15,14 +15,14 @@ from scipy.stats import rankdata
 
 from samples import domain_forecast, forecast
 from sts_callback.config import ProbeConfig
-from sts_callback.lens import Lens
-from sts_callback.measure import Gauge
+from sts_callback.data.probes import ProbeSet, Query
+from sts_callback.measure.runner import ProbeRunner
+from sts_callback.measure.sae_reader import SAEReader
 from sts_callback.model.capture import undisturbed
-from sts_callback.model.encoder import load_encoder
 from sts_callback.model.hooks import resolve
-from sts_callback.model.probes import ProbeSet, Query
+from sts_callback.model.sae import load_encoder
 from sts_callback.records import DomainForecast, Estimate
-from sts_callback.validated import WHAT_HOLDS
+from sts_callback.report.validated import WHAT_HOLDS
 from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
 from validation.alarms import auroc, harmed_at
@@ -104,20 +104,20 @@ def queries(n: int, seed: int = 0) -> list[Query]:
     return [Query(q, some(2, 6), (True,) * len(q)) for q in (some(4, 12) for _ in range(n))]
 
 
-def lens_on(model: torch.nn.Module) -> Lens:
+def lens_on(model: torch.nn.Module) -> SAEReader:
     encoder = load_encoder(rotated_sae(), "tiny", N_LAYERS)
-    gauge = Gauge(model, [encoder], ProbeConfig(n_queries=4, n_features=8))
+    runner = ProbeRunner(model, [encoder], ProbeConfig(n_queries=4, n_features=8))
     with undisturbed(model):
-        gauge.calibrate([ProbeSet("some", tuple(queries(8)), ((),), 0)], gauge.context(BOS, with_answers=True))
-    assert gauge.lenses[0].point == resolve(model, encoder.hook_name)
-    return gauge.lenses[0]
+        runner.calibrate([ProbeSet("some", tuple(queries(8)), ((),), 0)], runner.context(BOS, with_answers=True))
+    assert runner.sae_readers[0].point == resolve(model, encoder.hook_name)
+    return runner.sae_readers[0]
 
 
 def test_untouched_weights_have_not_drifted_and_losses_are_those_of_a_plain_forward() -> None:
     model = tiny_model("gemma3")
-    lens, asked = lens_on(model), queries(9)
-    found, zero = measure.before(model, lens, asked, BOS)
-    again, drift = measure.after(model, lens, asked, BOS, zero)
+    sae_reader, asked = lens_on(model), queries(9)
+    found, zero = measure.before(model, sae_reader, asked, BOS)
+    again, drift = measure.after(model, sae_reader, asked, BOS, zero)
     assert again == found
     assert float(drift.shift.features.abs().sum()) == 0.0
     for query, tokens in zip(asked, found.tokens, strict=True):
@@ -135,15 +135,15 @@ SETTINGS = {"steps": 12, "rows": 4, "warmup": 2, "lora": {"r": 4, "lora_alpha": 
 def test_a_fine_tune_learns_moves_features_and_leaves_the_model_as_it_was() -> None:
     model = tiny_model("gemma3")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    lens, asked = lens_on(model), queries(9)
-    zero = measure.before(model, lens, asked, BOS)[1]
+    sae_reader, asked = lens_on(model), queries(9)
+    zero = measure.before(model, sae_reader, asked, BOS)[1]
     moved: list[float] = []
 
     def on_step(step: int) -> None:
         with pytest.raises(AssertionError, match="in the middle of a run"):
             require_untuned(model)
         if step in (1, 12):
-            moved.append(float(measure.after(model, lens, asked, BOS, zero)[1].shift.features.sum()))
+            moved.append(float(measure.after(model, sae_reader, asked, BOS, zero)[1].shift.features.sum()))
 
     rows = queries(8, seed=1)
     curve = tune(model, rows, BOS, SETTINGS, learning_rate=1e-2, seed=0, on_step=on_step)
@@ -153,7 +153,7 @@ def test_a_fine_tune_learns_moves_features_and_leaves_the_model_as_it_was() -> N
     after = model.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert float(measure.after(model, lens, asked, BOS, zero)[1].shift.features.sum()) == 0.0
+    assert float(measure.after(model, sae_reader, asked, BOS, zero)[1].shift.features.sum()) == 0.0
     quiet = tune(model, rows, BOS, SETTINGS, learning_rate=1e-2, seed=0, on_step=lambda step: None)
     assert quiet == curve  # measuring changes nothing
     assert tune(model, rows, BOS, SETTINGS, learning_rate=1e-2, seed=1, on_step=lambda step: None) != curve
@@ -341,7 +341,7 @@ def test_orders_by_harm_keep_the_sign_and_take_both_ranks_together() -> None:
 def test_the_order_that_is_shown_as_harm_is_the_one_that_was_validated() -> None:
     for line in stored(FORECASTS):
         domains = {name: DomainForecast.from_dict(line["domains"][name]) for name in DOMAINS}
-        shown = forecast(*domains.values()).harm_places
+        shown = forecast(*domains.values()).harm_rank
         validated = signed_orders(line, {})["ranks of NLL change in context and gradient alignment"]
         assert rankdata([shown[name] for name in DOMAINS]).tolist() == rankdata(-validated).tolist()
 

@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 import ranked
 from killable import together
-from sts_callback import overhead
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import ConfigError
-from sts_callback.overhead import Overhead, first_guess
+from sts_callback.training import overhead
+from sts_callback.training.overhead import Overhead, first_guess
 from test_callback import checked_steps, made_callback, made_trainer
 
 
@@ -105,7 +105,7 @@ def watched_run(
     out: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, max_overhead: float | None, check_on: int = 1, **options: Any
 ) -> Any:
     """20 steps of 10 s each; a check is due at each and takes 3 s, by the clock."""
-    from sts_callback.monitor import Monitor
+    from sts_callback.measure.monitor import Monitor
 
     check = Monitor.check
 
@@ -114,7 +114,7 @@ def watched_run(
         return check(monitor, step, **kwargs)
 
     monkeypatch.setattr(Monitor, "check", slow_check)
-    monkeypatch.setattr("sts_callback.run.first_guess", lambda readings_s: 5.0)
+    monkeypatch.setattr("sts_callback.training.session.first_guess", lambda readings_s: 5.0)
 
     def passes(seconds: float) -> None:
         clock.now += seconds

@@ -280,7 +280,7 @@ def alarming(scene: Scene, action: Callable[[Verdict], object]) -> None:
     """Every check alarms."""
     scene.options["action"] = action
     alarm = Verdict("no-go", ("near",), {"near": "suffers."}, 1)
-    scene.monkeypatch.setattr("sts_callback.run.judge_drift", lambda history, policy: alarm)
+    scene.monkeypatch.setattr("sts_callback.training.session.judge_drift", lambda history, policy: alarm)
 
 
 def broken_action(scene: Scene) -> None:
@@ -844,8 +844,8 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault(fault: Fault, tmp_path: Path) -> None:
-    bare, seen = run(fault, tmp_path / "without", watched=False), run(fault, tmp_path / "with", watched=True)
-    assert bare.error is None
+    zero_shot, seen = run(fault, tmp_path / "without", watched=False), run(fault, tmp_path / "with", watched=True)
+    assert zero_shot.error is None
     if fault.refused:
         kind, message = fault.refused
         with pytest.raises(kind, match=message):
@@ -854,8 +854,8 @@ def test_fault(fault: Fault, tmp_path: Path) -> None:
         return
     if seen.error is not None:
         raise seen.error
-    assert seen.log == bare.log
-    assert all(same(seen.weights[name], bare.weights[name]) for name in bare.weights)
+    assert seen.log == zero_shot.log
+    assert all(same(seen.weights[name], zero_shot.weights[name]) for name in zero_shot.weights)
     assert tuple(row["snapshot"]["step"] for row in lines(seen.folder / "drift.jsonl")) == fault.checks
     assert seen.told == (fault.checks if fault.told is None else fault.told)
     recorded = lines(seen.folder / "faults.jsonl")
@@ -884,9 +884,9 @@ def test_a_careless_guest_is_noticed(tmp_path: Path) -> None:
         scene.callbacks.append(Careless())
 
     fault = Fault("a careless guest", with_dropout, "noticed")
-    bare, seen = run(fault, tmp_path / "without", watched=False), run(fault, tmp_path / "with", watched=True)
+    zero_shot, seen = run(fault, tmp_path / "without", watched=False), run(fault, tmp_path / "with", watched=True)
     assert seen.error is None
-    assert seen.log != bare.log
+    assert seen.log != zero_shot.log
 
 
 def test_an_interrupt_in_a_check_passes_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -901,9 +901,9 @@ def test_an_empty_training_set_fails_as_it_does_without_us(tmp_path: Path) -> No
     def empty(scene: Scene) -> None:
         scene.train_dataset = scene.tokenised(2).select([])
 
-    bare, seen = (run(Fault("", empty, ""), tmp_path / str(watched), watched=watched) for watched in (False, True))
-    assert bare.error is not None
-    assert repr(seen.error) == repr(bare.error)
+    zero_shot, seen = (run(Fault("", empty, ""), tmp_path / str(watched), watched=watched) for watched in (False, True))
+    assert zero_shot.error is not None
+    assert repr(seen.error) == repr(zero_shot.error)
 
 
 def table() -> str:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback
 
 from killable import Run, outcome, session, whole_checkpoints
-from sts_callback.baseline import Baseline
+from sts_callback.measure.step_zero import StepZeroReference
 from test_callback import StopAt, checked_steps, made_callback, made_trainer
 from tiny import tiny_model
 
@@ -66,7 +66,7 @@ def timeless(value: Any) -> Any:
 def digest_of(folder: Path) -> str:
     """Of the baseline in a run's folder; the file's own bytes differ, safetensors writes metadata in any order."""
     with safe_open(folder / "baseline.safetensors", framework="pt") as file:
-        return Baseline.load(folder / "baseline.safetensors", file.metadata()["fingerprint"]).digest
+        return StepZeroReference.load(folder / "baseline.safetensors", file.metadata()["fingerprint"]).digest
 
 
 def log_of_ours(out: Path) -> dict[str, Any]:

@@ -156,8 +156,8 @@ def test_forecast_and_baseline_are_those_of_the_weights_of_step_zero(shelf: Shel
         options: Any = {"sae": shelf.folder / "sae", "train_data": rollouts, "domains": TINY_DOMAINS, "config": PROBES}
         monitor = Monitor(model, tiny_tokenizer(), **options, progress=False)
         again = monitor.forecast()
-        assert monitor.baseline is not None
-        digests.append(monitor.baseline.digest)
+        assert monitor.step_zero is not None
+        digests.append(monitor.step_zero.digest)
         if model is not trainer.model:
             assert ours.forecast is not None
             assert again.features == ours.forecast.features
@@ -322,7 +322,7 @@ def monitor(shelf: Shelf) -> Iterator[Monitor]:
 def test_other_text_by_the_same_weights_is_text_drift_alone(monitor: Monitor) -> None:
     check = monitor.check(1, rollouts=(rows(8), rows(8, "poems by heart", seed=90)))
     assert check.train.relative_drift.value == 0
-    assert check.text_drift.low > 0
+    assert check.output_drift.low > 0
 
 
 def test_text_of_one_kind_by_other_weights_is_drift_of_the_representation_alone(monitor: Monitor, shelf: Shelf) -> None:
@@ -332,18 +332,18 @@ def test_text_of_one_kind_by_other_weights_is_drift_of_the_representation_alone(
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.02)
     check = monitor.check(1, rollouts=(rows(8, seed=0), rows(8, seed=8)))
     assert check.train.relative_drift.low > 0.01
-    assert check.text_drift.low < 0 < check.text_drift.high
+    assert check.output_drift.low < 0 < check.output_drift.high
 
 
 def test_out_of_smaller_batches_comes_the_same_text_drift(monitor: Monitor) -> None:
     texts = rows(8), rows(8, "poems", seed=90)
-    whole, cut = (monitor.check(1, rollouts=texts, batch_tokens=size).text_drift for size in (1024, 64))
+    whole, cut = (monitor.check(1, rollouts=texts, batch_tokens=size).output_drift for size in (1024, 64))
     assert cut.value == pytest.approx(whole.value, rel=1e-4)
 
 
 @pytest.mark.parametrize(("then", "now"), [([], []), (rows(8), []), (rows(1), rows(8, seed=9)), (rows(8), rows(8))])
 def test_without_texts_to_compare_there_is_no_text_drift(then: Rows, now: Rows, monitor: Monitor) -> None:
-    assert math.isnan(monitor.check(1, rollouts=(then, now)).text_drift.value)
+    assert math.isnan(monitor.check(1, rollouts=(then, now)).output_drift.value)
 
 
 def test_text_drift_stands_in_log_and_on_screen(shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from sts_callback.metrics.distance import mean_distance
-from sts_callback.metrics.resample import interval
+from sts_callback.metrics.statistics import interval, mean_distance
 
 N_TEXTS, N_COLUMNS, N_TOKENS = 32, 20, 10
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sts_callback.metrics.mixing import apportioned, best_weights
+from sts_callback.remedies.mixture import apportioned, best_weights
 
 
 def worst(weights: np.ndarray, change: np.ndarray, budgets: np.ndarray) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sts_callback.metrics.null import N_SETS, matched_sets, mean_over_sets
+from sts_callback.metrics.scores import N_SETS, matched_sets, mean_over_sets
 
 D_SAE = 1000
 LEVELS = torch.from_numpy(np.random.default_rng(0).permutation(np.geomspace(1e-4, 10, D_SAE)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sts_callback.metrics.resample import LEVEL, detectable_rise, interval, p_of_rise, rank_ranges, resampled_ratios
+from sts_callback.metrics.statistics import LEVEL, detectable_rise, interval, p_of_rise, rank_ranges, resampled_ratios
 
 ALONE = torch.arange
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sts_callback.metrics.sketch import WIDTH, sketch
+from sts_callback.metrics.sums import SKETCH_WIDTH, sketch
 
 
 def vectors(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -15,12 +15,12 @@ def vectors(n: int, d: int, seed: int = 0) -> torch.Tensor:
 def test_a_vector_is_kept_as_a_few_numbers_in_single_precision() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         found = sketch(vectors(5, 300).to(dtype))
-        assert (found.shape, found.dtype) == ((5, WIDTH), torch.float32)
+        assert (found.shape, found.dtype) == ((5, SKETCH_WIDTH), torch.float32)
 
 
 def test_of_nothing_there_is_nothing() -> None:
-    assert torch.equal(sketch(torch.zeros(3, 40)), torch.zeros(3, WIDTH))
-    assert sketch(torch.zeros(0, 40)).shape == (0, WIDTH)
+    assert torch.equal(sketch(torch.zeros(3, 40)), torch.zeros(3, SKETCH_WIDTH))
+    assert sketch(torch.zeros(0, 40)).shape == (0, SKETCH_WIDTH)
 
 
 def test_equal_vectors_have_equal_sketches_at_every_visit_and_others_have_others() -> None:
@@ -55,7 +55,7 @@ def test_squared_lengths_are_right_on_average_over_projections() -> None:
     """One vector, seen by the rows of many projections: each vector of a basis is projected by other numbers."""
     ratios = sketch(torch.eye(5000)).square().sum(dim=1)
     assert float(ratios.mean()) == pytest.approx(1, abs=0.01)
-    assert float(ratios.std()) == pytest.approx((2 / WIDTH) ** 0.5, rel=0.05)
+    assert float(ratios.std()) == pytest.approx((2 / SKETCH_WIDTH) ** 0.5, rel=0.05)
 
 
 def test_a_part_of_a_distance_is_seen_as_that_part() -> None:

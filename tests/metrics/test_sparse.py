@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sts_callback.metrics.sparse import SparseActs
+from sts_callback.metrics.sums import SparseActs
 
 CPU = torch.device("cpu")
 N_TOKENS, D_SAE = 12, 9
@@ -51,9 +51,9 @@ def test_parts_put_together_equal_the_whole(acts: torch.Tensor, sizes: list[int]
 
 
 def test_tokens_without_active_features_and_no_tokens_at_all() -> None:
-    silent = SparseActs.of(torch.zeros(3, D_SAE))
-    assert silent.n_active.tolist() == [0, 0, 0]
-    assert torch.equal(silent.dense(1, 3, D_SAE, CPU), torch.zeros(2, D_SAE))
+    dead_fraction = SparseActs.of(torch.zeros(3, D_SAE))
+    assert dead_fraction.n_active.tolist() == [0, 0, 0]
+    assert torch.equal(dead_fraction.dense(1, 3, D_SAE, CPU), torch.zeros(2, D_SAE))
     assert SparseActs.of(torch.zeros(0, D_SAE)).dense(0, 0, D_SAE, CPU).shape == (0, D_SAE)
 
 

@@ -37,7 +37,7 @@ from sae_lens import (
 
 from sts_callback.errors import SaeError
 from sts_callback.model import registry
-from sts_callback.model.encoder import SaeEncoder, load_encoder
+from sts_callback.model.sae import SaeEncoder, load_encoder
 from tiny import rotated_sae, saved_sae
 
 HOOK = "blocks.1.hook_resid_post"

@@ -13,17 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sts_callback.config import ProbeConfig
+from sts_callback.data.probes import ProbeSet, Query, batches, bos_tokens, check_lengths, filler_tokens, make_probe_set, segments
 from sts_callback.errors import DataError
-from sts_callback.model.probes import (
-    ProbeSet,
-    Query,
-    batches,
-    bos_tokens,
-    check_lengths,
-    make_probe_set,
-    neutral_tokens,
-    segments,
-)
 from tiny import rows, tiny_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
@@ -68,8 +59,8 @@ def test_queries_and_demonstrations_are_rows_as_they_stand() -> None:
     asked = [text(q.query) for q in probes.queries]
     assert len(asked) == 6
     assert [text(q.answer) for q in probes.queries] == [texts[a] for a in asked]
-    assert len(probes.draws) == 3
-    for draw in probes.draws:
+    assert len(probes.demo_sets) == 3
+    for draw in probes.demo_sets:
         assert len(set(shown(draw))) == 2
         assert set(shown(draw)) <= {row["prompt"] + row["completion"] for row in some}
     assert probes.n_cut == 0
@@ -80,7 +71,7 @@ def test_tokens_of_a_query_do_not_depend_on_what_stands_before_it(n_demonstratio
     tokenizer, probes = tiny_tokenizer(), made(rows(30), n_demonstrations=n_demonstrations)
     assert bos_tokens(tokenizer) == (BOS,)
     for i, q in enumerate(probes.queries):
-        draw = probes.draws[probes.group(i)]
+        draw = probes.demo_sets[probes.group(i)]
         assert len(shown(draw)) == n_demonstrations
         assert draw + q.tokens == tuple(tokenizer(text(draw) + text(q.tokens), add_special_tokens=False)["input_ids"])
         assert len(q.counts) == len(q.query)
@@ -114,7 +105,7 @@ def test_tokenizer_without_bos_has_nothing_in_front() -> None:
 )
 def test_bos_stands_in_front_only(row: dict[str, Any]) -> None:
     probes = made([row] * 6)
-    assert all(BOS not in draw for draw in probes.draws)
+    assert all(BOS not in draw for draw in probes.demo_sets)
     assert all(BOS not in q.tokens for q in probes.queries)
     assert len(probes.queries) == 4
     assert all(q.query for q in probes.queries)
@@ -159,7 +150,7 @@ def test_long_prompts_keep_their_end_and_long_answers_their_start() -> None:
 def test_every_group_has_at_least_two_queries(n_queries: int, wanted: int, n_draws: int) -> None:
     probes = made(rows(80), ProbeConfig(n_queries=n_queries, n_draws=wanted))
     assert len(probes.queries) == n_queries
-    assert len(probes.draws) == n_draws
+    assert len(probes.demo_sets) == n_draws
     sizes = Counter(probes.group(i) for i in range(n_queries))
     assert sorted(sizes) == list(range(n_draws))
     assert max(sizes.values()) - min(sizes.values()) <= 1
@@ -173,7 +164,7 @@ def test_no_query_stands_among_its_own_demonstrations_but_may_among_those_of_oth
         probes = made(rows(8), ProbeConfig(n_queries=6, seed=seed))
         asked = [text(q.tokens) for q in probes.queries]
         assert len(set(asked)) == 6
-        for group, draw in enumerate(probes.draws):
+        for group, draw in enumerate(probes.demo_sets):
             assert len(set(shown(draw))) == 2
             own = {one for i, one in enumerate(asked) if probes.group(i) == group}
             assert own.isdisjoint(shown(draw))
@@ -183,7 +174,7 @@ def test_no_query_stands_among_its_own_demonstrations_but_may_among_those_of_oth
 
 def test_draws_differ_from_one_another() -> None:
     probes = made(rows(60), ProbeConfig(n_queries=16))
-    assert len({frozenset(shown(draw)) for draw in probes.draws}) == 8
+    assert len({frozenset(shown(draw)) for draw in probes.demo_sets}) == 8
 
 
 def test_no_more_rows_are_read_than_needed() -> None:
@@ -206,14 +197,14 @@ def test_no_more_rows_are_read_than_needed() -> None:
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 100, 1469, 5000])
 def test_neutral_text_has_as_many_tokens_as_asked_for(n_tokens: int) -> None:
-    found = neutral_tokens(tiny_tokenizer(), n_tokens)
+    found = filler_tokens(tiny_tokenizer(), n_tokens)
     assert len(found) == n_tokens
-    assert found == neutral_tokens(tiny_tokenizer(), 5000)[:n_tokens]
+    assert found == filler_tokens(tiny_tokenizer(), 5000)[:n_tokens]
     assert SPECIAL.isdisjoint(found)
 
 
 def test_neutral_text_starts_again_where_it_ends() -> None:
-    once = text(neutral_tokens(tiny_tokenizer(), 10_000)).split("The path ran along")
+    once = text(filler_tokens(tiny_tokenizer(), 10_000)).split("The path ran along")
     assert len(once) > 6
     assert once[0] == ""
     assert len(set(once[1:-1])) == 1
@@ -221,7 +212,7 @@ def test_neutral_text_starts_again_where_it_ends() -> None:
 
 
 def test_neutral_text_neither_asks_nor_answers() -> None:
-    assert set("?:=").isdisjoint(text(neutral_tokens(tiny_tokenizer(), 10_000)))
+    assert set("?:=").isdisjoint(text(filler_tokens(tiny_tokenizer(), 10_000)))
 
 
 # What is drawn
@@ -242,9 +233,9 @@ def test_fingerprint_changes_with_anything_that_is_measured_on() -> None:
     q, *others = one.queries
     changed = [
         replace(one, name="near"),
-        replace(one, draws=(one.draws[0][:-1], *one.draws[1:])),
-        replace(one, draws=one.draws[::-1]),
-        replace(one, draws=one.draws[:-1]),
+        replace(one, demo_sets=(one.demo_sets[0][:-1], *one.demo_sets[1:])),
+        replace(one, demo_sets=one.demo_sets[::-1]),
+        replace(one, demo_sets=one.demo_sets[:-1]),
         replace(one, queries=(q, *others[::-1])),
         replace(one, queries=tuple(others)),
         replace(one, queries=(replace(q, answer=q.answer[:-1]), *others)),
@@ -393,7 +384,7 @@ def test_tokenizer_is_left_as_it_was(side: str) -> None:
     before = state(tokenizer)
     made(rows(30), tokenizer=tokenizer)
     made([{"text": "a running text"}] * 9, tokenizer=tokenizer)
-    neutral_tokens(tokenizer, 100)
+    filler_tokens(tokenizer, 100)
     assert state(tokenizer) == before
 
 
@@ -403,5 +394,5 @@ def test_padding_and_truncation_that_the_user_set_stay_and_are_not_used() -> Non
     before = state(tokenizer)
     assert before != state(tiny_tokenizer())
     assert made(rows(30), tokenizer=tokenizer) == made(rows(30))
-    assert neutral_tokens(tokenizer, 100) == neutral_tokens(tiny_tokenizer(), 100)
+    assert filler_tokens(tokenizer, 100) == filler_tokens(tiny_tokenizer(), 100)
     assert state(tokenizer) == before

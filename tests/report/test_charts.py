@@ -9,8 +9,8 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from samples import estimate
-from sts_callback.report.charts import Axis, Line, lines, row
-from sts_callback.report.figures import percent
+from sts_callback.report.formatting import percent
+from sts_callback.report.html.charts import Axis, Line, lines, row
 
 NAN = math.nan
 UNKNOWN = estimate(NAN, NAN, NAN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sts_callback.report.markup import Html, join, shortened, tag
+from sts_callback.report.html.markup import Html, join, shortened, tag
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,11 @@ from reading import Page
 from samples import domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import DataError
-from sts_callback.logged import Fault, JudgedCheck, Logged, Postponed
 from sts_callback.records import Check, Snippet
-from sts_callback.report import write_report
-from sts_callback.report.page import page
-from sts_callback.report.story import Story, tell
-from sts_callback.runlog import RunLog
+from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed
+from sts_callback.report.data import ReportData, build
+from sts_callback.report.html.page import page, write_report
+from sts_callback.runs.directory import RunDirectory
 
 NAN = math.nan
 SECTIONS = ("forecast", "drift", "overlap", "features", "blame", "blind-spots", "left-out", "cost", "faults", "reproduce")
@@ -38,7 +37,7 @@ NASTY = [
 
 
 def made(logged: Logged) -> Page:
-    return Page(page(tell(logged)))
+    return Page(page(build(logged)))
 
 
 def many(n_domains: int, n_checks: int) -> Logged:
@@ -61,7 +60,7 @@ def many(n_domains: int, n_checks: int) -> Logged:
         forecast=forecast(*(domain_forecast(name, sts_net=0.3) for name in names), features=tuple(range(100))),
         forecast_verdict=verdict("go", about=tuple(names)),
         checks=tuple(checks),
-        words=tuple(words(j, snippets=snippets) for j in range(300)),
+        top_examples=tuple(words(j, snippets=snippets) for j in range(300)),
         postponed=tuple(Postponed(step, "too dear " * 20) for step in range(500)),
         faults=tuple(Fault(step, "drift check", f"Error({step})", "Traceback " * 5000) for step in range(100)),
     )
@@ -110,7 +109,7 @@ def test_what_reaches_a_threshold_has_a_sign_and_nothing_has_one_without_setting
 
 
 def test_the_token_that_fires_is_marked() -> None:
-    read = made(whole_run(words=(words(7, token=" "),)))
+    read = made(whole_run(top_examples=(words(7, token=" "),)))
     assert "before<mark>\u2423</mark> after" in read.source
     assert "It fires nowhere in code." in read.section("features")
 
@@ -128,7 +127,7 @@ def test_whatever_a_text_says_it_is_text(text: str) -> None:
         ),
         forecast_verdict=verdict("no-go", text, about=(text,)),
         checks=(JudgedCheck(snapshot(30, domain_drift(text)), verdict("no-go", text, **change), None),),
-        words=(
+        top_examples=(
             words(7, link=text, snippets={"train": (Snippet(text, text, text, 1.0),), text: (Snippet(text, text, text, 1.0),)}),
         ),
         blame=blamed(text),
@@ -145,7 +144,7 @@ def test_whatever_a_text_says_it_is_text(text: str) -> None:
 
 
 def test_nothing_is_fetched_and_no_address_stands_outside_of_text() -> None:
-    read = made(whole_run(words=(words(7, link="https://www.neuronpedia.org/x/7"),)))
+    read = made(whole_run(top_examples=(words(7, link="https://www.neuronpedia.org/x/7"),)))
     assert "https://www.neuronpedia.org/x/7" in read.text
     assert [a for a in read.attributes if re.search(r"//|javascript:|data:", a[2])] == []
     assert {value for tag, name, value in read.attributes if name in ("href", "src")} == {f"#{anchor}" for anchor in SECTIONS}
@@ -203,7 +202,7 @@ PARTS: dict[str, Any] = {
     "forecast": None,
     "forecast_verdict": None,
     "checks": (),
-    "words": (),
+    "top_examples": (),
     "postponed": (),
     "faults": (),
 }
@@ -231,7 +230,7 @@ def test_a_run_of_one_check_and_no_protected_domain() -> None:
 
 def test_rollouts_have_a_picture_of_their_own() -> None:
     moved = estimate(0.25, 0.125, 0.5)
-    read = made(whole_run(checks=(check(10, text_drift=moved), check(20))))
+    read = made(whole_run(checks=(check(10, output_drift=moved), check(20))))
     assert "What the policy writes" in read.section("drift")
     assert "What the policy writes" not in made(whole_run()).section("drift")
 
@@ -241,12 +240,12 @@ def test_several_saes_have_a_table() -> None:
 
 
 def test_a_report_is_written_into_the_folder_and_agrees_with_its_json(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "sts")
+    log = RunDirectory(tmp_path / "sts")
     written(log, whole_run())
     file = write_report(log)
     assert file == tmp_path / "sts" / "report.html"
-    story = Story.from_json(file.with_suffix(".json").read_text())
-    assert story.to_json() == tell(log.read_all()).to_json()
+    story = ReportData.from_json(file.with_suffix(".json").read_text())
+    assert story.to_json() == build(log.read_all()).to_json()
     assert file.read_text() == page(story)
     write_report(log)
     assert not list(log.folder.glob("*.part"))
@@ -257,7 +256,7 @@ def test_a_report_is_written_into_the_folder_and_agrees_with_its_json(tmp_path: 
 )
 @pytest.mark.parametrize("keep", [0, 1, 0.4, -3])
 def test_a_killed_run_is_told_as_far_as_it_was_written(name: str, keep: float, tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "sts")
+    log = RunDirectory(tmp_path / "sts")
     written(log, whole_run())
     file = log.folder / name
     content = file.read_bytes()
@@ -269,8 +268,8 @@ def test_a_killed_run_is_told_as_far_as_it_was_written(name: str, keep: float, t
 
 
 def test_a_run_of_another_version_is_told_why_it_cannot_be_read(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "sts")
-    written(log, whole_run(words=()))
+    log = RunDirectory(tmp_path / "sts")
+    written(log, whole_run(top_examples=()))
     for file in log.folder.iterdir():
         file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
     assert "this version reads 1" in Page(write_report(log).read_text()).text
@@ -279,8 +278,8 @@ def test_a_run_of_another_version_is_told_why_it_cannot_be_read(tmp_path: Path) 
 def test_where_there_is_nothing_to_tell_no_page_is_made(tmp_path: Path) -> None:
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(DataError, match=r"^report: .* holds no record of a run"):
-            write_report(RunLog(folder))
+            write_report(RunDirectory(folder))
     (tmp_path / "forecast.json").write_text("{")
     with pytest.raises(DataError, match=r"forecast.json cannot be read: cut off or damaged"):
-        write_report(RunLog(tmp_path))
+        write_report(RunDirectory(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["forecast.json"]

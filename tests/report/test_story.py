@@ -10,10 +10,10 @@ import pytest
 
 from logs import EMPTY, check, verdict, whole_run, words
 from samples import domain_forecast, forecast, snapshot
-from sts_callback.logged import Fault, TimeSpent
 from sts_callback.records import Decision, Snippet
+from sts_callback.records.run import Fault, TimeSpent
+from sts_callback.report.data import ReportData, build
 from sts_callback.report.headline import headline
-from sts_callback.report.story import Story, tell
 
 NAN = math.nan
 
@@ -80,7 +80,7 @@ def test_what_bears_on_the_verdict_is_noted() -> None:
 
 
 def test_series_follow_the_checks_and_tell_alarms() -> None:
-    drift = tell(whole_run()).drift
+    drift = build(whole_run()).drift
     assert drift is not None
     assert drift.steps == (10, 20, 30)
     assert list(drift.series) == ["train", "law", "code"]
@@ -91,7 +91,7 @@ def test_series_follow_the_checks_and_tell_alarms() -> None:
 
 
 def test_a_domain_that_a_check_lacks_is_unknown_there() -> None:
-    drift = tell(whole_run(checks=(dataclasses.replace(check(10), snapshot=snapshot(10)), check(20)))).drift
+    drift = build(whole_run(checks=(dataclasses.replace(check(10), snapshot=snapshot(10)), check(20)))).drift
     assert drift is not None
     assert math.isnan(drift.series["law"].drift[0].value)
     assert drift.series["law"].drift[1].value == 0.125
@@ -99,7 +99,7 @@ def test_a_domain_that_a_check_lacks_is_unknown_there() -> None:
 
 def test_the_same_verdict_in_a_row_is_told_once() -> None:
     judged = [verdict("go"), verdict("go"), verdict("watch", "law"), verdict("watch", "code"), verdict("go")]
-    drift = tell(whole_run(checks=tuple(check(s, dataclasses.replace(v, step=s)) for s, v in enumerate(judged, 1)))).drift
+    drift = build(whole_run(checks=tuple(check(s, dataclasses.replace(v, step=s)) for s, v in enumerate(judged, 1)))).drift
     assert drift is not None
     assert [(s.decision, s.threatened, s.first_step, s.last_step, s.n_checks) for s in drift.verdicts] == [
         ("go", (), 1, 2, 2),
@@ -113,36 +113,36 @@ def test_the_threatened_come_first_then_the_protected_then_what_moves_most() -> 
     crosses = {"art": 0.9, "law": 0.1, "code": 0.2, "maths": 0.95, "void": NAN}
     expected = forecast(*(domain_forecast(name, sts_net=cross) for name, cross in crosses.items()))
     logged = whole_run(forecast=expected, forecast_verdict=verdict("no-go", "law"), checks=())
-    assert tell(logged).domains == ("law", "code", "maths", "art", "void")
+    assert build(logged).domains == ("law", "code", "maths", "art", "void")
 
 
 def test_budgets_are_unknown_without_settings() -> None:
-    assert tell(whole_run()).budgets == {"law": 0.1, "code": 0.2}
-    unknown = tell(whole_run(settings=None)).budgets
+    assert build(whole_run()).budgets == {"law": 0.1, "code": 0.2}
+    unknown = build(whole_run(settings=None)).budgets
     assert list(unknown) == ["law", "code"]
     assert all(math.isnan(budget) for budget in unknown.values())
 
 
 def test_features_of_the_forecast_and_of_the_drift_are_told_in_turn() -> None:
-    told = tell(whole_run(words=(words(99), words(3), words(7), words(11), words(4))))
+    told = build(whole_run(top_examples=(words(99), words(3), words(7), words(11), words(4))))
     assert [(f.words.feature, f.forecast_rank, f.moved_rank) for f in told.features] == [(7, 1, 1), (3, 2, 2), (11, 3, 0)]
     assert told.n_features_untold == 2
 
 
 def test_features_alone_are_told_too() -> None:
-    assert [f.words.feature for f in tell(dataclasses.replace(EMPTY, words=(words(99), words(3)))).features] == [99, 3]
+    assert [f.words.feature for f in build(dataclasses.replace(EMPTY, top_examples=(words(99), words(3)))).features] == [99, 3]
 
 
 def test_long_quotations_are_shortened_around_what_fires() -> None:
     long = words(7, snippets={"train": (Snippet("a" * 500 + "!", "t" * 500, "!" + "b" * 500, 1.0),)})
-    (snippet,) = tell(whole_run(words=(long,))).features[0].words.snippets["train"]
+    (snippet,) = build(whole_run(top_examples=(long,))).features[0].words.snippets["train"]
     assert snippet.before.endswith("a!") and snippet.after.startswith("!b")
     assert len(snippet.before) == len(snippet.after) == 90
     assert len(snippet.token) == 40
 
 
 def test_time_is_summed_over_sessions() -> None:
-    cost = tell(whole_run()).cost
+    cost = build(whole_run()).cost
     assert cost.training_s == 125
     assert cost.overhead_share == 3 / 125
     assert (cost.n_checks, cost.checks_s, cost.longest_check_s) == (3, 7.5, 2.5)
@@ -150,25 +150,25 @@ def test_time_is_summed_over_sessions() -> None:
 
 @pytest.mark.parametrize("time", [None, TimeSpent(1.0, 0.0)])
 def test_an_overhead_that_is_not_known_is_none(time: TimeSpent | None) -> None:
-    assert math.isnan(tell(whole_run(checks=(check(10, time=time),))).cost.overhead_share)
+    assert math.isnan(build(whole_run(checks=(check(10, time=time),))).cost.overhead_share)
 
 
 def test_a_fault_that_comes_again_is_told_once() -> None:
-    (fault,) = tell(whole_run()).faults
+    (fault,) = build(whole_run()).faults
     assert (fault.first.step, fault.n_times, fault.last_step) == (5, 2, 6)
 
 
 def test_several_saes_are_told_side_by_side() -> None:
     other = forecast(domain_forecast("law", sts_net=0.5), domain_forecast("code"))
-    transfers = tell(whole_run(other_forecasts=(other,))).transfers
+    transfers = build(whole_run(other_forecasts=(other,))).transfers
     assert [by["law"] for by in transfers.values()] == [0.75, 0.5]
     assert len(transfers) == 2
-    assert tell(whole_run()).transfers == {}
+    assert build(whole_run()).transfers == {}
 
 
 @pytest.mark.parametrize("logged", [whole_run(), whole_run(checks=()), whole_run(forecast=None), EMPTY])
 def test_the_story_as_json_is_strict_has_a_version_and_comes_back(logged: object) -> None:
-    story = tell(logged)  # type: ignore[arg-type]
+    story = build(logged)  # type: ignore[arg-type]
     text = story.to_json()
     assert json.loads(text)["schema_version"] == 1
-    assert Story.from_json(text).to_json() == text
+    assert ReportData.from_json(text).to_json() == text

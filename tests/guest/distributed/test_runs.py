@@ -14,7 +14,7 @@ import torch
 
 from guest.distributed.launch import launch, seen
 from guest.distributed.worker import N_STEPS, Witness, full_weights, made_model, made_monitor
-from sts_callback.monitor import Monitor
+from sts_callback.measure.monitor import Monitor
 
 SHARDED = ("fsdp2", "tp", "zero3")
 MODES = [

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, 
 
 from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell
-from sts_callback.monitor import Monitor
-from sts_callback.runlog import RunLog
+from sts_callback.measure.monitor import Monitor
+from sts_callback.runs.directory import RunDirectory
 from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -162,7 +162,7 @@ def fault(kind: str | None) -> Iterator[None]:
     if not what or int(where) != RANK:
         yield
         return
-    check, append_check = Monitor.check, RunLog.append_check
+    check, append_check = Monitor.check, RunDirectory.append_check
 
     def broken_check(self: Monitor, step: int, **kwargs: Any) -> Any:
         if step == 2:
@@ -186,7 +186,7 @@ def fault(kind: str | None) -> Iterator[None]:
             raise RuntimeError("CUDA out of memory. Injected into a check")
         return check(self, step, batch_tokens=batch_tokens)
 
-    def disk_full(self: RunLog, snapshot: Any, *args: Any) -> None:
+    def disk_full(self: RunDirectory, snapshot: Any, *args: Any) -> None:
         if snapshot.step >= 2:
             raise OSError(errno.ENOSPC, "injected: no space left")
         append_check(self, snapshot, *args)
@@ -197,7 +197,7 @@ def fault(kind: str | None) -> Iterator[None]:
         "memory": (Monitor, "check", short_of_memory),
         "forecast": (Monitor, "forecasts", broken_forecast),
         "refusal": (Monitor, "forecasts", refused_forecast),
-        "disk-full": (RunLog, "append_check", disk_full),
+        "disk-full": (RunDirectory, "append_check", disk_full),
     }
     with mock.patch.object(*patches[what]):
         yield

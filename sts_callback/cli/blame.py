@@ -1,0 +1,87 @@
+"""`blame`: which training rows activate a protected domain's features."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sts_callback.cli.common import GO, prepared, write_report_of
+from sts_callback.cli.options import add_measurement, add_model
+from sts_callback.config import ROWS_READ, ROWS_SHOWN
+
+if TYPE_CHECKING:
+    from sts_callback.records import Identity
+    from sts_callback.runs.directory import RunDirectory
+
+
+HELP = "rank training rows by how far they activate a protected domain's features"
+DESCRIPTION = (
+    "Rank training rows by how far they activate a protected domain's features: where features are active, not a proof "
+    "of cause. Exit code: 0 ranked, 4 cannot tell, 2 wrong input."
+)
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What can be asked."""
+    command.add_argument(
+        "--top", type=int, default=ROWS_SHOWN, metavar="N", help=f"rows shown for each domain (default {ROWS_SHOWN})"
+    )
+    command.add_argument(
+        "--rows", type=int, default=ROWS_READ, metavar="N", help=f"rows read; of more, a sample (default {ROWS_READ})"
+    )
+    command.add_argument(
+        "--out", metavar="FILE", help="write the rows that do not stand out here (.jsonl), the others' numbers beside it"
+    )
+    command.add_argument("--run-dir", type=Path, metavar="RUN_DIR", help="also put them into the report of this run")
+    add_model(command)
+    add_measurement(command, several_saes=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rank training rows, and write the file without the worst."""
+    from sts_callback.remedies.attribution import blame, filter_files, write_filtered
+
+    files = filter_files(args.train, args.out) if args.out else None
+    past_run = _run_with_forecast(args.run_dir) if args.run_dir else None
+    made_monitor, policy = prepared(args)
+
+    from sts_callback.data.reader import read_rows
+    from sts_callback.report.terminal.remedies import attribution_table
+
+    rows, monitor = read_rows(args.train, "train_data"), made_monitor(sae=args.sae)
+    if past_run is not None:
+        _require_same_maker(past_run[1], monitor.identity)
+    found = blame(monitor, rows, list(policy.budgets), n_rows=args.rows, n_top=args.top)
+    print(found.to_json() if args.json else attribution_table(found))
+    if files is not None:
+        write_filtered(found, rows, *files)
+        print(f"{files[0]}: {len(rows) - len(found.left_out)} rows kept; {files[1]}: which are not.", file=sys.stderr)
+    if past_run is not None:
+        print(f"{write_report_of(past_run[0], 'blame', found)}: has them too.", file=sys.stderr)
+    return GO
+
+
+def _run_with_forecast(folder: Path) -> tuple[RunDirectory, Identity]:
+    """A run, and what its forecast was made with."""
+    from sts_callback.errors import ConfigError
+    from sts_callback.runs.directory import run_directory_in
+
+    log = run_directory_in(folder)
+    forecast = log.read_all().forecast
+    if forecast is None:
+        raise ConfigError(f"--run-dir: {log.folder} holds no forecast; give the output_dir of a run with STSCallback.")
+    return log, forecast.identity
+
+
+def _require_same_maker(run: Identity, ours: Identity) -> None:
+    """Refuse rows read by another model or SAE than the run's."""
+    from sts_callback.errors import ConfigError
+
+    for name in ("model", "sae", "hook_name"):
+        if getattr(run, name) != getattr(ours, name):
+            raise ConfigError(
+                f"--run-dir: its forecast was made with {run.model_name}, {run.sae_name} at {run.hook_name}, not with "
+                f"{ours.model_name}, {ours.sae_name} at {ours.hook_name}; give the run's own model and SAE."
+            )

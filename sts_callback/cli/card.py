@@ -1,0 +1,39 @@
+"""`card`: a run as a section of a model card."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sts_callback.cli.common import GO
+from sts_callback.cli.options import add_run_dir
+
+HELP = "tell a run in a section for a model card"
+DESCRIPTION = (
+    "Print what a run has left as a section of Markdown for a model card. Exit code: 0 told, 2 there is nothing to tell."
+)
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What can be asked."""
+    command.add_argument(
+        "--into", type=Path, metavar="FILE", help="put it into this model card instead, in place of the one that is there"
+    )
+    add_run_dir(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the section of a model card, or put it into one."""
+    from sts_callback.errors import DataError
+    from sts_callback.report.card import card_section, put_into
+    from sts_callback.runs.directory import run_directory_in
+
+    log = run_directory_in(Path(args.run_dir))
+    try:
+        section = card_section(log)
+        if args.into:
+            put_into(args.into, section)
+    except OSError as error:
+        raise DataError(f"card: {log.folder} or {args.into} cannot be read or written ({error}).") from error
+    print(args.into or section)
+    return GO

@@ -1,0 +1,35 @@
+"""`doctor`: do SAE, model and data allow an answer?"""
+
+from __future__ import annotations
+
+import argparse
+
+from sts_callback.cli.common import CANNOT_TELL, GO, prepared
+from sts_callback.cli.options import add_measurement, add_model
+
+HELP = "check whether SAE, model and data allow an answer"
+DESCRIPTION = "Check whether SAE, model and data allow an answer. Exit code: 0 they do, 4 they do not, 2 wrong input."
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What can be asked."""
+    add_model(command)
+    add_measurement(command, several_saes=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look whether an answer can be had."""
+    made_monitor, policy = prepared(args)
+
+    from sts_callback.report.terminal.forecast import doctor_table
+
+    refused = False
+    for sae in args.sae:
+        monitor = made_monitor(sae=sae)
+        checks = monitor.examine(policy)
+        refused |= any(check.status == "refuse" for check in checks)
+        if args.json:
+            print("\n".join(check.to_json() for check in checks))
+        else:
+            print(f"{monitor.identity.sae_name} at {monitor.identity.hook_name}\n{doctor_table(checks)}")
+    return CANNOT_TELL if refused else GO

@@ -1,0 +1,28 @@
+"""`report`: a page of what a run has left."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sts_callback.cli.common import GO, write_report_of
+from sts_callback.cli.options import add_run_dir
+
+HELP = "make a page of what a run has left"
+DESCRIPTION = (
+    "Make report.html and report.json of what a run has left, also of one that goes on or has died. "
+    "Exit code: 0 made, 2 there is nothing to tell."
+)
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What can be asked."""
+    add_run_dir(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page of a run."""
+    from sts_callback.runs.directory import run_directory_in
+
+    print(write_report_of(run_directory_in(Path(args.run_dir)), "report"))
+    return GO

@@ -1,0 +1,50 @@
+"""`saes`: which SAEs there are for a model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from sts_callback.cli.common import GO, WRONG_INPUT
+from sts_callback.cli.options import add_json
+
+HELP = "list the SAEs that SAELens has for a model"
+DESCRIPTION = "List SAELens' SAEs for a model."
+_WIDE = 160  # columns where nobody sees a terminal: each SAE on a line of its own
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What can be asked."""
+    command.add_argument("--model", required=True, help="hub id or name of the model")
+    add_json(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the SAEs that SAELens has for a model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sts_callback.model.registry import saes_for
+
+    entries = sorted(saes_for(args.model), key=lambda entry: entry.kind == "transcoder")  # SAEs first: transcoders tell less
+    if not entries:
+        print(
+            f"sts-callback: SAELens has no SAE for {args.model!r}; train one with examples/train_sae.py, or check the name.",
+            file=sys.stderr,
+        )
+        return WRONG_INPUT
+    if args.json:
+        for entry in entries:
+            print(json.dumps({**dataclasses.asdict(entry), "spec": entry.spec}))
+        return GO
+    table = Table(box=None, pad_edge=False)
+    table.add_column("sae (release/sae_id)", overflow="fold", ratio=1)
+    for title in ("kind", "layer", "width", "L0"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for entry in entries:
+        cells = (entry.layer, entry.width, None if entry.l0 is None else f"{entry.l0:.0f}")
+        table.add_row(entry.spec, entry.kind, *("" if cell is None else str(cell) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    return GO

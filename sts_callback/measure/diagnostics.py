@@ -1,0 +1,234 @@
+"""Is this the right SAE, and can these probes tell anything? Findings to checks: pass, warn or refuse, each with a remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sts_callback.config import PolicyConfig
+from sts_callback.data.probes import ProbeSet
+from sts_callback.errors import CannotTell
+from sts_callback.measure.runner import Context, ProbeRunner
+from sts_callback.measure.sae_reader import Fit
+from sts_callback.measure.scoring import FILLER
+from sts_callback.measure.stats import ZERO_SHOT, ProbeStats
+from sts_callback.metrics.statistics import detectable_rise, resampled_ratios
+from sts_callback.model.registry import base_name
+from sts_callback.model.sae import SaeEncoder
+from sts_callback.policy import NOISE_MARGIN, fewest_queries, short_of_queries
+from sts_callback.records import Check, Status
+
+WARN_UNEXPLAINED, REFUSE_UNEXPLAINED = 0.3, 0.5
+"""Fraction of variance that an SAE may leave. Published SAEs leave 0.1 to 0.3; beyond a half, it sees less than it misses."""
+WARN_L0, REFUSE_L0 = 2.0, 4.0
+"""Factor by which L0 may differ from the SAE's nominal one; texts differ by less than two, other models by more."""
+DENSE = 0.1
+"""Share of the features active at a token from which on a dictionary is not sparse; published SAEs stay under 0.02."""
+OTHER_LAYER = 0.8, 0.02
+"""An SAE fits another layer better if it leaves under this multiple of the variance there, and less by this much."""
+
+
+def examined_fits(
+    runner: ProbeRunner, sets: Sequence[ProbeSet], zero_shot: Context, model_name: str
+) -> tuple[list[Fit], list[tuple[Check, ...]]]:
+    """Calibrate a gauge and see how its SAEs fit.
+
+    Args:
+        runner: with the model.
+        sets: all probes; the first is read at the other layers too.
+        zero_shot: the context without demonstrations.
+        model_name: of the model that is measured.
+
+    Raises:
+        SaeError: if an SAE has another width than the model.
+
+    """
+    fits = runner.calibrate(sets, zero_shot)
+    return fits, [
+        fit_checks(
+            sae_reader.encoder, fit, sae_reader.point.layer, runner.fit_by_layer(sets[0], zero_shot, sae_reader), model_name
+        )
+        for sae_reader, fit in zip(runner.sae_readers, fits, strict=True)
+    ]
+
+
+def require_fit(checks: Sequence[Sequence[Check]]) -> None:
+    """Refuse to measure with SAEs that do not fit.
+
+    Raises:
+        CannotTell: with what was found and what to do.
+
+    """
+    if refused := [check for one in checks for check in one if check.status == "refuse"]:
+        raise CannotTell(" ".join(f"{c.name}: {c.found}. {c.remedy}" for c in refused))
+
+
+def fit_checks(encoder: SaeEncoder, fit: Fit, layer: int, by_layer: Mapping[int, float], model_name: str) -> tuple[Check, ...]:
+    """Whether an SAE fits a model at its hook point.
+
+    Args:
+        encoder: the SAE.
+        fit: at its hook point, on the user's texts without attention sinks.
+        layer: of the hook point.
+        by_layer: the same SAE's unexplained fraction of variance at each layer.
+        model_name: of the model that is measured.
+
+    """
+    source = "take an SAE that was trained on this model; `sts-callback saes --model ID` lists them"
+    return (
+        _variance(fit, source),
+        _place(layer, by_layer),
+        _sparsity(encoder, fit, source),
+        Check(
+            "silent features",
+            "warn" if fit.dead_fraction > 0.9 else "pass",
+            f"{fit.dead_fraction:.0%} of {encoder.d_sae} active on none of {fit.n_tokens} tokens",
+            "give more or longer texts, or a narrower SAE" if fit.dead_fraction > 0.9 else "",
+        ),
+        _origin(encoder, model_name),
+    )
+
+
+def probe_checks(readings: Mapping[str, ProbeStats], noise_floor: float, policy: PolicyConfig) -> tuple[Check, ...]:
+    """Whether probes can tell movement and harm from nothing.
+
+    Args:
+        readings: of all sets under `FILLER`, whose effect stands in for that of a training that changes nothing.
+        noise_floor: relative drift of unchanged weights.
+        policy: whose thresholds are to be reached.
+
+    """
+    masked = {name: r.n_masked / max(1, len(r.counted)) for name, r in readings.items()}
+    most = max(masked, key=lambda name: masked[name])
+    too_many = masked[most] > policy.max_masked_share
+    noisy: Status = "refuse" if noise_floor * NOISE_MARGIN > policy.min_drift else "pass"
+    return (
+        Check(
+            "attention sinks",
+            "warn" if too_many else "pass",
+            f"at most {masked[most]:.1%} of tokens left out ({most})",
+            "look at the texts of that domain: very short ones are mostly first tokens" if too_many else "",
+        ),
+        Check(
+            "noise floor",
+            noisy,
+            f"unchanged weights drift by {noise_floor:.1e} in other batches; {policy.min_drift:.0%} counts as movement",
+            "" if noisy == "pass" else "raise policy.min_drift, or measure in float32",
+        ),
+        _power(readings, policy),
+    )
+
+
+def cost_check(encoder: SaeEncoder, sets: Sequence[ProbeSet], seconds: float) -> Check:
+    """What a forecast and a check will take.
+
+    Args:
+        encoder: the SAE.
+        sets: all probes.
+        seconds: that two passes with answers over all of them took.
+
+    """
+    weights = sum(p.numel() * p.element_size() for p in encoder.sae.parameters()) / 2**20
+    return Check(
+        "cost",
+        "pass",
+        f"forecast about {2.5 * seconds:.0f} s, a check about {seconds / 2:.0f} s; SAE {weights:.0f} MiB; "
+        f"{sum(len(s.queries) for s in sets)} queries",
+        "",
+    )
+
+
+def process_check(n_processes: int, is_sharded: bool) -> Check:
+    """How many processes share the measurement, and whether the model is spread over them."""
+    if is_sharded:
+        return Check(
+            "processes", "warn", f"{n_processes}, parameters sharded", "forwards run whole, and no gradients are taken there"
+        )
+    if n_processes > 1:
+        return Check("processes", "pass", f"{n_processes}, which share the probes", "")
+    return Check("processes", "pass", "one", "")
+
+
+def _variance(fit: Fit, source: str) -> Check:
+    if math.isnan(fit.fvu):
+        return Check("explained variance", "warn", "unknown: a transcoder does not reconstruct what it reads", "prefer an SAE")
+    status: Status = "pass"
+    if not fit.fvu <= WARN_UNEXPLAINED:
+        status = "refuse" if not fit.fvu <= REFUSE_UNEXPLAINED else "warn"
+    found = f"{1 - fit.fvu:.0%} of the variance of {fit.n_tokens} tokens"
+    if not fit.fvu < 1:
+        found = f"none: it leaves {fit.fvu:.1f} times the variance of {fit.n_tokens} tokens"
+    return Check("explained variance", status, found, "" if status == "pass" else source)
+
+
+def _place(layer: int, by_layer: Mapping[int, float]) -> Check:
+    known = {index: left for index, left in by_layer.items() if not math.isnan(left)}
+    if layer not in known:
+        return Check("layer", "warn", "the fit at other layers is unknown", "")
+    best = min(known, key=lambda index: known[index])
+    if not known[best] < 1:
+        return Check("layer", "refuse", f"fits none: the best is {best}, where it leaves {known[best]:.2f}", "see above")
+    multiple, margin = OTHER_LAYER
+    if known[best] < min(multiple * known[layer], known[layer] - margin):
+        return Check(
+            "layer",
+            "refuse",
+            f"reads layer {layer} (leaves {known[layer]:.2f}), but fits layer {best} better (leaves {known[best]:.2f})",
+            "correct hook_name in its cfg.json, or take the SAE of this layer",
+        )
+    others = [left for index, left in known.items() if index != layer]
+    found = f"{layer} (leaves {known[layer]:.2f}; the best other one {min(others):.2f})" if others else f"{layer}"
+    return Check("layer", "pass", found, "")
+
+
+def _sparsity(encoder: SaeEncoder, fit: Fit, source: str) -> Check:
+    if encoder.nominal_l0 is None:
+        dense = fit.l0 > DENSE * encoder.d_sae
+        found = f"{fit.l0:.0f} of {encoder.d_sae} features active a token; its makers state no number"
+        return Check("L0", "warn" if dense else "pass", found, "a dictionary that is not sparse fits anything" if dense else "")
+    factor = max(fit.l0, 1e-9) / encoder.nominal_l0
+    factor = max(factor, 1 / factor)
+    status: Status = "refuse" if factor > REFUSE_L0 else "warn" if factor > WARN_L0 else "pass"
+    found = f"{fit.l0:.0f} active features a token, {encoder.nominal_l0:.0f} nominal"
+    return Check("L0", status, found, "" if status == "pass" else source)
+
+
+def _origin(encoder: SaeEncoder, model_name: str) -> Check:
+    made_for = encoder.trained_on
+    if made_for is None:
+        return Check("trained on", "warn", "the SAE does not name its model", "trust explained variance and layer above")
+    one, other = base_name(made_for), base_name(model_name)
+    if one in other or other in one:
+        return Check("trained on", "pass", made_for, "")
+    return Check("trained on", "warn", f"{made_for}, the model is {model_name}", "explained variance says how far it has moved")
+
+
+def _power(readings: Mapping[str, ProbeStats], policy: PolicyConfig) -> Check:
+    wanted = {name: budget for name, budget in policy.budgets.items() if name in readings}
+    if not wanted:
+        return Check("alarm power", "warn", "no domain is protected", "name some with protect=")
+    if short := short_of_queries({name: len(r.n_tokens) for name, r in readings.items()}, policy):
+        found = ", ".join(f"{name} {n}" for name, n in short.items())
+        return Check(
+            "alarm power",
+            "refuse",
+            f"queries: {found}; an alarm for one of {len(wanted)} domains at alpha {policy.alpha} takes {fewest_queries(policy)}",
+            "give more rows, raise n_queries, or protect fewer domains",
+        )
+    smallest = {}
+    for name in wanted:
+        r, n = readings[name], len(readings[name].n_tokens)
+        if ZERO_SHOT not in r.nll:
+            return Check("alarm power", "warn", "the model has no language-model head, so harm cannot be measured", "")
+        error = float(resampled_ratios(r.nll[FILLER] - r.nll[ZERO_SHOT], r.n_answer, torch.arange(n)).std())
+        smallest[name] = detectable_rise(error, n, policy.alpha / len(wanted))
+    weak = [name for name in wanted if not smallest[name] <= wanted[name]]
+    found = ", ".join(f"{name} {rise:.2f}" for name, rise in smallest.items())
+    return Check(
+        "alarm power",
+        "warn" if weak else "pass",
+        f"smallest rise of NLL found 4 times in 5, nats a token: {found}",
+        f"more queries for {', '.join(weak)}: that is above the budget" if weak else "",
+    )

@@ -1,0 +1,359 @@
+"""Forecast and drift checks for any training loop: the engine that the callback and the command line stand on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.data.probes import (
+    ProbeSet,
+    bos_tokens,
+    check_lengths,
+    filler_tokens,
+    make_completion_set,
+    make_probe_set,
+    make_row_set,
+)
+from sts_callback.data.reader import Row, Source, read_rows
+from sts_callback.distributed import Ranks
+from sts_callback.errors import ConfigError
+from sts_callback.measure import diagnostics, scoring
+from sts_callback.measure.identity import identity_of
+from sts_callback.measure.runner import Context, ProbeRunner
+from sts_callback.measure.sae_reader import Fit
+from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, ForecastScorer
+from sts_callback.measure.stats import MaxActivations, ProbeStats
+from sts_callback.measure.step_zero import StepZeroReference, StepZeroStats
+from sts_callback.measure.top_examples import top_activating_examples
+from sts_callback.metrics import scores
+from sts_callback.model.capture import is_sharded, undisturbed
+from sts_callback.model.hooks import model_name, text_config
+from sts_callback.model.sae import SaeSource, encoder_for
+from sts_callback.model.weights import Weights, weights_of
+from sts_callback.records import TRAIN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+_N_WORDS = 10  # features of a forecast that are looked up
+
+
+class Monitor:
+    """Measures one model against itself at step 0.
+
+    Everything it does leaves the model, its mode and all random state as found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sae: SaeSource | Sequence[SaeSource],
+        train_data: Source,
+        domains: Mapping[str, Source],
+        config: ProbeConfig | None = None,
+        progress: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Load the SAEs, draw the probes and check that all fits.
+
+        Args:
+            model: a decoder-only transformers model, wrapped or not.
+            tokenizer: its tokenizer; not altered.
+            sae: see `model.encoder.SaeSource`; of several, each makes a forecast, and the first watches drift.
+            train_data: answered training examples, see `domains.reader`.
+            domains: name to source; at least one.
+            config: numbers, limits and seed.
+            progress: whether to show progress bars.
+            ranks: the processes that all make the same calls and share the work, `Ranks.of_run()` in a distributed run; by
+                default this one alone.
+
+        Raises:
+            DataError: if training data or a domain cannot be used.
+            SaeError: if the SAE is unknown or does not fit.
+            ModelError: if the model lacks the hook point.
+
+        """
+        self.config = config or ProbeConfig()
+        self._model, self.tokenizer, self._progress = model, tokenizer, progress
+        self._ranks = ranks or Ranks()
+        if not domains or TRAIN in domains:
+            raise ConfigError(f"domains: got {sorted(domains)}; give at least one, and none by the name of {TRAIN!r}.")
+        self._bos = bos_tokens(tokenizer)
+        with undisturbed(model):
+            encoders = [encoder_for(one, model) for one in (sae if isinstance(sae, (list, tuple)) else [sae])]
+            train_rows = read_rows(train_data, "train_data")
+            self.train = self._probes(TRAIN, train_rows, tokenizer, self.config.n_train_demonstrations, "train_data")
+            self.domains = {
+                name: self._probes(name, read_rows(source, field), tokenizer, self.config.n_domain_demonstrations, field)
+                for name, source, field in ((n, s, f"domains[{n!r}]") for n, s in domains.items())
+            }
+            self._filler = filler_tokens(tokenizer, sum(map(len, self.train.demo_sets)) // len(self.train.demo_sets))
+            self._runner = ProbeRunner(model, encoders, self.config, self._ranks)
+        sets = self._sets = [self.train, *self.domains.values()]
+        self._max_positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
+        check_lengths(sets, self._max_positions)
+        self._identities = [identity_of(model, encoder, self.config, sets) for encoder in encoders]
+        self.identity = self._identities[0]
+        self._fingerprint = hashlib.sha256(
+            json.dumps([self.identity.model, self.identity.sae, self.identity.hook_name, self.identity.probes]).encode()
+        ).hexdigest()
+        self.step_zero: StepZeroReference | None = None
+        self.fits: list[Fit]
+        """How each SAE fits, after `examine` or `forecast`."""
+        self._forecast: Forecast | None = None
+
+    def watches(self, model: nn.Module) -> bool:
+        """Whether this is the model that it measures."""
+        return model is self._model
+
+    def weights(self) -> Weights:
+        """Fingerprint of the model's weights as they are now; the model must be whole on this process."""
+        return weights_of(self._model)
+
+    def examine(self, policy: PolicyConfig) -> tuple[Check, ...]:
+        """Whether SAE, model and probes allow an answer: what `sts-callback doctor` shows. No forecast is made.
+
+        Args:
+            policy: whose budgets and test the probes must have the power for.
+
+        """
+        with undisturbed(self._model), self._bar("Doctor", 2 * self._n_queries) as bar:
+            zero_shot = self._context((), with_answers=True)
+            checks = self._fit_checks(zero_shot)[0]
+            if any(check.status == "refuse" for check in checks):
+                return checks
+            filler = {FILLER: (self._context(self._filler, with_answers=True),)}
+            started = time.monotonic()
+            readings = {s.name: self._runner.read(s, zero_shot, filler, bar.update)[0] for s in self._sets}
+            seconds = time.monotonic() - started
+            noise = self._noise_floors([readings[TRAIN]])[0]
+        return (
+            *checks,
+            *diagnostics.probe_checks(readings, noise, policy),
+            diagnostics.cost_check(self._runner.sae_readers[0].encoder, self._sets, seconds),
+            diagnostics.process_check(self._ranks.n, is_sharded(self._model)),
+        )
+
+    def forecast(self) -> Forecast:
+        """The forecast by the first SAE, see `forecasts`."""
+        return self.forecasts()[0]
+
+    def forecasts(self) -> tuple[Forecast, ...]:
+        """Measure the untuned model: what training on the data is expected to move. Also takes the baseline for drift.
+
+        Returns:
+            One for each SAE. They share all passes through the model, and the seconds of the whole.
+
+        Raises:
+            CannotTell: if an SAE does not fit the model's activations.
+            SaeError: if one has another width.
+
+        """
+        started, clock = time.monotonic(), _Clock()
+        n_passes = 3 * len(self.train.queries) + 4 * (self._n_queries - len(self.train.queries))
+        with undisturbed(self._model), self._bar("Forecast", n_passes) as bar:
+            with clock("fit of the SAE"):
+                zero_shot = self._context((), with_answers=True)
+                checks = self._fit_checks(zero_shot)
+            diagnostics.require_fit(checks)
+            with clock("contexts"):
+                shared = {
+                    TRAIN_ICL: [self._context(draw, with_answers=True) for draw in self.train.demo_sets],
+                    FILLER: [self._context(self._filler, with_answers=True)],
+                }
+            scorers: list[ForecastScorer] = []
+            found: dict[str, list[DomainForecast]] = {}
+            baselines: dict[str, list[StepZeroStats]] = {}
+            for probes in self._sets:
+                own = {}
+                if probes is not self.train:  # whose own demonstrations are the training demonstrations
+                    with clock("contexts"):
+                        own = {DOMAIN_ICL: [self._context(draw, with_answers=False) for draw in probes.demo_sets]}
+                with clock("readings"):
+                    readings = self._runner.read(probes, zero_shot, shared | own, bar.update, with_gradients=True)
+                with clock("scores"):
+                    scorers = scorers or [ForecastScorer(reading, self.config.n_features) for reading in readings]
+                    pairs = list(zip(scorers, readings, strict=True))
+                    found[probes.name] = [scorer.domain(probes, reading) for scorer, reading in pairs]
+                    baselines[probes.name] = [scoring.step_zero_stats(reading) for reading in readings]
+            with clock("noise floor"):
+                noise_floors = self._noise_floors(baselines[TRAIN])
+        first = {name: of_each[0] for name, of_each in baselines.items()}
+        self.step_zero = StepZeroReference(self._fingerprint, self._runner.sae_readers[0].reference, first)
+        seconds = time.monotonic() - started
+        forecasts = []
+        for i, (scorer, sae_reader) in enumerate(zip(scorers, self._runner.sae_readers, strict=True)):
+            domains = {name: of_each[i] for name, of_each in found.items()}
+            forecasts.append(
+                Forecast(
+                    identity=self._identities[i],
+                    features=scorer.features,
+                    features_share=scores.shift_share(scorer.mean_shift, scorer.features),
+                    median_norm=sae_reader.reference.median_norm,
+                    fvu=self.fits[i].fvu,
+                    checks=checks[i],
+                    noise_floor=noise_floors[i],
+                    train=domains.pop(TRAIN),
+                    domains=scorer.ranked(domains),
+                    seconds=seconds,
+                    seconds_by_part=dict(clock.seconds),
+                )
+            )
+        self._forecast = forecasts[0]
+        return tuple(forecasts)
+
+    def restore(self, baseline_file: Path, forecast: Forecast) -> None:
+        """Take step 0 from an earlier session of the same run.
+
+        Raises:
+            CannotTell: if the baseline is missing, damaged, or of another model, SAE or set of probes.
+
+        """
+        self.step_zero = self._ranks.from_first(lambda: StepZeroReference.load(baseline_file, self._fingerprint))
+        self._runner.sae_readers[0].adopt(self.step_zero.reference)
+        self._forecast = forecast
+
+    def check(
+        self, step: int, *, batch_tokens: int | None = None, rollouts: tuple[Sequence[Row], Sequence[Row]] = ((), ())
+    ) -> DriftSnapshot:
+        """Measure how far the model has moved from step 0. Needs `forecast` or `restore` before.
+
+        Args:
+            step: optimizer steps done, for the record.
+            batch_tokens: tokens in one forward, where it cannot be as many as at step 0; unchanged weights then drift by the
+                forecast's noise floor instead of not at all.
+            rollouts: prompts with completions that the model wrote at step 0, and such that it writes now.
+
+        """
+        assert self.step_zero is not None and self._forecast is not None, "forecast() or restore() comes first"
+        started, step_zero = time.monotonic(), self.step_zero.sets
+        with undisturbed(self._model), self._bar(f"Drift check at step {step}", self._n_queries) as bar:
+            zero_shot = self._context((), with_answers=True)
+            readings = {
+                s.name: self._runner.read_drift(s, zero_shot, [step_zero[s.name]], bar.update, batch_tokens=batch_tokens)[0]
+                for s in self._sets
+            }
+            output_drift = self._output_drift(*rollouts, batch_tokens)
+        features, n_features = self._forecast.features, self.config.n_features
+        realised, drifts = scoring.domain_drifts(self._sets, readings, step_zero, features, n_features)
+        return DriftSnapshot(
+            step=step,
+            realised_features=realised,
+            n_shared=scores.n_shared(realised, self._forecast.features),
+            train=drifts.pop(TRAIN),
+            domains=drifts,
+            seconds=time.monotonic() - started,
+            output_drift=output_drift,
+        )
+
+    def _output_drift(self, then: Sequence[Row], now: Sequence[Row], batch_tokens: int | None) -> Estimate:
+        """Of what the model writes; both texts are read with the weights of now."""
+        then_set, now_set = (
+            make_completion_set("rollouts", rows, self.tokenizer, self.config, field="rollouts") for rows in (then, now)
+        )
+        if min(len(then_set.queries), len(now_set.queries)) < 2 or then_set == now_set:  # nothing was written since
+            return scoring.NAN_ESTIMATE
+        zero_shot = self._context((), with_answers=False)
+        now_acts, then_acts = (self._runner.read_activity(s, zero_shot, batch_tokens=batch_tokens) for s in (now_set, then_set))
+        return scoring.output_drift(now_acts, then_acts)
+
+    def read_domains(self, names: Sequence[str]) -> dict[str, MaxActivations]:
+        """How strongly domains' queries activate the features of the first SAE, all of them. No forecast is made.
+
+        Args:
+            names: of the domains.
+
+        Raises:
+            CannotTell: if the SAE does not fit the model's activations.
+
+        """
+        chosen, features = [self.domains[name] for name in names], range(self._runner.sae_readers[0].encoder.d_sae)
+        with undisturbed(self._model), self._bar("Domains", sum(len(s.queries) for s in chosen)) as bar:
+            zero_shot = self._context((), with_answers=True)
+            diagnostics.require_fit(self._fit_checks(zero_shot))
+            return {s.name: self._runner.read_max_activations(s, zero_shot, features, bar.update) for s in chosen}
+
+    def read_rows(self, rows: Sequence[Row], features: Sequence[int]) -> tuple[ProbeSet, tuple[int, ...], MaxActivations]:
+        """How strongly whole rows, prompt and answer, activate features of the first SAE.
+
+        Needs `read_domains`, `forecast` or `restore` before.
+
+        Args:
+            rows: training examples, see `domains.reader`.
+            features: indices.
+
+        Returns:
+            The rows' tokens, which of the rows they are (those without text are left out), and what they activate.
+
+        """
+        texts, numbers = make_row_set("rows", rows, self.tokenizer, self.config, field="train_data")
+        check_lengths([texts], self._max_positions)
+        with undisturbed(self._model), self._bar("Training rows", len(numbers)) as bar:
+            return (
+                texts,
+                numbers,
+                self._runner.read_max_activations(texts, self._context((), with_answers=False), features, bar.update),
+            )
+
+    def top_activating_examples(self, features: Sequence[tuple[int, float]] | None = None) -> tuple[TopActivatingExamples, ...]:
+        """Where in the probes features are most active at step 0. Needs `forecast` or `restore` before; runs nothing.
+
+        Args:
+            features: indices with the share of the shift or drift that each holds; by default the forecast's first.
+
+        """
+        assert self.step_zero is not None and self._forecast is not None, "forecast() or restore() comes first"
+        if features is None:
+            shift = self.step_zero.sets[TRAIN].mean_train_shift
+            features = [(j, scores.shift_share(shift, (j,))) for j in self._forecast.features[:_N_WORDS]]
+        encoder = self._runner.sae_readers[0].encoder
+        return top_activating_examples(features, self._sets, self.step_zero.sets, self.tokenizer, encoder.neuronpedia_id)
+
+    def _probes(
+        self, name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, n_demonstrations: int, field: str
+    ) -> ProbeSet:
+        return make_probe_set(name, rows, tokenizer, self.config, n_demonstrations=n_demonstrations, field=field)
+
+    def _context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
+        return self._runner.context((*self._bos, *tokens), with_answers=with_answers)
+
+    def _fit_checks(self, zero_shot: Context) -> list[tuple[Check, ...]]:
+        self.fits, checks = diagnostics.examined_fits(self._runner, self._sets, zero_shot, model_name(self._model))
+        return checks
+
+    def _noise_floors(self, train: Sequence[ProbeStats | StepZeroStats]) -> list[float]:
+        """For each SAE, relative drift of the same weights with the training data's batches laid out otherwise."""
+        layout = max(1, self.config.batch_tokens // 4)
+        again = self._runner.read_drift(self.train, self._context((), with_answers=False), train, batch_tokens=layout)
+        return [float(a.shift.features.sum() / one.sq_norm.sum()) for a, one in zip(again, train, strict=True)]
+
+    @property
+    def _n_queries(self) -> int:
+        return sum(len(s.queries) for s in self._sets)
+
+    def _bar(self, title: str, total: int) -> tqdm[Any]:
+        return tqdm(total=total, desc=title, unit="query", leave=False, disable=not self._progress)
+
+
+class _Clock:
+    """Adds up what the parts of a measurement take."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started

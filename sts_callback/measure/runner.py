@@ -1,0 +1,393 @@
+"""Model and probes to readings: passes over a probe set under several contexts, each shared by all SAEs, streamed in segments."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from sts_callback.config import ProbeConfig
+from sts_callback.data.probes import Candidates, ProbeSet, Query, answer_positions, batches, candidate_rows, segments
+from sts_callback.distributed import Ranks
+from sts_callback.errors import ModelError, SaeError
+from sts_callback.measure.sae_reader import Fit, SAEReader
+from sts_callback.measure.stats import (
+    ZERO_SHOT,
+    ActivitySums,
+    DriftStats,
+    DriftSums,
+    MaxActivations,
+    MaxActivationSums,
+    ProbeStats,
+    ProbeSums,
+    StepZero,
+)
+from sts_callback.model.capture import Capture, Prefix, may_differ
+from sts_callback.model.hooks import HookPoint, find_layers, resolve, text_config
+from sts_callback.model.sae import SaeEncoder
+
+_N_CALIBRATION = 4  # queries of each set that set the median norm
+
+OnBatch = Callable[[int], object]
+"""Told the number of queries done, for progress."""
+_Ran = tuple[list[int], dict[str, torch.Tensor], torch.Tensor | None]
+"""A batch, as places in its segment, with what `ProbeRunner._batch` gave."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands before each query of a pass."""
+
+    token_ids: tuple[int, ...]
+    with_answers: bool
+    """Whether the answers follow and their NLL is wanted, which takes the whole depth of the model."""
+    run: Callable[[], Prefix]
+    """Gives the tokens with their keys and values."""
+
+    @functools.cached_property
+    def prefix(self) -> Prefix:
+        """What `run` gives, the first time."""
+        return self.run()
+
+
+class ProbeRunner:
+    """Reads probe sets through one model and its SAEs, after `calibrate` or `adopt`. Use it inside `undisturbed(model)`.
+
+    Several processes share the batches of each pass and tell one another what they saw: what comes after is the same as for one
+    process alone, bit for bit.
+    """
+
+    def __init__(self, model: nn.Module, encoders: Sequence[SaeEncoder], config: ProbeConfig, ranks: Ranks | None = None) -> None:
+        """Find the hook points.
+
+        Raises:
+            ModelError: if the model lacks one.
+            SaeError: if an SAE is too narrow to select from.
+
+        """
+        for encoder in encoders:
+            if config.n_features > encoder.d_sae // 2:
+                raise SaeError(
+                    f"n_features: {config.n_features} of {encoder.d_sae} features are no selection; allowed is up to "
+                    f"{encoder.d_sae // 2}."
+                )
+        self.sae_readers = [SAEReader(e, resolve(model, e.hook_name), config.max_norm_multiple) for e in encoders]
+        self._config = config
+        self._model = model
+        self._ranks = ranks or Ranks()
+        self._n_shares = self._ranks.n if may_differ(model) else 1
+        self._capture = Capture(
+            model, list({sae_reader.point.name: sae_reader.point for sae_reader in self.sae_readers}.values()), self._ranks
+        )
+        self._vocab_size = int(getattr(text_config(model), "vocab_size", 2**16))
+        self._has_head = any(
+            getattr(m, "get_output_embeddings", lambda: None)() is not None for m in model.modules() if hasattr(m, "config")
+        )
+
+    def context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
+        """Run what stands before queries, once for all of them; it holds for the weights of this moment.
+
+        Args:
+            tokens: BOS and demonstrations.
+            with_answers: see `Context`; without a language-model head, answers are never read.
+
+        """
+        whole = with_answers and self._has_head
+        run = functools.partial(self._capture.prefix, tokens, whole=whole)
+        if self._n_shares > 1 and self._capture.may_stop:
+            return Context(tuple(tokens), whole, run)  # run once a batch of this process needs it, if ever
+        prefix = run()
+        return Context(tuple(tokens), whole, lambda: prefix)
+
+    def calibrate(self, sets: Sequence[ProbeSet], zero_shot: Context) -> list[Fit]:
+        """Set each SAE's reference and see how it fits, on a few queries of each set.
+
+        Args:
+            sets: all of them.
+            zero_shot: the context without demonstrations.
+
+        Raises:
+            SaeError: if an SAE has another width than the model.
+
+        """
+        short = Context(zero_shot.token_ids, False, lambda: zero_shot.prefix)
+        samples = [self._batch(s.queries[:_N_CALIBRATION], short)[0] for s in sets]
+        return [sae_reader.calibrate(torch.cat([x[sae_reader.point.name] for x in samples])) for sae_reader in self.sae_readers]
+
+    def fit_by_layer(self, probes: ProbeSet, zero_shot: Context, sae_reader: SAEReader) -> dict[int, float]:
+        """Fraction of variance that an SAE would leave at the same site of each layer, on a few queries of one set.
+
+        Args:
+            probes: the set.
+            zero_shot: the context without demonstrations.
+            sae_reader: the SAE.
+
+        """
+        points: dict[int, HookPoint] = {}
+        for layer in range(len(find_layers(self._model))):
+            with contextlib.suppress(ModelError):  # not every layer need have the site
+                points[layer] = resolve(self._model, re.sub(r"\d+", str(layer), sae_reader.point.name, count=1))
+        queries = probes.queries[:_N_CALIBRATION]
+        context = Prefix(zero_shot.token_ids, None)  # what is kept of it may end at the SAE's own layer
+        captured = Capture(self._model, list(points.values()), self._ranks).run([q.query for q in queries], context)
+        return {
+            layer: sae_reader.fvu(candidate_rows(captured.activations[point.name], queries)) for layer, point in points.items()
+        }
+
+    def read(
+        self,
+        probes: ProbeSet,
+        zero_shot: Context,
+        contexts: Mapping[str, Sequence[Context]],
+        on_batch: OnBatch = lambda n_queries: None,
+        *,
+        with_gradients: bool = False,
+    ) -> list[ProbeStats]:
+        """A pass without context and one under each of others, which are compared with it token by token.
+
+        Args:
+            probes: what to read.
+            zero_shot: the context without demonstrations.
+            contexts: by name, one for each group of queries, or one for all.
+            on_batch: see `OnBatch`; each query is done once for each context, and once without.
+            with_gradients: whether to differentiate the answers' NLL too, where that can be done.
+
+        Returns:
+            One for each SAE.
+
+        """
+        n_queries = len(probes.queries)
+        differentiable = with_gradients and zero_shot.with_answers and self._capture.may_stop
+        sums = [
+            ProbeSums(sae_reader, n_queries, list(contexts), with_gradients=differentiable and sae_reader.encoder.reconstructs)
+            for sae_reader in self.sae_readers
+        ]
+        passes = {ZERO_SHOT: [zero_shot], **contexts}
+        nll = {name: torch.zeros(n_queries) for name, draws in passes.items() if draws[0].with_answers}
+        for segment in segments(probes, self._config.batch_tokens):
+            found: dict[str, dict[str, torch.Tensor]] = {}
+            for name, draws in passes.items():
+                to_gradients = sums if differentiable and name == ZERO_SHOT else ()
+                found[name], losses = self._segment(probes, segment, draws, on_batch, to_gradients=to_gradients)
+                if losses is not None:
+                    nll[name][segment.start : segment.stop] = losses
+            owner = _owner(probes, segment)
+            for sae_reader, one in zip(self.sae_readers, sums, strict=True):
+                one.add({name: x[sae_reader.point.name] for name, x in found.items()}, owner)
+        n_answer = torch.tensor([len(q.answer) for q in probes.queries])
+        return self._with_whole_gradients([one.result(nll, n_answer) for one in sums])
+
+    def _with_whole_gradients(self, readings: list[ProbeStats]) -> list[ProbeStats]:
+        """Put together the gradients of queries, of each of which one process has them and the others zeros."""
+        if self._n_shares == 1:
+            return readings
+        found = [reading.gradients for reading in readings]
+        made = [None if rows is None else (rows.any(dim=1), rows[rows.any(dim=1)]) for rows in found]
+        for theirs in self._ranks.gathered(lambda: made):
+            for rows, part in zip(found, theirs, strict=True):
+                if rows is not None and part is not None:
+                    rows[part[0]] = part[1]
+        return readings
+
+    def read_drift(
+        self,
+        probes: ProbeSet,
+        zero_shot: Context,
+        step_zeros: Sequence[StepZero],
+        on_batch: OnBatch = lambda n_queries: None,
+        *,
+        batch_tokens: int | None = None,
+    ) -> list[DriftStats]:
+        """Compare the same tokens, in the same batches, with step 0.
+
+        With unchanged weights the result is exactly 0: both visits share layout, cache use and arithmetic.
+
+        Args:
+            probes: the set that was read at step 0.
+            zero_shot: the context without demonstrations, run with the weights of now.
+            step_zeros: what was kept of it, for each of the first SAEs.
+            on_batch: see `OnBatch`.
+            batch_tokens: another batch layout than that of step 0, to see what it does.
+
+        Returns:
+            One for each of these SAEs.
+
+        """
+        n_queries = len(probes.queries)
+        sae_readers = self.sae_readers[: len(step_zeros)]
+        sums = [DriftSums(sae_reader, n_queries, zero) for sae_reader, zero in zip(sae_readers, step_zeros, strict=True)]
+        nll = torch.zeros(n_queries) if zero_shot.with_answers else None
+        for segment in segments(probes, self._config.batch_tokens):
+            x, losses = self._segment(probes, segment, [zero_shot], on_batch, batch_tokens)
+            if nll is not None and losses is not None:
+                nll[segment.start : segment.stop] = losses
+            for sae_reader, one in zip(sae_readers, sums, strict=True):
+                one.add(x[sae_reader.point.name], _owner(probes, segment))
+        return [one.result(nll) for one in sums]
+
+    def read_activity(
+        self, probes: ProbeSet, zero_shot: Context, *, batch_tokens: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feature activations of texts by the first SAE, whatever they were at step 0.
+
+        Args:
+            probes: the texts.
+            zero_shot: the context without demonstrations, run with the weights of now.
+            batch_tokens: another batch layout than the settings'.
+
+        Returns:
+            Sums, `(n_queries, d_sae)`, over the tokens that count, and the number of these, `(n_queries,)`.
+
+        """
+        sae_reader = self.sae_readers[0]
+        sums = ActivitySums(sae_reader, len(probes.queries))
+        for segment in segments(probes, self._config.batch_tokens):
+            x, _ = self._segment(probes, segment, [zero_shot], lambda n_queries: None, batch_tokens)
+            sums.add(x[sae_reader.point.name], _owner(probes, segment))
+        return sums.result
+
+    def read_max_activations(
+        self, probes: ProbeSet, zero_shot: Context, features: Sequence[int], on_batch: OnBatch = lambda n_queries: None
+    ) -> MaxActivations:
+        """How strongly texts activate some features of the first SAE, and where most.
+
+        Args:
+            probes: the texts.
+            zero_shot: the context without demonstrations and without answers.
+            features: their indices.
+            on_batch: see `OnBatch`.
+
+        """
+        sae_reader = self.sae_readers[0]
+        sums = MaxActivationSums(sae_reader, len(probes.queries), features)
+        for segment in segments(probes, self._config.batch_tokens):
+            x, _ = self._segment(probes, segment, [zero_shot], on_batch)
+            sums.add(x[sae_reader.point.name], _owner(probes, segment))
+        return sums.result
+
+    def _segment(
+        self,
+        probes: ProbeSet,
+        segment: range,
+        draws: Sequence[Context],
+        on_batch: OnBatch,
+        batch_tokens: int | None = None,
+        to_gradients: Sequence[ProbeSums] = (),
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and the answers' NLL, `(len(segment),)`."""
+        queries = [probes.queries[i] for i in segment]
+        candidates = Candidates(queries)
+        everything: dict[str, torch.Tensor] = {}
+        nll = torch.zeros(len(queries)) if draws[0].with_answers else None
+
+        def keep(batch: list[int], acts: Mapping[str, torch.Tensor], losses: torch.Tensor | None) -> None:
+            for name, x in acts.items():
+                if name not in everything:
+                    everything[name] = x.new_empty(len(candidates.owner), x.shape[1])
+                everything[name][candidates.of(batch).to(x.device)] = x
+            if nll is not None and losses is not None:
+                nll[batch] = losses
+            on_batch(len(batch))
+
+        def share() -> list[_Ran]:
+            """What this process runs, for the others."""
+            ran: list[_Ran] = []
+            for batch, context in own:
+                some = [queries[i] for i in batch]
+                acts, losses = (
+                    self._differentiated(some, context, [segment[i] for i in batch], to_gradients)
+                    if to_gradients
+                    else self._batch(some, context)
+                )
+                keep(batch, acts, losses)
+                if self._n_shares > 1:
+                    ran.append((batch, {name: x.cpu() for name, x in acts.items()}, losses))
+            for batch, context in idle:
+                self._batch([queries[i] for i in batch], context)
+            return ran
+
+        own, idle = self._own(list(self._layout(probes, segment, draws, batch_tokens or self._config.batch_tokens)))
+        for rank, ran in enumerate(self._ranks.gathered(share)):
+            for batch, acts, losses in ran if rank != self._ranks.index else ():
+                keep(batch, {name: x.to(self._capture.device) for name, x in acts.items()}, losses)
+        return everything, nll
+
+    def _own(self, layout: list[T]) -> tuple[list[T], list[T]]:
+        """Of a pass's batches those of this process, neighbours since they may share a context, and what it runs for nothing.
+
+        A forward of a sharded model takes all processes, so all must run as many.
+        """
+        if self._n_shares == 1:
+            return layout, []
+        n = -(-len(layout) // self._n_shares)
+        own = layout[self._ranks.index * n : (self._ranks.index + 1) * n]
+        return own, [] if self._capture.may_stop else layout[-1:] * (n - len(own))
+
+    def _layout(
+        self, probes: ProbeSet, segment: range, draws: Sequence[Context], batch_tokens: int
+    ) -> Iterator[tuple[list[int], Context]]:
+        """Batches of places in a segment, each with the context that its queries stand behind."""
+        queries = probes.queries[segment.start : segment.stop]
+        for draw, context in enumerate(draws):
+            members = [place for place, i in enumerate(segment) if probes.group(i) % len(draws) == draw]
+            for batch in batches(queries, members, batch_tokens, self._vocab_size, len(context.token_ids)):
+                yield batch, context
+
+    def _batch(self, queries: Sequence[Query], context: Context) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """One forward: activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and NLL, `(len(queries),)`."""
+        suffixes = [q.tokens if context.with_answers else q.query for q in queries]
+        select = answer_positions(queries) if context.with_answers else None
+        captured = self._capture.run(suffixes, context.prefix, select=select)
+        for name, acts in captured.activations.items():
+            if acts.dim() != 3:
+                raise ModelError(f"hook_name: {name} gave shape {tuple(acts.shape)}, not (batch, sequence, width).")
+        x = {name: candidate_rows(acts, queries) for name, acts in captured.activations.items()}
+        return x, None if captured.logits is None else _by_query(_losses(captured.logits, queries), queries)
+
+    def _differentiated(
+        self, queries: Sequence[Query], context: Context, owners: Sequence[int], to_gradients: Sequence[ProbeSums]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The same with one backward, whose gradients go straight into sums."""
+        found = self._capture.gradient(
+            [q.tokens for q in queries],
+            context.prefix,
+            select=answer_positions(queries),
+            loss=lambda logits: _losses(logits, queries),
+        )
+        real = torch.arange(max(len(q.tokens) for q in queries)) < torch.tensor([[len(q.tokens)] for q in queries])
+        owner = torch.tensor(owners).unsqueeze(1).expand(real.shape)[real]
+        for sae_reader, sums in zip(self.sae_readers, to_gradients, strict=True):
+            acts, gradient = found.activations[sae_reader.point.name], found.gradients[sae_reader.point.name]
+            if sae_reader.encoder.reconstructs:
+                sums.add_gradients(acts[real.to(acts.device)], gradient[real.to(acts.device)], owner)
+        x = {name: candidate_rows(acts, queries) for name, acts in found.activations.items()}
+        return x, _by_query(found.losses, queries)
+
+
+def _owner(probes: ProbeSet, segment: range) -> torch.Tensor:
+    """The query of each candidate token, `(n_candidates,)`."""
+    return Candidates(probes.queries[segment.start : segment.stop]).owner + segment.start
+
+
+def _by_query(losses: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
+    """Losses of answer tokens, `(n_answer_tokens,)`, summed for each query, `(len(queries),)`."""
+    answered_by = torch.repeat_interleave(torch.arange(len(queries)), torch.tensor([len(q.answer) for q in queries]))
+    return torch.zeros(len(queries)).index_add_(0, answered_by, losses.cpu())
+
+
+def _losses(logits: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
+    """NLL of each answer token, `(n_answer_tokens,)`; in pieces, so that the float32 copy of the logits stays small."""
+    targets = torch.tensor([token for q in queries for token in q.answer], device=logits.device)
+    return torch.cat(
+        [
+            nn.functional.cross_entropy(some.float(), target, reduction="none")
+            for some, target in zip(torch.split(logits, 64), torch.split(targets, 64), strict=True)
+        ]
+    )

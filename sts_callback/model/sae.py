@@ -1,0 +1,264 @@
+"""The sparse autoencoder as an encoder of activations; the only module that imports SAELens."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch.nn.functional import embedding_bag
+
+from sts_callback.errors import SaeError
+from sts_callback.model import registry
+from sts_callback.model.hooks import find_layers, model_name
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from torch import nn
+
+SaeSource: TypeAlias = "str | Path | SAE[Any]"
+"""SAELens `release/sae_id`, a folder in SAELens format, an `SAE` object, or `"auto"`."""
+
+
+_LINEAR = {"standard", "jumprelu", "gated", "topk"}  # decode by one product, a bias and what undoes the input's normalisation
+_SPARSE = 0.05  # a share of active features above which the whole product is faster
+_NOT_PER_TOKEN = {"temporal"}  # attends over the sequence, so tokens cannot be encoded one by one
+_WEIGHTS = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag", "b_dec", "W_dec")
+# Of the configuration, what changes an answer.
+_ENCODES = ("d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "k", "rescale_acts_by_decoder_norm")
+
+
+class Reconstruction(NamedTuple):
+    """What an SAE makes of activations."""
+
+    acts: torch.Tensor
+    """Feature activations, `(n_tokens, d_sae)`, float32."""
+    x: torch.Tensor
+    """The input as the SAE sees it, `(n_tokens, d_in)`, float32."""
+    left: torch.Tensor
+    """What the dictionary leaves of it, `(n_tokens, d_in)`; NaN for a transcoder."""
+
+
+@dataclass(frozen=True)
+class SaeEncoder:
+    """An SAE with what is needed to use it right: where it reads, how its input is prepared, who it is."""
+
+    name: str
+    """`release/sae_id`, or the folder's name."""
+    hook_name: str
+    """The hook point it was trained on."""
+    sae: SAE[Any]
+    """Float32, frozen, not the user's own object."""
+    fingerprint: str
+    """SHA-256 of its weights and of how they are used."""
+    centred: bool = False
+    """Whether it expects activations of a LayerNorm model with their mean over `d_in` removed (TransformerLens' default)."""
+    nominal_l0: float | None = None
+    """Active features a token that its makers state."""
+    trained_on: str | None = None
+    """The model that its makers name."""
+    neuronpedia_id: str | None = None
+    """Where Neuronpedia explains its features, `model/source`."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations it reads."""
+        return int(self.sae.cfg.d_in)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return int(self.sae.cfg.d_sae)
+
+    @property
+    def architecture(self) -> str:
+        """SAELens' name of its architecture."""
+        return str(self.sae.cfg.architecture())
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether it was trained on rescaled activations and the scale was not folded into its weights."""
+        return bool(self.sae.cfg.normalize_activations == "expected_average_only_in")
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature activations in float32 arithmetic, also under autocast.
+
+        Args:
+            x: activations at the hook point, `(n_tokens, d_in)`, any float dtype and device.
+
+        Returns:
+            `(n_tokens, d_sae)`, float32, on the SAE's device.
+
+        """
+        x = self._prepared(x)
+        with torch.autocast(x.device.type, enabled=False):
+            acts: torch.Tensor = self.sae.encode(x)
+        return acts
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it decodes to what it reads; a transcoder decodes to another place."""
+        return "transcoder" not in self.architecture
+
+    @torch.no_grad()
+    def reconstruct(self, x: torch.Tensor) -> Reconstruction:
+        """Feature activations and what they leave of the input, in float32 arithmetic.
+
+        Args:
+            x: activations at the hook point, `(n_tokens, d_in)`, any float dtype and device.
+
+        """
+        x = self._prepared(x)
+        with torch.autocast(x.device.type, enabled=False):
+            acts = self.sae.encode(x)
+            left = x - self._decoded(acts) if self.reconstructs else torch.full_like(x, float("nan"))
+        return Reconstruction(acts, x, left)
+
+    def _decoded(self, acts: torch.Tensor) -> torch.Tensor:
+        """The decoder's output, `(n_tokens, d_in)`: on a CPU from the few activations that are not 0, many times faster."""
+        sae = self.sae
+        if acts.device.type == "cpu" and self.architecture in _LINEAR and not getattr(sae.cfg, "rescale_acts_by_decoder_norm", 0):
+            entries = acts.flatten().nonzero()[:, 0]
+            if len(entries) < _SPARSE * acts.numel():
+                starts = torch.searchsorted(entries, torch.arange(len(acts)) * self.d_sae)
+                weights = acts.flatten()[entries]
+                decoded = embedding_bag(entries % self.d_sae, sae.W_dec, starts, mode="sum", per_sample_weights=weights)
+                return sae.run_time_activation_norm_fn_out(decoded + sae.b_dec)  # type: ignore[no-any-return]
+        return sae.decode(acts)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def feature_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradient with respect to feature activations, from that with respect to activations at the hook point.
+
+        An inactive feature has none: a small change of its input leaves it inactive.
+
+        Args:
+            x: activations at the hook point, `(n_tokens, d_in)`.
+            gradient: of a loss with respect to them, `(n_tokens, d_in)`.
+
+        Returns:
+            `(n_tokens, d_sae)`, float32.
+
+        """
+        x = self._prepared(x)
+        with torch.autocast(x.device.type, enabled=False):
+            acts = self.sae.encode(x).requires_grad_()  # decoding may undo a scale that encoding has just taken from `x`
+            with torch.enable_grad():
+                decoded = self.sae.decode(acts)
+            (through_decoder,) = torch.autograd.grad(decoded, acts, gradient.to(decoded))
+        through_features: torch.Tensor = through_decoder * (acts > 0)
+        return through_features
+
+    def _prepared(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.sae.device, torch.float32)
+        return x - x.mean(dim=-1, keepdim=True) if self.centred else x
+
+    def scaled(self, mean_norm: float) -> SaeEncoder:
+        """Fold the scale that it was trained with, estimated as sqrt(d_in) over the mean activation norm."""
+        sae = copy.deepcopy(self.sae)
+        sae.fold_activation_norm_scaling_factor(self.d_in**0.5 / mean_norm)
+        return replace(self, sae=sae)
+
+    def to(self, device: torch.device) -> SaeEncoder:
+        """The same on another device."""
+        return replace(self, sae=self.sae.to(device))
+
+
+def encoder_for(sae: SaeSource, model: nn.Module) -> SaeEncoder:
+    """Load an SAE for a model, on its device; errors as for `load_encoder`."""
+    layers = find_layers(model)
+    encoder = load_encoder(sae, model_name(model), len(layers))
+    return encoder.to(next(layers.parameters()).device)
+
+
+def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
+    """Load an SAE from wherever the user has it.
+
+    Args:
+        sae: where it is.
+        model_id: the model's name, for `"auto"`.
+        n_layers: the model's depth, for `"auto"`.
+
+    Raises:
+        SaeError: if there is no such SAE (near names are suggested), it cannot be read, or its kind cannot be used.
+
+    """
+    with warnings.catch_warnings():  # SAELens registers filters and warns of TransformerLens settings, which are handled here
+        warnings.simplefilter("ignore")
+        if isinstance(sae, (str, Path)):
+            name, loaded = _load(str(sae), model_id, n_layers)
+        else:
+            name = str(sae.cfg.metadata.get("sae_id") or "SAE object")
+            loaded = copy.deepcopy(sae).to(dtype=torch.float32)
+            loaded._setup_activation_normalization()  # its functions write to the SAE they were made for: the user's
+    if any(p.is_meta or not bool(torch.isfinite(p).all()) for p in loaded.parameters()):
+        raise SaeError(f"sae: weights of {name} are on the meta device, or not all finite numbers; load the SAE anew.")
+    architecture, metadata = loaded.cfg.architecture(), loaded.cfg.metadata
+    if architecture in _NOT_PER_TOKEN or not hasattr(loaded, "encode"):
+        raise SaeError(f"sae: {name} is a {architecture} SAE, which cannot encode tokens one by one; take another kind.")
+    hook_name = metadata.get("hf_hook_name") or metadata.get("hook_name")
+    if not hook_name:
+        raise SaeError(f"sae: {name} does not say which hook point it was trained on; set metadata.hook_name in its cfg.json.")
+    loaded.turn_off_forward_pass_hook_z_reshaping()  # transformers gives heads flat already
+    loaded.requires_grad_(False).eval()
+    lens_options = metadata.get("model_from_pretrained_kwargs") or {}
+    centred = bool(lens_options.get("center_writing_weights"))
+    entry = registry.find(name) if "/" in name else None  # a folder is not in the registry
+    nominal_l0 = metadata.get("l0") or getattr(loaded.cfg, "k", None) or (entry.l0 if entry else None)
+    return SaeEncoder(
+        name,
+        hook_name,
+        loaded,
+        _fingerprint(loaded, centred),
+        centred,
+        None if nominal_l0 is None else float(nominal_l0),
+        metadata.get("model_name") or (entry.model if entry else None),
+        metadata.get("neuronpedia_id") or (entry.neuronpedia_id if entry else None),
+    )
+
+
+def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
+    from sae_lens import SAE
+
+    if Path(spec).is_dir():
+        try:
+            return Path(spec).resolve().name, SAE.load_from_disk(spec, dtype="float32")
+        except Exception as error:  # of SAELens, torch, json and safetensors, which does not export its own in all versions
+            raise SaeError(
+                f"sae: the folder {spec} cannot be read as an SAE ({error!r}); it must hold cfg.json and sae_weights.safetensors "
+                "of an SAE saved for inference (save_inference_model)."
+            ) from error
+    if spec == "auto":
+        spec = registry.best_for(model_id, n_layers).spec
+    if registry.find(spec):
+        release, _, sae_id = spec.partition("/")
+    elif spec.count("/") >= 2 and not registry.near_names(spec):  # a hub repository and a folder in it
+        owner, repository, sae_id = spec.split("/", 2)
+        release = f"{owner}/{repository}"
+    else:
+        near = ", ".join(registry.near_names(spec))
+        raise SaeError(
+            f"sae: {spec!r} is no folder and not in SAELens' registry; near are: {near}. "
+            "`sts-callback saes --model ID` lists those of a model."
+        )
+    try:
+        return spec, SAE.from_pretrained(release, sae_id, dtype="float32")
+    except (OSError, ValueError, KeyError) as error:
+        raise SaeError(
+            f"sae: {spec} could not be loaded from the hub ({error!r}); check the connection, or give a folder."
+        ) from error
+
+
+def _fingerprint(sae: SAE[Any], centred: bool) -> str:
+    settings = [sae.cfg.architecture(), centred, *(getattr(sae.cfg, name, None) for name in _ENCODES)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, parameter in sorted(sae.named_parameters()):
+        if name in _WEIGHTS:  # b_dec is subtracted from the input; W_dec says what is left of it
+            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

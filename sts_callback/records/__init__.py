@@ -1,0 +1,19 @@
+"""Results as frozen, plain Python, with JSON both ways."""
+
+from sts_callback.records.record import Record as Record
+from sts_callback.records.results import TRAIN as TRAIN
+from sts_callback.records.results import Check as Check
+from sts_callback.records.results import Decision as Decision
+from sts_callback.records.results import DomainDrift as DomainDrift
+from sts_callback.records.results import DomainForecast as DomainForecast
+from sts_callback.records.results import DriftSnapshot as DriftSnapshot
+from sts_callback.records.results import Estimate as Estimate
+from sts_callback.records.results import Forecast as Forecast
+from sts_callback.records.results import Identity as Identity
+from sts_callback.records.results import Score as Score
+from sts_callback.records.results import Snippet as Snippet
+from sts_callback.records.results import Status as Status
+from sts_callback.records.results import TopActivatingExamples as TopActivatingExamples
+from sts_callback.records.results import TrainSource as TrainSource
+from sts_callback.records.results import Verdict as Verdict
+from sts_callback.records.results import in_capitals as in_capitals

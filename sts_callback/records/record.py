@@ -1,0 +1,99 @@
+"""Frozen records that can be written as strict JSON and read back.
+
+NaN, a number that could not be had, is written as null. Unknown keys and other schema versions are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+SCHEMA_VERSION = 1
+R = TypeVar("R", bound="Record")
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """In a field's annotation: its key in JSON, where that is the name that the field had before it was renamed."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that can be written as JSON and read back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What strict JSON can hold, with the schema version."""
+        return {"schema_version": SCHEMA_VERSION, **_plain(self)}
+
+    @classmethod
+    def from_dict(cls: type[R], content: Mapping[str, Any]) -> R:
+        """Read what `to_dict` gave.
+
+        Raises:
+            ValueError: if it is of another schema version or has unknown or missing keys.
+
+        """
+        fields = dict(content)
+        version = fields.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version: got {version!r}; this version reads {SCHEMA_VERSION}.")
+        made: R = _typed(fields, cls)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a process sends it to another: read-only mappings cannot be pickled."""
+        return type(self).from_dict, (self.to_dict(),)
+
+    def to_json(self) -> str:
+        """One line of strict JSON with its schema version."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_json(cls: type[R], text: str) -> R:
+        """Read what `to_json` wrote; raises as `from_dict`."""
+        return cls.from_dict(json.loads(text))
+
+
+def _keys(kind: type) -> dict[str, str]:
+    """By the name of each field, its key in JSON."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    notes = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: next((note.key for note in found if isinstance(note, StoredAs)), name) for name, found in notes.items()}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {key: _plain(getattr(value, name)) for name, key in _keys(type(value)).items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """Give plain JSON back the types that the annotation `kind` names."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints, keys = typing.get_type_hints(kind), _keys(kind)
+        if set(value) != set(keys.values()):
+            raise ValueError(f"{kind.__name__}: keys differ: {sorted(set(value) ^ set(keys.values()))}.")
+        return kind(**{name: _typed(value[key], hints[name]) for name, key in keys.items()})
+    if origin in (types.UnionType, typing.Union):  # a record that may not be there
+        return None if value is None else _typed(value, next(a for a in arguments if a is not type(None)))
+    if origin is tuple:
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_typed(item, hint) for item, hint in zip(value, inner, strict=True))
+    if origin in (Mapping, typing.get_origin(Mapping[str, int])):
+        return types.MappingProxyType({name: _typed(item, arguments[1]) for name, item in value.items()})
+    if kind is float:
+        return float("nan") if value is None else float(value)
+    return value

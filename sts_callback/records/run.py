@@ -1,0 +1,135 @@
+"""What the folder of a run holds beside forecasts and checks, and all of it read at once. Frozen, plain Python."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from sts_callback import __version__
+from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.records import DriftSnapshot, Forecast, Record, TopActivatingExamples, Verdict
+from sts_callback.records.remedies import Attribution
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sae-lens")
+
+
+@dataclass(frozen=True)
+class RunSettings(Record):
+    """What a run was asked to do, and by which versions."""
+
+    policy: PolicyConfig
+    probes: ProbeConfig
+    check_on: str
+    """`save`, `evaluate`, or every how many steps."""
+    action: str
+    """On an alarm: its name, or that of the user's function."""
+    max_overhead: float
+    """Share of training time that checks may take; from 1 on there is no limit."""
+    versions: Mapping[str, str]
+    """Of Python, of this package and of those that it stands on."""
+
+    @classmethod
+    def of(
+        cls, policy: PolicyConfig, probes: ProbeConfig, *, check_on: object, action: object, max_overhead: float
+    ) -> RunSettings:
+        """The settings of a run that begins now, with the versions that are installed.
+
+        Args:
+            policy: thresholds and budgets.
+            probes: how texts become probes.
+            check_on: as the callback has it.
+            action: likewise; of a function, its name is kept.
+            max_overhead: likewise.
+
+        """
+        named = str(getattr(action, "__qualname__", action))
+        versions = {"python": platform.python_version(), **installed_versions(_PACKAGES)}
+        return cls(policy, probes, str(check_on), named, max_overhead, versions)
+
+
+@dataclass(frozen=True)
+class TimeSpent(Record):
+    """Where a session's time has gone, up to a check; a resumed run counts from its resumption."""
+
+    checks_s: float
+    """Seconds of checks."""
+    training_s: float
+    """Seconds of training itself."""
+
+
+@dataclass(frozen=True)
+class Postponed(Record):
+    """A check that was due and was skipped."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fault(Record):
+    """A failure of ours that training survived."""
+
+    step: int
+    what: str
+    """The work that failed."""
+    error: str
+    trace: str
+    """Where, as Python tells it; empty if nowhere."""
+
+
+@dataclass(frozen=True)
+class JudgedCheck(Record):
+    """A drift check with what followed from it."""
+
+    snapshot: DriftSnapshot
+    verdict: Verdict
+    time: TimeSpent | None
+    """None in logs that do not tell."""
+
+
+@dataclass(frozen=True)
+class Logged(Record):
+    """All of a run's folder that can be read; what is missing is None or empty."""
+
+    settings: RunSettings | None
+    forecast: Forecast | None
+    forecast_verdict: Verdict | None
+    other_forecasts: tuple[Forecast, ...]
+    """By further SAEs."""
+    checks: tuple[JudgedCheck, ...]
+    """In order of their steps."""
+    top_examples: tuple[TopActivatingExamples, ...]
+    blame: Attribution | None
+    """Training rows to blame, where they were asked for."""
+    postponed: tuple[Postponed, ...]
+    faults: tuple[Fault, ...]
+    unreadable: tuple[str, ...]
+    """What is there and cannot be read, with the reason, a sentence a file."""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The newest: the last check's, else the forecast's."""
+        return self.checks[-1].verdict if self.checks else self.forecast_verdict
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing at all to tell."""
+        return not (self.forecast or self.checks or self.top_examples or self.postponed or self.faults)
+
+
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of this package and of others.
+
+    Args:
+        packages: by the names that they are installed by; what is not installed is left out.
+
+    """
+    found = {"sts-callback": __version__}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,189 @@
+"""How far a LoRA adapter may be turned up: the largest scale at which each protected domain keeps its budget, after training.
+
+Step 0 is the model without the adapter. At each scale the probes are read as in a drift check, the same tokens in the same
+batches. Harm is judged by budget and interval (`policy.judge_budget`), without the permutation test of an alarm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from sts_callback.config import ProbeConfig
+from sts_callback.data.probes import bos_tokens, check_lengths, filler_tokens, make_probe_set
+from sts_callback.data.reader import Source, read_rows
+from sts_callback.errors import ConfigError, ModelError
+from sts_callback.measure import diagnostics, scoring
+from sts_callback.measure.identity import identity_of
+from sts_callback.measure.runner import Context, ProbeRunner
+from sts_callback.model.capture import undisturbed
+from sts_callback.model.hooks import model_name, text_config
+from sts_callback.model.sae import SaeSource, encoder_for
+from sts_callback.policy import judge_budget
+from sts_callback.records.remedies import AdapterScales, ScaledDomain, ScalePoint, gravest
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+_N_COMPARED = 64  # tokens on which scale 0 must be the model without the adapter
+
+
+def dial(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sae: SaeSource,
+    domains: Mapping[str, Source],
+    budgets: Mapping[str, float],
+    scales: Sequence[float],
+    config: ProbeConfig | None = None,
+    progress: bool = True,
+) -> AdapterScales:
+    """Measure protected domains at several scales of an adapter; its own scale is put back on every exit.
+
+    Args:
+        model: with a LoRA adapter, see `with_adapter`.
+        tokenizer: its tokenizer; not altered.
+        sae: see `model.encoder.SaeSource`.
+        domains: name to source.
+        budgets: of protected domains, in nats per token; only these are measured.
+        scales: of the adapter, above 0, up to 1.
+        config: numbers, limits and seed.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfigError: if no domain is protected or a scale is not allowed.
+        DataError, SaeError, ModelError, CannotTell: as for a forecast.
+
+    """
+    started = time.monotonic()
+    if not scales or not all(0 < scale <= 1 for scale in scales):
+        raise ConfigError(f"scales: got {list(scales)}; allowed are numbers above 0, up to 1.")
+    knob = AdapterScaler(model, tokenizer, sae=sae, domains=domains, budgets=budgets, config=config)
+    wanted = sorted(set(scales))
+    points = tuple(knob.at(scale) for scale in tqdm(wanted, "Scales", unit="scale", leave=False, disable=not progress))
+    return AdapterScales(knob.identity, points, time.monotonic() - started)
+
+
+class AdapterScaler:
+    """Protected domains without an adapter, to compare them with at any scale of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sae: SaeSource,
+        domains: Mapping[str, Source],
+        budgets: Mapping[str, float],
+        config: ProbeConfig | None = None,
+    ) -> None:
+        """Draw the probes and read them without the adapter. Arguments and errors as for `dial`."""
+        if not budgets:
+            raise ConfigError("protect: got none; name at least one domain that must not suffer.")
+        config = replace(config or ProbeConfig(), n_features=1)  # none is selected: any width of SAE will do
+        self._model, self._budgets = model, budgets
+        with undisturbed(model), _scaled(model, 0.0):
+            encoder = encoder_for(sae, model)
+            self._sets = [
+                make_probe_set(
+                    name,
+                    read_rows(domains[name], field),
+                    tokenizer,
+                    config,
+                    n_demonstrations=config.n_domain_demonstrations,  # so that the queries are those of a forecast
+                    field=field,
+                )
+                for name, field in ((name, f"domains[{name!r}]") for name in budgets)
+            ]
+            check_lengths(self._sets, getattr(text_config(model), "max_position_embeddings", None))
+            self._runner, self._bos = ProbeRunner(model, [encoder], config), bos_tokens(tokenizer)
+            zero_shot = self._bare()
+            diagnostics.require_fit(diagnostics.examined_fits(self._runner, self._sets, zero_shot, model_name(model))[1])
+            self._step_zero = {s.name: self._runner.read(s, zero_shot, {})[0] for s in self._sets}
+        self.identity = identity_of(model, encoder, config, self._sets)
+
+    def at(self, scale: float) -> ScalePoint:
+        """Measure at a scale of the adapter: 1 is as it was trained, 0 the model without it, which gives exactly no drift."""
+        found = {}
+        with undisturbed(self._model), _scaled(self._model, scale):
+            zero_shot = self._bare()
+            for probes in self._sets:
+                step_zero = self._step_zero[probes.name]
+                reading = self._runner.read_drift(probes, zero_shot, [step_zero])[0]
+                change, budget = scoring.nll_change(probes, reading.nll, step_zero.zero_shot_nll), self._budgets[probes.name]
+                found[probes.name] = ScaledDomain(
+                    name=probes.name,
+                    n_queries=len(probes.queries),
+                    relative_drift=scoring.relative_drift(reading, step_zero),
+                    nll_change=change,
+                    budget=budget,
+                    finding=judge_budget(change, budget),
+                )
+        return ScalePoint(scale, gravest(domain.finding for domain in found.values()), found)
+
+    def _bare(self) -> Context:
+        return self._runner.context(self._bos, with_answers=True)
+
+
+def with_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> nn.Module:
+    """Put a LoRA adapter on a model.
+
+    Args:
+        model: the model that the adapter was trained on; altered.
+        tokenizer: its tokenizer; not altered.
+        folder: as PEFT saved it.
+
+    Raises:
+        ModelError: if PEFT is missing, the folder holds no LoRA adapter for this model, or the adapter changes more of the model
+            than its scale reaches.
+
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ModelError("adapter: PEFT is not installed; install it with `pip install peft`.") from error
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ModelError(f"adapter: {folder} holds no adapter_config.json; give a folder that PEFT saved a LoRA adapter in.")
+    try:
+        kind = str(PeftConfig.from_pretrained(str(folder)).peft_type).rpartition(".")[2]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"adapter: {folder}/adapter_config.json cannot be read ({error!r}).") from error
+    if kind != "LORA":
+        raise ModelError(f"adapter: {folder} holds one of kind {kind}; only LoRA adapters have a scale.")
+    tokens = torch.tensor([[*bos_tokens(tokenizer), *filler_tokens(tokenizer, _N_COMPARED)]])
+    with undisturbed(model):
+        alone = _logits(model, tokens)
+        try:
+            adapted: nn.Module = PeftModel.from_pretrained(model, str(folder))
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"adapter: {folder} does not fit the model ({error}); give the one it was trained on.") from error
+    with undisturbed(adapted), _scaled(adapted, 0.0):
+        if not torch.equal(_logits(adapted, tokens), alone):
+            raise ModelError(
+                f"adapter: {folder} changes the model even at scale 0; only plain LoRA can be dialled, without DoRA, "
+                "modules_to_save, trained biases or an initialisation that changes the model (PiSSA, OLoRA and the like)."
+            )
+    return adapted
+
+
+def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=tokens.to(next(model.parameters()).device)).logits
+    return logits
+
+
+@contextmanager
+def _scaled(model: nn.Module, scale: float) -> Iterator[None]:
+    """Inside, the adapter is turned to a multiple of its own scale, which is put back on every exit."""
+    from peft.helpers import rescale_adapter_scale
+
+    with rescale_adapter_scale(model, scale):
+        yield

@@ -1,0 +1,92 @@
+"""What all sections are made of: headings, sentences, tables that scroll in their own box, names, words for decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from sts_callback.records import TRAIN, Decision, Estimate, in_capitals
+from sts_callback.report import formatting
+from sts_callback.report.html.markup import Html, join, shortened, tag
+
+_LONGEST_NAME = 60
+_BADGES: dict[Decision, str] = {
+    "go": "good",
+    "watch": "warn",
+    "no-go": "bad",
+    "not covered": "unsure",
+    "cannot tell": "unsure",
+}
+
+
+def section(anchor: str, title: str, *children: str) -> Html:
+    """A section with its heading, to which the list at the top leads."""
+    return tag("section", tag("h2", title), *children, id=anchor)
+
+
+def say(*text: str) -> Html:
+    """A paragraph that tells what is seen and what it means."""
+    return tag("p", *text, class_="say")
+
+
+def more(title: str, *children: str) -> Html:
+    """What is unfolded on demand."""
+    return tag("details", tag("summary", title), *children)
+
+
+def domain(name: str) -> Html:
+    """The name of a domain; in any script, without turning what stands beside it."""
+    return tag("bdi", shortened(name, _LONGEST_NAME), class_="name")
+
+
+def named(names: Iterable[str]) -> Html:
+    """Names of domains, one after another."""
+    return Html(", ".join(domain(name) for name in names))
+
+
+def badge(decision: Decision, step: int) -> Html:
+    """A decision as a word in its colour."""
+    return tag("span", in_capitals(decision, step), class_=f"badge {_BADGES[decision]}")
+
+
+def table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], *, cls: str = "numbers", groups: Sequence[tuple[str, int]] = ()
+) -> Html:
+    """A table in a box of its own, whose first column names the row.
+
+    Args:
+        titles: of the columns.
+        rows: their cells.
+        cls: `numbers`, set to the right, or `words`.
+        groups: titles over several columns, each with how many it spans.
+
+    """
+    over = tag("tr", *(tag("th", title, colspan=str(n), scope="colgroup") for title, n in groups), class_="groups")
+    head = tag("tr", *(tag("th", title, scope="col") for title in titles))
+    body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
+    made = tag("table", tag("thead", *([over] if groups else []), head), tag("tbody", *body), class_=cls)
+    return tag("div", made, class_="scroll", tabindex="0")
+
+
+def meanings(*pairs: tuple[str, str]) -> Html:
+    """What words in a table or picture mean."""
+    return tag("dl", *(join(tag("dt", word), tag("dd", meaning)) for word, meaning in pairs))
+
+
+def beyond(value: float, threshold: float, shown: str) -> Html:
+    """A number with a sign if it reaches a threshold that is known."""
+    if math.isfinite(value) and value >= threshold:
+        return tag("strong", "\u25b2 ", shown)
+    return join(shown)
+
+
+def with_interval(estimate: Estimate, form: formatting.Form) -> Html:
+    """A number and, smaller, its interval."""
+    ends = formatting.interval(estimate, form)
+    return join(form(estimate.value), *([tag("small", f" {ends}")] if ends else []))
+
+
+def name_row(name: str, protected: Iterable[str]) -> Html:
+    """A domain's name, and whether it is protected or the training data itself."""
+    role = " protected" if name in protected else " the training data" if name == TRAIN else ""
+    return join(domain(name), *([tag("small", role)] if role else []))

@@ -1,0 +1,89 @@
+"""A forecast as JUnit XML, the form in which CI systems read test results: a test case for each protected domain.
+
+Only elements and attributes are used that are in all dialects of the form. Scores are therefore properties of the suite, named
+`DOMAIN.SCORE`: properties of a test case are refused by strict readers. The reason stands in a result's `message`, which Jenkins
+and the GitHub actions show, and again as its text, which GitLab shows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from xml.etree import ElementTree
+
+from sts_callback.policy import Judgement
+from sts_callback.records import Decision, DomainForecast, Forecast
+
+_SUITE = "sts-callback.forecast"
+_RESULTS: dict[Decision, str] = {
+    "no-go": "failure",
+    # No answer is an error and not a skipped test: CI systems count skipped tests as passed ones or leave them out, and what was
+    # not answered must not look as if it were in order. In the words of JUnit, an error is a test that could not be carried out.
+    "not covered": "error",
+    "cannot tell": "error",
+}
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit_xml(judged: Mapping[str, Judgement], forecast: Forecast | None) -> str:
+    """Write what was decided as the results of tests.
+
+    Args:
+        judged: for each protected domain what was decided, and why.
+        forecast: what it was decided by; None if none could be made.
+
+    Returns:
+        An XML document with its declaration. A `no-go` is a failure, `cannot tell` and `not covered` are errors.
+
+    """
+    results = [_RESULTS.get(decision) for decision, _ in judged.values()]
+    counts = {
+        "tests": str(len(results)),
+        "failures": str(results.count("failure")),
+        "errors": str(results.count("error")),
+        "time": f"{forecast.seconds if forecast else 0.0:.3f}",
+    }
+    root = ElementTree.Element("testsuites", {"name": _SUITE, **counts})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": _SUITE, **counts, "skipped": "0"})
+    if forecast is not None:
+        properties = ElementTree.SubElement(suite, "properties")
+        for name, value in _properties(forecast, judged):
+            ElementTree.SubElement(properties, "property", {"name": _valid(name), "value": _valid(value)})
+    for domain, (decision, reason) in judged.items():
+        case = ElementTree.SubElement(suite, "testcase", {"classname": _SUITE, "name": _valid(domain), "time": "0.000"})
+        if decision in _RESULTS:
+            told = {"message": _valid(f"{decision}: {reason}"), "type": decision}
+            ElementTree.SubElement(case, _RESULTS[decision], told).text = told["message"]
+        else:
+            ElementTree.SubElement(case, "system-out").text = _valid(f"{decision}: {reason}")
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _properties(forecast: Forecast, judged: Mapping[str, Judgement]) -> Iterator[tuple[str, str]]:
+    identity = forecast.identity
+    yield from {"model": identity.model_name, "sae": identity.sae_name, "hook_name": identity.hook_name}.items()
+    for domain in judged:
+        for name, score in _scores(forecast.domains[domain]).items():
+            yield f"{domain}.{name}", f"{score:.6g}" if math.isfinite(score) else "unknown"
+
+
+def _scores(domain: DomainForecast) -> dict[str, float]:
+    transfer, change = domain.transfer, domain.nll_change
+    return {
+        "transfer": transfer.value,
+        "transfer_low": transfer.low,
+        "transfer_high": transfer.high,
+        "nll_change": change.value,
+        "nll_change_low": change.low,
+        "nll_change_high": change.high,
+        "gradient_change": domain.gradient_change.value,
+        "unseen": domain.sae_error_share,
+        "n_queries": domain.n_queries,
+    }
+
+
+def _valid(text: str) -> str:
+    """The text without what XML cannot hold, such as control characters."""
+    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,185 @@
+"""Forecasts, drift checks and what was looked at before, as text."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from sts_callback.records import (
+    Check,
+    Decision,
+    DriftSnapshot,
+    Estimate,
+    Forecast,
+    Status,
+    TopActivatingExamples,
+    Verdict,
+    in_capitals,
+)
+from sts_callback.report.terminal.text import WIDTH, downwards, marked, new_table, rendered
+from sts_callback.report.validated import WHAT_HOLDS
+
+_COLOURS: dict[Decision, str] = {
+    "go": "green",
+    "watch": "yellow",
+    "no-go": "bold red",
+    "not covered": "magenta",
+    "cannot tell": "magenta",
+}
+_OWN_ROLLOUTS = "training examples: the model's own best-rewarded rollouts of the first step"
+
+
+def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
+    """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on."""
+    rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: downwards(d.sts_net.value)))
+    table = new_table("domain", "transfer", "95 %", "rank", "change", "95 %", "grad", "harm")
+    places = forecast.harm_rank
+    for row in rows:
+        transfer, change = row.transfer, row.nll_change
+        table.add_row(
+            Text(("! " if row.name in verdict.threatened else "  ") + row.name),
+            _percent(transfer.value),
+            _interval(transfer),
+            f"{row.rank[0]}-{row.rank[1]}" if row.rank[0] else "",
+            f"{change.value:+.2f}",
+            f"{change.low:+.2f} to {change.high:+.2f}",
+            f"{row.gradient_change.value:+.2f}",
+            str(places.get(row.name, "")),
+            style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
+        )
+    baselines = new_table("domain", "net", "cross", "random", "rel", "ICL", "act", "raw", "cosine", "NLL", "unseen")
+    for row in rows:
+        baselines.add_row(
+            Text("  " + row.name),
+            f"{row.sts_net.value:.3f}",
+            f"{row.sts_cross.value:.3f}",
+            f"{row.sts_cross.random:.3f}",
+            f"{row.sts_rel.value:.3f}",
+            _short(row.sts_icl.value),
+            _short(row.sts_act.value),
+            f"{row.raw_over_prose.value:.2f}",
+            f"{row.cosine:.2f}",
+            f"{row.nll.value:.2f}",
+            f"{row.sae_error_share:.0%}",
+            style="dim",
+        )
+    held = f"{len(forecast.features)} features hold {forecast.features_share:.0%} of the shift"
+    legend = (
+        "transfer: STS_net, 0 % as by plain prose, 100 % as the training data itself;\n"
+        "how much, not in which direction. change: of the answers' NLL, with training\n"
+        "examples in context against plain prose, nats a token; grad: the same by a small\n"
+        "step that gains the training data one nat; + is bad. harm: the place by both\n"
+        "together, 1 the worst; an order, not a sign."
+    )
+    if math.isnan(forecast.train.transfer.value):
+        legend += (
+            "\nTransfer is unknown: the training examples shift hardly more than plain prose\n"
+            "does. What order there is, by net, has told nothing in such a case."
+        )
+    parts_of_time = ", ".join(f"{part} {seconds:.0f}" for part, seconds in forecast.seconds_by_part.items() if seconds >= 0.5)
+    foot = (
+        f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {forecast.fvu:.0%} of variance\n"
+        f"unexplained; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
+        + (f"\n({parts_of_time})" if parts_of_time else "")
+    )
+    verdict_line = Text(f"Verdict: {in_capitals(verdict.decision, verdict.step)}", style=_COLOURS[verdict.decision])
+    parts: list[Text | Table] = [
+        Text(f"STS forecast: what training will move ({held})", style="bold"),
+        table,
+        Text(legend, style="dim"),
+        Text(textwrap.fill(WHAT_HOLDS, WIDTH) + "\n", style="dim"),
+        baselines,
+        Text(foot + "\n", style="dim"),
+        *([Text(_OWN_ROLLOUTS, style="yellow")] if forecast.train_source == "own rollouts" else []),
+        *(Text(f"{c.name}: {c.found}; {c.remedy}", style="yellow") for c in forecast.checks if c.status == "warn"),
+    ]
+    return rendered([*parts, verdict_line, *_reasons(verdict)], colour)
+
+
+def layers_table(forecasts: Sequence[Forecast], agreement: Sequence[float], *, colour: bool | None = None) -> str:
+    """Transfer by several SAEs, the first of which is the one that is watched.
+
+    Args:
+        forecasts: of the same domains.
+        agreement: of each with the first.
+        colour: as for the others.
+
+    """
+    table = new_table("transfer by SAE", *(f"{number}" for number in range(1, len(forecasts) + 1)))
+    for name in forecasts[0].domains:
+        table.add_row(Text("  " + name), *(_percent(f.domains[name].transfer.value) for f in forecasts))
+    table.add_row(Text("agreement in order", style="bold"), *(f"{value:.2f}" for value in agreement))
+    names = [Text(f"  {n}: {f.identity.sae_name} at {f.identity.hook_name}", style="dim") for n, f in enumerate(forecasts, 1)]
+    return rendered([table, *names], colour)
+
+
+def doctor_table(checks: Sequence[Check], *, colour: bool | None = None) -> str:
+    """What was looked at: a line a check, and below it what to do."""
+    colours: dict[Status, str] = {"pass": "green", "warn": "yellow", "refuse": "bold red"}
+    table = Table(box=None, pad_edge=False, width=WIDTH, show_header=False)
+    for width in (19, 7):
+        table.add_column(width=width, no_wrap=True)
+    table.add_column(ratio=1)
+    for check in checks:
+        remedy = f"\n-> {check.remedy}" if check.remedy else ""
+        table.add_row(Text(check.name), Text(check.status, style=colours[check.status]), Text(check.found + remedy))
+    return rendered([table], colour)
+
+
+def examples_lines(words: Sequence[TopActivatingExamples], *, colour: bool | None = None) -> str:
+    """Top activating examples: for each, the place in every set where it is most active, the token in brackets."""
+    parts: list[Text | Table] = []
+    for feature in words:
+        parts.append(Text(f"feature {feature.feature}, {feature.share:.1%}  {feature.link}".rstrip(), style="bold"))
+        for name, snippets in feature.snippets.items():
+            for snippet in snippets[:1]:
+                parts.append(marked(f"  {name[:12]:<12} ", snippet, n_before=32))
+    return rendered(parts, colour)
+
+
+def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, colour: bool | None = None) -> str:
+    """A drift check: a line of how far each domain has moved, and reasons if a protected one is threatened."""
+    moved = sorted(snapshot.domains.values(), key=lambda d: downwards(d.relative_drift.value))
+    items = [f"{d.name} {d.relative_drift.value:.1%} ({d.nll_change.value:+.2f})" for d in (snapshot.train, *moved)]
+    head = Text(f"STS step {snapshot.step}: {in_capitals(verdict.decision, verdict.step)}", style=_COLOURS[verdict.decision])
+    head.append(f"; drift (change of NLL) since step 0; {snapshot.seconds:.0f} s", style="not bold default")
+    # textwrap breaks at plain spaces only, so that an item stays on its line.
+    lines = textwrap.wrap("  ".join(item.replace(" ", "\u00a0") for item in items), WIDTH - 2)
+    body = [Text("  " + line.replace("\u00a0", " ")) for line in lines]
+    superseded = " and is superseded" if verdict.supersedes_forecast else ""
+    foot = [
+        Text(f"  the forecast named {snapshot.n_shared} of the {n_features} features that moved most{superseded}", style="dim")
+    ]
+    text = snapshot.output_drift
+    if not math.isnan(text.value):
+        interval = f"{text.low:.1%} to {text.high:.1%}"
+        foot.append(Text(f"  what the policy writes has moved by {text.value:.1%} ({interval})", style="dim"))
+    return rendered([head, *body, *foot, *(_reasons(verdict) if verdict.threatened else [])], colour)
+
+
+def _reasons(verdict: Verdict) -> list[Text]:
+    """The reasons that matter: of the threatened domains if there are any, else of all."""
+    shown = verdict.threatened or verdict.reasons
+    wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return [Text(line) for name in shown for line in wrap.wrap(f"{name}: {verdict.reasons[name]}")]
+
+
+def _percent(share: float) -> str:
+    return "unknown" if math.isnan(share) else f"{share:.0%}"
+
+
+def _interval(share: Estimate) -> str:
+    return "" if math.isnan(share.low) else f"{share.low:.0%} to {share.high:.0%}"
+
+
+def _short(number: float) -> str:
+    """Three digits and a letter for the thousands: at most five characters up to 999 T."""
+    for letter in ("", "k", "M", "G"):
+        if abs(number) < 999.5 or not math.isfinite(number):
+            return f"{number:.3g}{letter}"
+        number /= 1000
+    return f"{number:.3g}T"

@@ -1,0 +1,132 @@
+"""What may be done about a threat, as text."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+from rich.table import Table
+from rich.text import Text
+
+from sts_callback.records.remedies import AdapterScales, Attribution, BudgetFinding, Mix
+from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered
+
+_FINDINGS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
+_BAR = 8  # characters of twice a budget
+
+
+def attribution_table(found: Attribution, *, colour: bool | None = None) -> str:
+    """Training rows to blame: for each protected domain those that score highest, the active token in brackets."""
+    parts: list[Text | Table] = []
+    for domain in found.domains.values():
+        parts.append(Text(f"Training rows that activate {domain.name}'s features", style="bold"))
+        parts.append(Text(f"{'row':>9} {'score':>6} {'feature':>8}  where it is active", style="bold"))
+        for row in domain.rows:
+            head = f"{row.row:>9} {row.score:>6.2f} {row.feature:>8}  "
+            line = marked(head, row.snippet, n_before=18)
+            line.stylize("red" if row.score > domain.threshold else "", 0, len(head))
+            parts.append(line)
+        stand_out = (
+            f"{domain.n_standing_out} of {found.n_read} rows stand out: above {domain.threshold:.2f}; the median is "
+            f"{domain.median:.2f}, {domain.name}'s own texts score {domain.own_score:.2f}."
+        )
+        parts += [Text(line, style="dim") for line in textwrap.wrap(stand_out, WIDTH - 2)]
+        parts.append(Text())
+    notes = ["Score: 0 is an average row, 1 as the domain; rows are counted from 0."]
+    if found.n_read < found.n_rows:
+        notes.append(
+            f"{found.n_read} of {found.n_rows} rows were read (a sample, without rows that hold no text); all others stay."
+        )
+    if found.n_cut:
+        notes.append(f"{found.n_cut} were cut.")
+    notes.append(found.meaning)
+    parts += [Text(line, style="dim") for line in textwrap.wrap(" ".join(notes), WIDTH - 2)]
+    parts.append(Text(f"To leave out: {len(found.left_out)} rows, a tenth of those read at most.", style="bold"))
+    return rendered(parts, colour)
+
+
+def mix_table(found: Mix, *, colour: bool | None = None) -> str:
+    """What was measured of each source, the trade-off between training data and its worst domain, and the recommended mixture."""
+    sources = list(found.sources)
+    measured = new_table("domain", "budget", *sources)
+    for name, domain in found.points[0].domains.items():
+        changes = [found.sources[source].nll_change[name].value for source in sources]
+        measured.add_row(Text("  " + name), f"{domain.budget:.2f}", *(f"{change:+.2f}" for change in changes))
+    curve = new_table("worst domain", *sources, "NLL change", "95 %", "finding", "of budget")
+    for point in found.points:
+        worst = point.worst
+        filled = 0 if math.isnan(worst.nll_change.high) else round(_BAR / 2 * worst.nll_change.high / worst.budget)
+        curve.add_row(
+            Text("  " + worst.name),
+            *(f"{point.weights[source]:.0%}" for source in sources),
+            f"{worst.nll_change.value:+.2f}",
+            f"{worst.nll_change.low:+.2f} to {worst.nll_change.high:+.2f}",
+            Text(point.finding, style=_FINDINGS[point.finding]),
+            Text(("\u2588" * min(_BAR, max(0, filled))).ljust(_BAR, "\u00b7"), style=_FINDINGS[point.finding]),
+        )
+    legend = (
+        "of budget: the interval's upper end; a full bar is twice the budget. Weights are\n"
+        "the best of each row: the worst domain stays as far within its budget as can be.\n"
+        "An interval is as wide as if the errors of all sources had the same sign.\n"
+    )
+    best = found.nearest
+    shares = ", ".join(f"{n} rows of {source} ({best.weights[source]:.0%})" for source, n in best.rows.items() if n)
+    if found.recommended is found.points[0]:
+        answer = "No replay is needed: the training data alone is expected to keep every budget."
+    elif found.recommended:
+        answer = f"Recommended: {shares}."
+    elif found.finding == "beyond":
+        answer = f"No mixture within these caps keeps every budget; train at a lower rate. The nearest: {shares}."
+    else:
+        answer = f"Cannot tell: no mixture is sure to keep every budget; give more queries. The nearest: {shares}."
+    moved = [
+        f"  {name}: {alone.nll_change.value:+.2f} alone, {best.domains[name].nll_change.value:+.2f} in this mixture"
+        for name, alone in found.points[0].domains.items()
+        if alone.finding != "within"
+    ]
+    heading = f"STS mix: training data and what may be mixed in ({found.identity.sae_name}, "
+    return rendered(
+        [
+            Text(f"{heading}{found.seconds:.0f} s)", style="bold"),
+            Text("Measured by pilot runs: change of the answers' NLL by each source, nats a token"),
+            measured,
+            Text("\nExtrapolated: mixtures, with ever less of the training data"),
+            curve,
+            Text(legend, style="dim"),
+            *(Text(line, style=_FINDINGS[found.finding]) for line in (*textwrap.wrap(answer, WIDTH), *moved)),
+            Text("\n" + textwrap.fill(found.meaning, WIDTH), style="dim"),
+        ],
+        colour,
+    )
+
+
+def adapter_scales_table(found: AdapterScales, *, colour: bool | None = None) -> str:
+    """An adapter's scales: for each how far the protected domains have moved, and whether they keep their budgets."""
+    table = new_table("domain", "scale", "drift", "NLL change", "95 %", "budget", "finding")
+    for point in found.points:
+        for domain in point.domains.values():
+            change = domain.nll_change
+            table.add_row(
+                Text("  " + domain.name),
+                f"{point.scale:g}",
+                f"{domain.relative_drift.value:.1%}",
+                f"{change.value:+.2f}",
+                f"{change.low:+.2f} to {change.high:+.2f}",
+                f"{domain.budget:.2f}",
+                Text(domain.finding, style=_FINDINGS[domain.finding]),
+            )
+    legend = (
+        "drift and change of the answers' NLL against the model without the adapter, nats\n"
+        "a token. within: the interval lies under the budget; beyond: the change reaches\n"
+        "the budget and the interval lies above 0.\n"
+    )
+    if found.largest is not None:
+        answer = f"Largest scale that keeps every budget: {found.largest:g}"
+        if found.largest < 1:
+            answer += "\n  to use it, multiply lora_alpha (and alpha_pattern) in adapter_config.json by it"
+    elif found.finding == "beyond":
+        answer = "None of these scales keeps every budget; try smaller ones"
+    else:
+        answer = "Cannot tell: none of these scales is sure to keep every budget; give more queries"
+    heading = Text(f"STS dial: an adapter by its scale ({found.identity.sae_name}, {found.seconds:.0f} s)", style="bold")
+    return rendered([heading, table, Text(legend, style="dim"), Text(answer, style=_FINDINGS[found.finding])], colour)

@@ -1,0 +1,55 @@
+"""Tables and text of 80 columns, coloured only where a terminal shows it."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sts_callback.records import Snippet
+
+WIDTH = 80
+
+
+def new_table(first: str, *titles: str) -> Table:
+    """An empty table whose first column takes what width the others leave."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), width=WIDTH)
+    table.add_column(first, overflow="fold", ratio=1)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def marked(head: str, snippet: Snippet, n_before: int) -> Text:
+    """A line with a place in a text, the active token in brackets."""
+    before, token, after = (" ".join(part.split()) for part in (snippet.before, snippet.token, snippet.after))
+    line = Text(f"{head}...{before[-n_before:]} ")
+    line.append(f"[{token or chr(0x2423)}]", style="bold yellow")
+    line.append(f" {after}")
+    line.truncate(WIDTH, overflow="ellipsis")
+    return line
+
+
+def downwards(number: float) -> tuple[bool, float]:
+    """Sorts the largest first and NaN last."""
+    return math.isnan(number), -number
+
+
+def rendered(parts: list[Text | Table], colour: bool | None) -> str:
+    """Parts below one another; with colours as asked, None: if a terminal shows it."""
+    show = sys.stdout.isatty() if colour is None else colour
+    console = Console(
+        file=io.StringIO(),
+        width=WIDTH,
+        force_terminal=show,
+        color_system="standard" if show else None,
+        highlight=False,
+    )
+    for part in parts:
+        console.print(part)
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in written.splitlines())

@@ -1,0 +1,311 @@
+"""The run directory: what was forecast and measured, written so that a kill loses at most the line being written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sts_callback.errors import CannotTell
+from sts_callback.records import DriftSnapshot, Forecast, TopActivatingExamples, Verdict
+from sts_callback.records.remedies import Attribution
+from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
+from sts_callback.runs.files import write_whole
+
+T = TypeVar("T")
+
+_NOT_OURS = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a record raises where there is none, or one of another version."""
+
+
+class RunDirectory:
+    """Files of one run, under `<output_dir>/sts/`."""
+
+    def __init__(self, folder: Path, *, anew: bool = False) -> None:
+        """Name the folder; nothing is written yet.
+
+        Args:
+            folder: where the files are.
+            anew: whether what is there is another run's, to be moved aside before anything is written.
+
+        """
+        self.folder = folder
+        self.baseline_file = folder / "baseline.safetensors"
+        self._settings_file = folder / "settings.json"
+        self._forecast_file = folder / "forecast.json"
+        self._drift_file = folder / "drift.jsonl"
+        self._features_file = folder / "features.jsonl"
+        self._blame_file = folder / "blame.json"
+        self._rollouts_file = folder / "rollouts.jsonl"
+        self._skipped_file = folder / "skipped.jsonl"
+        self._faults_file = folder / "faults.jsonl"
+        self._report_file = folder / "report.html"
+        self._holds_another_run = anew
+        self._unwritten_faults: deque[dict[str, Any]] = deque(maxlen=100)
+
+    def start_anew(self) -> None:
+        """Make the folder; what an earlier run left in it is moved aside to `sts.1`, `sts.2` and so on."""
+        if self.folder.exists() and any(self.folder.iterdir()):
+            number = 1
+            while self.folder.with_name(f"{self.folder.name}.{number}").exists():
+                number += 1
+            self.folder.rename(self.folder.with_name(f"{self.folder.name}.{number}"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._holds_another_run = False
+
+    def take_up(self, step: int) -> int:
+        """Go on after a resume: lines of checks beyond its step will be written again, and lines cut off by a kill hold nothing.
+
+        Args:
+            step: optimizer steps done at the checkpoint.
+
+        Returns:
+            How many lines were damaged otherwise and are gone.
+
+        """
+        n_damaged = 0
+        for file in (self._features_file, self._faults_file):
+            lines = _whole_lines(file)
+            n_damaged += lines.count({})
+            _write_lines(file, [row for row in lines if row])
+        for file, step_of in ((self._drift_file, _checked_step), (self._skipped_file, _skipped_step)):
+            by_step = [(step_of(row), row) for row in _whole_lines(file)]
+            n_damaged += sum(at is None for at, _ in by_step)
+            kept = {at: row for at, row in by_step if at is not None and at <= step}
+            _write_lines(file, [kept[at] for at in sorted(kept)])
+        return n_damaged
+
+    def write_settings(self, settings: RunSettings) -> None:
+        """Write what the run was asked to do, whole or not at all; a resumed run's own take the place of the first session's."""
+        self._make_ready()
+        write_whole(self._settings_file, settings.to_json() + "\n")
+
+    def write_forecast(self, forecast: Forecast, verdict: Verdict, others: Sequence[Forecast] = ()) -> None:
+        """Write forecast and verdict, and the forecasts of further SAEs, whole or not at all."""
+        content = {
+            "forecast": forecast.to_dict(),
+            "verdict": verdict.to_dict(),
+            "other_saes": [other.to_dict() for other in others],
+        }
+        self._make_ready()
+        write_whole(self._forecast_file, json.dumps(content, indent=1) + "\n")
+
+    def read_forecast(self) -> Forecast:
+        """Read the forecast of this run.
+
+        Raises:
+            CannotTell: if it is missing or damaged.
+
+        """
+        try:
+            return Forecast.from_dict(json.loads(self._forecast_file.read_text(encoding="utf-8"))["forecast"])
+        except (OSError, *_NOT_OURS) as error:
+            raise CannotTell(
+                f"forecast: {self._forecast_file} cannot be read ({error!r}); a resumed run needs the one made at its start. "
+                "Drift can be measured only from step 0: start the run anew."
+            ) from error
+
+    def write_rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the policy wrote at step 0, if anything is known of it, whole or not at all."""
+        self._make_ready()
+        _write_lines(self._rollouts_file, rows)
+
+    def read_rollouts(self) -> list[dict[str, Any]]:
+        """Read what `write_rollouts` wrote; lines that damage has left unreadable are left out."""
+        return [row for row in _rows(self._rollouts_file) if row.keys() >= {"prompt", "completion", "sample"}]
+
+    def append_check(self, snapshot: DriftSnapshot, verdict: Verdict, time: TimeSpent | None = None) -> None:
+        """Append one drift check with its verdict and where the time has gone up to it."""
+        row = {"snapshot": snapshot.to_dict(), "verdict": verdict.to_dict()}
+        self._append(self._drift_file, row | ({"time": time.to_dict()} if time else {}))
+
+    def append_top_examples(self, words: Sequence[TopActivatingExamples]) -> None:
+        """Append features in words, those that were not told before."""
+        told = {row.get("feature") for row in _rows(self._features_file)}
+        for feature in words:
+            if feature.feature not in told:
+                self._append(self._features_file, feature.to_dict())
+
+    def write_attribution(self, found: Attribution) -> None:
+        """Write which training rows activate what threatens a domain, whole or not at all; the last of several counts."""
+        self._make_ready()
+        write_whole(self._blame_file, found.to_json() + "\n")
+
+    def append_postponed(self, step: int, reason: str) -> None:
+        """Append that a check which was due was skipped."""
+        self._append(self._skipped_file, {"step": step, "reason": reason})
+
+    def append_fault(self, step: int, what: str, error: str, trace: str) -> None:
+        """Append a failure of ours that training survived; what cannot be written waits for the next call."""
+        self._unwritten_faults.append({"step": step, "what": what, "error": error, "trace": trace})
+        self.write_waiting_faults()
+
+    def write_waiting_faults(self) -> None:
+        """Write faults that could not be written when they happened."""
+        while self._unwritten_faults:
+            self._append(self._faults_file, self._unwritten_faults[0])
+            self._unwritten_faults.popleft()
+
+    def judged_checks(self, step: int) -> list[tuple[DriftSnapshot, Verdict]]:
+        """Checks up to a step with their verdicts, in order. Of a stretch that was run twice after a resume, the later counts."""
+        by_step = {found[0].step: found for found in map(_check_in, _rows(self._drift_file)) if found is not None}
+        return [by_step[s] for s in sorted(by_step) if s <= step]
+
+    def checks_before(self, step: int) -> list[DriftSnapshot]:
+        """The same checks without verdicts."""
+        return [snapshot for snapshot, _ in self.judged_checks(step)]
+
+    def postponed_since(self, last_check: int, step: int) -> bool:
+        """Whether a check that was due after the last one, up to a step, was skipped."""
+        steps = map(_skipped_step, _rows(self._skipped_file))
+        return any(at is not None and last_check < at <= step for at in steps)
+
+    def read_all(self) -> Logged:
+        """Read what of the run can be read: any file may be missing, cut off, damaged or of another version.
+
+        Raises:
+            OSError: if a file is there but may not be opened.
+
+        """
+        unreadable: dict[str, str] = {}
+
+        def told(file: Path, record_of: Callable[[Any], T]) -> list[T]:
+            found, reasons, rows = [], [], list(_documents(file))
+            for row in rows:
+                try:
+                    found.append(record_of(row))
+                except _NOT_OURS as error:
+                    reasons.append(f"{error or repr(error)}" if row else "cut off or damaged")
+            if reasons:
+                which = "" if file.suffix == ".json" else f" in {len(reasons)} of {len(rows)} lines"
+                unreadable[file.name] = f"{file.name} cannot be read{which}: {reasons[-1].rstrip('.')}."
+            return found
+
+        checks = {check.snapshot.step: check for check in told(self._drift_file, _check_of)}
+        return Logged(
+            settings=next(iter(told(self._settings_file, RunSettings.from_dict)), None),
+            forecast=next(iter(told(self._forecast_file, lambda row: Forecast.from_dict(row["forecast"]))), None),
+            forecast_verdict=next(iter(told(self._forecast_file, lambda row: Verdict.from_dict(row["verdict"]))), None),
+            other_forecasts=next(iter(told(self._forecast_file, _others_of)), ()),
+            checks=tuple(checks[step] for step in sorted(checks)),
+            top_examples=tuple(told(self._features_file, TopActivatingExamples.from_dict)),
+            blame=next(iter(told(self._blame_file, Attribution.from_dict)), None),
+            postponed=tuple(told(self._skipped_file, lambda row: Postponed(int(row["step"]), str(row["reason"])))),
+            faults=tuple(told(self._faults_file, _fault_of)),
+            unreadable=tuple(unreadable.values()),
+        )
+
+    def write_report(self, page: str, content: str) -> Path:
+        """Write the report of the run as a page and as JSON, each whole or not at all.
+
+        Returns:
+            Where the page is.
+
+        """
+        self._make_ready()
+        write_whole(self._report_file.with_suffix(".json"), content + "\n")
+        write_whole(self._report_file, page)
+        return self._report_file
+
+    def _make_ready(self) -> None:
+        """Make the folder, also again after it was deleted; never write into that of another run."""
+        if self._holds_another_run:
+            self.start_anew()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _append(self, file: Path, content: object) -> None:
+        self._make_ready()
+        torn = file.exists() and _last_byte(file) not in (b"", b"\n")
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(("\n" if torn else "") + json.dumps(content) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+
+
+def run_directory_in(folder: Path) -> RunDirectory:
+    """The log of a run.
+
+    Args:
+        folder: the trainer's `output_dir`, or the folder `sts` in it.
+
+    """
+    return RunDirectory(folder / "sts" if (folder / "sts").is_dir() else folder)
+
+
+def _last_byte(file: Path) -> bytes:
+    with file.open("rb") as content:
+        content.seek(max(0, content.seek(0, os.SEEK_END) - 1))
+        return content.read(1)
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """As `_rows`, without a last line that a kill has cut off."""
+    lines = list(_rows(file))
+    return lines[:-1] if lines and not lines[-1] and _last_byte(file) != b"\n" else lines
+
+
+def _write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    if rows or file.exists():
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """What stands in each line; nothing for one that a kill or damage has left unreadable."""
+    if not file.exists():
+        return
+    for line in file.read_bytes().splitlines():
+        yield _object(line)
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:  # no JSON, or no UTF-8
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _check_in(row: dict[str, Any]) -> tuple[DriftSnapshot, Verdict] | None:
+    """The check in a line of `drift.jsonl`; None if this version finds none there."""
+    try:
+        return DriftSnapshot.from_dict(row["snapshot"]), Verdict.from_dict(row["verdict"])
+    except _NOT_OURS:
+        return None
+
+
+def _documents(file: Path) -> Iterator[dict[str, Any]]:
+    """What a JSON file holds, or each line of one of JSON lines."""
+    if file.suffix != ".json":
+        yield from _rows(file)
+    elif file.exists():
+        yield _object(file.read_bytes())
+
+
+def _check_of(row: dict[str, Any]) -> JudgedCheck:
+    time = row.get("time")
+    return JudgedCheck(
+        DriftSnapshot.from_dict(row["snapshot"]),
+        Verdict.from_dict(row["verdict"]),
+        TimeSpent.from_dict(time) if time else None,
+    )
+
+
+def _others_of(row: dict[str, Any]) -> tuple[Forecast, ...]:
+    return tuple(Forecast.from_dict(other) for other in row.get("other_saes", ()))
+
+
+def _fault_of(row: dict[str, Any]) -> Fault:
+    return Fault(int(row["step"]), *(str(row[name]) for name in ("what", "error", "trace")))
+
+
+def _checked_step(row: dict[str, Any]) -> int | None:
+    found = _check_in(row)
+    return None if found is None else found[0].step
+
+
+def _skipped_step(row: dict[str, Any]) -> int | None:
+    step = row.get("step")
+    return step if isinstance(step, int) else None

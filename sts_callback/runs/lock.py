@@ -1,0 +1,190 @@
+"""`sts.lock`: what a go or no-go depends on beside the training data, kept in a file so that later ones can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.errors import ConfigError
+from sts_callback.records import Record
+from sts_callback.records.run import installed_versions
+from sts_callback.runs.files import write_asked
+
+if TYPE_CHECKING:
+    from sts_callback.measure.monitor import Monitor
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "sae-lens", "numpy", "scipy")
+"""Which change numbers. `datasets`, `trl` and the like only read texts; what they make of them is in the probes' fingerprints."""
+_NONE = "none"
+
+
+@dataclass(frozen=True)
+class Lock(Record):
+    """The conditions of a forecast. Of the training data there is nothing: new data is what one wants to judge."""
+
+    model: str
+    """SHA-256 of the model's configuration."""
+    model_weights: str
+    """SHA-256 over its weights: a tune of the same model has the same configuration."""
+    model_dtype: str
+    """What it computes in; on a GPU it may be another one than on a CPU."""
+    model_name: str
+    """For people; not compared."""
+    sae: str
+    """SHA-256 of the SAE that decides."""
+    sae_name: str
+    """For people; not compared."""
+    hook_name: str
+    """Where that SAE reads."""
+    domains: Mapping[str, str]
+    """For each domain, SHA-256 of its probes' tokens."""
+    policy: PolicyConfig
+    """Budgets and thresholds."""
+    probes: ProbeConfig
+    """How texts become probes."""
+    versions: Mapping[str, str]
+    """Of the packages that change numbers."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as it is locked."""
+
+    name: str
+    """Its place in the file, dots between keys."""
+    locked: str
+    here: str
+    remedy: str
+    """How to run under the locked condition."""
+
+
+def lock_of(monitor: Monitor, policy: PolicyConfig) -> Lock:
+    """The conditions of a forecast that a monitor would make; the model's weights are read, nothing else is computed.
+
+    Args:
+        monitor: on one process, with its model whole.
+        policy: by which the forecast would be judged.
+
+    """
+    identity, weights = monitor.identity, monitor.weights()
+    return Lock(
+        model=identity.model,
+        model_weights=weights.fingerprint,
+        model_dtype=weights.dtype,
+        model_name=identity.model_name,
+        sae=identity.sae,
+        sae_name=identity.sae_name,
+        hook_name=identity.hook_name,
+        domains={name: probes.fingerprint for name, probes in monitor.domains.items()},
+        policy=policy,
+        probes=monitor.config,
+        versions=installed_versions(_PACKAGES),
+    )
+
+
+def read_lock(file: Path) -> Lock:
+    """Read a lock file.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be read.
+
+    """
+    if not file.exists():
+        raise ConfigError(f"--lock: there is no file {file}; add --write-lock to write it, once, after a forecast.")
+    try:
+        return Lock.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"--lock: {file} cannot be read ({error}); restore it, or write it anew with --write-lock.") from error
+
+
+def write_lock(file: Path, lock: Lock) -> None:
+    """Write a lock file, whole or not at all, in lines that a review can compare.
+
+    Raises:
+        DataError: if it cannot be written.
+
+    """
+    write_asked(file, json.dumps(lock.to_dict(), indent=2) + "\n", "--lock")
+
+
+def differences(locked: Lock, here: Lock) -> tuple[Difference, ...]:
+    """What is not as it is locked, in the order of the file.
+
+    Args:
+        locked: from the file.
+        here: of the run that is about to be made.
+
+    """
+    one, other = _flat(locked), _flat(here)
+    found = []
+    for name in dict.fromkeys([*one, *other]):
+        there, now = str(one.get(name, _NONE)), str(other.get(name, _NONE))
+        # Texts that are drawn or cut otherwise are other probes: that the settings differ says it all.
+        follows = name[0] == "domains" and _NONE not in (there, now) and locked.probes != here.probes
+        if there != now and not follows:
+            found.append(Difference(".".join(name), there, now, _remedy(name, there, locked)))
+    return tuple(found)
+
+
+def require_same(locked: Lock, here: Lock, file: Path) -> None:
+    """Refuse a forecast whose verdict could not be compared with earlier ones under the same lock.
+
+    Args:
+        locked: from the file.
+        here: of the run that is about to be made.
+        file: to be named.
+
+    Raises:
+        ConfigError: with each difference, both values and what to do about it.
+
+    """
+    if found := differences(locked, here):
+        are = "thing is" if len(found) == 1 else "things are"
+        lines = [f"  {d.name}: locked {d.locked}, here {d.here}; {d.remedy}" for d in found]
+        raise ConfigError(
+            f"--lock: {len(found)} {are} not as in {file}, and nothing was forecast:\n"
+            + "\n".join(lines)
+            + "\nIf the change is meant, write the file anew with --write-lock and have it reviewed like code."
+        )
+
+
+def _flat(lock: Lock) -> dict[tuple[str, ...], Any]:
+    """All values by their keys; domains may have dots in their names."""
+    content = lock.to_dict()
+    for for_people in ("schema_version", "model_name", "sae_name"):
+        del content[for_people]
+
+    def values(content: Mapping[str, Any], place: tuple[str, ...]) -> dict[tuple[str, ...], Any]:
+        found: dict[tuple[str, ...], Any] = {}
+        for name, value in content.items():
+            found |= values(value, (*place, name)) if isinstance(value, Mapping) else {(*place, name): value}
+        return found
+
+    return values(content, ())
+
+
+def _remedy(name: tuple[str, ...], value: str, locked: Lock) -> str:
+    match name:
+        case ("model",) | ("model_weights",):
+            return f"give the model that was locked, {locked.model_name}, as it was then"
+        case ("model_dtype",):
+            return "run on a device of the same kind (--device)"
+        case ("sae",) | ("hook_name",):
+            return f"give --sae {locked.sae_name}, as it was then"
+        case ("policy", "budgets", domain):
+            return f"leave out --protect {domain}" if value == _NONE else f"give --protect {domain}={value}"
+        case ("domains", domain) if value == _NONE:
+            return f"leave out --domain {domain} and --protect {domain}"
+        case ("domains", domain):
+            return f"give the texts of {domain} and the tokenizer as they were then"
+        case ("probes", setting) if setting in ("n_queries", "n_draws", "n_features", "max_tokens", "seed"):
+            return f"give --{setting.replace('_', '-')} {value}"
+        case ("versions", "sts-callback") | ("policy", _) | ("probes", _):
+            return f"install sts-callback=={locked.versions.get('sts-callback', 'VERSION')}"
+        case ("versions", package):
+            return f"uninstall {package}" if value == _NONE else f"install {package}=={value}"
+    raise AssertionError(name)

@@ -1,0 +1,176 @@
+"""All settings of a callback: as its runs read them; and flat, for `HfArgumentParser`, YAML files and frameworks with trainers.
+
+The flat names begin with `sts_`, so that the settings can stand beside those of other dataclasses on a command line, or in the
+framework's own YAML file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+import yaml
+
+from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
+from sts_callback.errors import ConfigError
+from sts_callback.records import Verdict
+
+if TYPE_CHECKING:
+    from sts_callback.data.reader import Source
+    from sts_callback.model.sae import SaeSource
+
+CheckOn = Literal["save", "evaluate"] | int
+Action = Literal["warn", "checkpoint", "stop"] | Callable[[Verdict], object]
+
+VARIABLE = "STS_CALLBACK_CONFIG"
+"""Environment variable that names the YAML file which `STSCallback()` reads."""
+DEFAULT_FILE = "sts.yaml"
+"""What it reads, in the working directory, where that is not set."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the arguments of an `STSCallback`, whose meaning stands there, come to."""
+
+    saes: Sequence[SaeSource]
+    """At least one."""
+    domains: Mapping[str, Source]
+    """The user's own and those that ship with the package."""
+    train_data: Source | None
+    check_on: CheckOn
+    action: Action
+    on_forecast: Literal["warn", "refuse"]
+    on_error: Literal["warn", "raise"]
+    max_overhead: float
+    """From 1 on there is no limit."""
+    probes: ProbeConfig
+    ledger: str | Path | None
+    """File that keeps finished runs; None: that of the environment, if any."""
+    policy: PolicyConfig
+    """With the budgets of the protected domains."""
+
+
+@dataclass
+class STSArguments:
+    """Settings of an `STSCallback`; what each means stands there and in `ProbeConfig` and `PolicyConfig`."""
+
+    # HfArgumentParser knows `Optional[X]` and `list`, and no other union.
+    sts_sae: list[str] = field(default_factory=list, metadata={"help": "SAELens release/sae_id, a folder, or auto; several"})
+    sts_protect: list[str] = field(default_factory=list, metadata={"help": "domains, each as NAME or NAME=NATS"})
+    sts_domains: list[str] = field(default_factory=list, metadata={"help": "own domains, each as NAME=FILE"})
+    sts_train_data: Optional[str] = field(default=None, metadata={"help": "training examples with answers, a file"})  # noqa: UP045
+    sts_check_on: str = field(default="save", metadata={"help": "save, evaluate, or a number of steps"})
+    sts_action: Literal["warn", "checkpoint", "stop"] = field(default="warn", metadata={"help": "on an alarm"})
+    sts_on_forecast: Literal["warn", "refuse"] = field(default="warn", metadata={"help": "if the forecast says no-go"})
+    sts_on_error: Literal["warn", "raise"] = field(default="warn", metadata={"help": "if a measurement fails in mid-run"})
+    sts_max_overhead: Optional[float] = field(default=0.01, metadata={"help": "share of training time for checks"})  # noqa: UP045
+    sts_ledger: Optional[str] = field(default=None, metadata={"help": "file that keeps finished runs, to learn from"})  # noqa: UP045
+    sts_n_queries: int = field(default=ProbeConfig.n_queries, metadata={"help": "queries of each set"})
+    sts_n_draws: int = field(default=ProbeConfig.n_draws, metadata={"help": "draws of demonstrations"})
+    sts_n_features: int = field(default=ProbeConfig.n_features, metadata={"help": "shifted features"})
+    sts_max_tokens: int = field(default=ProbeConfig.max_tokens, metadata={"help": "longest query and longest answer"})
+    sts_batch_tokens: int = field(default=ProbeConfig.batch_tokens, metadata={"help": "tokens in one forward"})
+    sts_seed: int = field(default=ProbeConfig.seed, metadata={"help": "of demonstrations and queries"})
+    sts_alpha: float = field(default=PolicyConfig.alpha, metadata={"help": "chance of a false alarm in one check"})
+    sts_patience: int = field(default=PolicyConfig.patience, metadata={"help": "checks that a threat must hold"})
+
+    def options(self) -> dict[str, Any]:
+        """Arguments for `STSCallback`.
+
+        Raises:
+            ConfigError: if a setting cannot be read.
+
+        """
+        protect = named(self.sts_protect, "sts_protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
+        probes = ("n_queries", "n_draws", "n_features", "max_tokens", "batch_tokens", "seed")
+        return {
+            "sae": [self.sts_sae] if isinstance(self.sts_sae, str) else list(self.sts_sae),
+            "protect": {name: number(nats, f"sts_protect {name}") for name, nats in protect.items()},
+            "domains": named(self.sts_domains, "sts_domains", "NAME=FILE"),
+            "train_data": self.sts_train_data,
+            "check_on": int(self.sts_check_on) if str(self.sts_check_on).isdigit() else self.sts_check_on,
+            "action": self.sts_action,
+            "on_forecast": self.sts_on_forecast,
+            "on_error": self.sts_on_error,
+            "max_overhead": self.sts_max_overhead,
+            "ledger": self.sts_ledger,
+            "probes": ProbeConfig(**{name: getattr(self, f"sts_{name}") for name in probes}),
+            "policy": PolicyConfig(alpha=self.sts_alpha, patience=self.sts_patience),
+        }
+
+    @classmethod
+    def from_yaml(cls, file: str | Path) -> STSArguments:
+        """Read a file; keys that do not begin with `sts_` are somebody else's.
+
+        Raises:
+            ConfigError: if it cannot be read or has an unknown key of ours.
+
+        """
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{VARIABLE}: {file} cannot be read ({error}); give a YAML file with keys such as sts_sae."
+            ) from error
+        if not isinstance(content, Mapping):
+            raise ConfigError(f"{VARIABLE}: {file} holds no settings; give lines such as 'sts_protect: [law, code]'.")
+        ours = {key: value for key, value in content.items() if str(key).startswith("sts_")}
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in ours:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(known)}."
+                raise ConfigError(f"{file}: {key} is no setting; {hint}")
+        return cls(**ours)
+
+    @classmethod
+    def of_environment(cls) -> STSArguments:
+        """What stands in the file that the environment names, or else in `sts.yaml`.
+
+        Raises:
+            ConfigError: if there is none, or it cannot be read.
+
+        """
+        file = os.environ.get(VARIABLE) or DEFAULT_FILE
+        if VARIABLE not in os.environ and not Path(file).is_file():
+            raise ConfigError(
+                f"sae: got none; give STSCallback(sae=..., protect=[...]), or write the settings to {DEFAULT_FILE} in the "
+                f"working directory or to a file that the environment variable {VARIABLE} names."
+            )
+        return cls.from_yaml(file)
+
+
+def named(items: Any, field_name: str, form: str, default: object = None) -> dict[str, Any]:
+    """Values by name, from a mapping or from texts `NAME=VALUE`.
+
+    Raises:
+        ConfigError: if a text has another form.
+
+    """
+    if isinstance(items, Mapping):
+        return dict(items)
+    named: dict[str, Any] = {}
+    for item in [items] if isinstance(items, str) else items:
+        name, equals, value = str(item).partition("=")
+        if not name or bool(equals) != bool(value) or (not equals and default is None):
+            raise ConfigError(f"{field_name}: got {item!r}; allowed is {form}.")
+        named[name] = value if equals else default
+    return named
+
+
+def number(value: Any, field_name: str, allowed: str = "a number of nats per token") -> float:
+    """A budget, or another number.
+
+    Raises:
+        ConfigError: if it is no number.
+
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{field_name}: got {value!r}; allowed is {allowed}.") from None

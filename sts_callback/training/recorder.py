@@ -1,0 +1,75 @@
+"""What a run has measured, written into its folder, shown on the screen and kept in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from sts_callback.measure.monitor import Monitor
+from sts_callback.measure.scoring import rank_agreement
+from sts_callback.policy import judge_forecast
+from sts_callback.records import DriftSnapshot, Forecast, Verdict
+from sts_callback.records.run import RunSettings, TimeSpent
+from sts_callback.report.terminal.forecast import check_lines, forecast_table, layers_table
+from sts_callback.report.terminal.ledger import expectations_table
+from sts_callback.runs import ledger, track_record
+from sts_callback.runs.directory import RunDirectory
+from sts_callback.training.arguments import Settings
+
+
+class RunRecorder:
+    """Knows the places. That one of them fails is for its caller to survive."""
+
+    def __init__(self, settings: Settings, directory: RunDirectory) -> None:
+        """Name the user's settings and the folder of the run; nothing is written yet."""
+        self._settings, self._directory = settings, directory
+
+    def write_settings(self) -> None:
+        """Write what the run was asked to do."""
+        one = self._settings
+        self._directory.write_settings(
+            RunSettings.of(one.policy, one.probes, check_on=one.check_on, action=one.action, max_overhead=one.max_overhead)
+        )
+
+    def write_step_zero(self, monitor: Monitor, forecasts: Sequence[Forecast], rollouts: Sequence[Mapping[str, Any]]) -> None:
+        """Write settings, forecasts and what drift is measured from.
+
+        Args:
+            monitor: that made them.
+            forecasts: the one that decides first.
+            rollouts: of step 0, where reward functions are tapped.
+
+        """
+        self.write_settings()
+        self._directory.write_forecast(forecasts[0], judge_forecast(forecasts[0], self._settings.policy), forecasts[1:])
+        self._directory.write_rollouts(rollouts)
+        self._directory.append_top_examples(monitor.top_activating_examples())
+        assert monitor.step_zero is not None
+        monitor.step_zero.save(self._directory.baseline_file)
+
+    def show_forecast(self, forecasts: Sequence[Forecast], verdict: Verdict) -> None:
+        """Print the forecast, and how those of further SAEs agree with it."""
+        tqdm.write(forecast_table(forecasts[0], verdict))
+        if len(forecasts) > 1:
+            tqdm.write(layers_table(forecasts, [rank_agreement(forecasts[0], f) for f in forecasts]))
+
+    def show_expectations(self, forecast: Forecast) -> None:
+        """Print what past runs make of a forecast, if there are enough of them."""
+        expected = track_record.expectations(ledger.read(self._settings.ledger).entries, forecast)
+        if expected is not None:
+            tqdm.write(expectations_table(expected))
+
+    def write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict, time: TimeSpent) -> None:
+        """Write a check. Its own line comes last: where that stands, all of the check has been written."""
+        self._directory.append_top_examples(monitor.top_activating_examples(snapshot.train.top_features))
+        self._directory.append_check(snapshot, verdict, time)
+
+    def show_check(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
+        """Print a check."""
+        tqdm.write(check_lines(snapshot, verdict, self._settings.probes.n_features))
+
+    def enter_outcome(self, forecast: Forecast, last: DriftSnapshot) -> None:
+        """Enter how the forecast came out into the ledger, if one is kept."""
+        ledger.append(ledger.Entry.of(forecast, last), self._settings.ledger)

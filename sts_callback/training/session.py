@@ -1,0 +1,398 @@
+"""One training run: its forecast, its step zero and its checks. Each event is measured, judged, then told to all who listen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from sts_callback.config import ProbeConfig
+from sts_callback.data.reader import Source, are_prompts_only
+from sts_callback.distributed import Ranks
+from sts_callback.errors import CannotTell, ConfigError, ModelError, NoGo, SaeError, StsError
+from sts_callback.measure.monitor import Monitor
+from sts_callback.model.capture import undisturbed
+from sts_callback.policy import judge_drift, judge_forecast, require_power
+from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
+from sts_callback.records.run import TimeSpent
+from sts_callback.report.html.page import write_report
+from sts_callback.runs.directory import RunDirectory
+from sts_callback.training import trainer_log
+from sts_callback.training.arguments import Settings
+from sts_callback.training.guard import Errors, Guard, Sink
+from sts_callback.training.overhead import Overhead, first_guess
+from sts_callback.training.recorder import RunRecorder
+from sts_callback.training.rollouts import Rollouts, require_enough, require_possible, samples
+from sts_callback.training.train_data import find_train_data
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from sts_callback.model.sae import SaeSource
+
+logger = logging.getLogger(__name__)
+
+EARLY_STEPS = 20
+"""Steps after the warm-up by which drift is checked at the latest. Our choice; in the validation's held-out half the sign of a
+check's NLL change was that of a clear change at the end in 86 % after 5 of 40 steps and in 94 % after 20."""
+_STATE_KEY = "sts_callback"
+
+
+class Session:
+    """What is known of one run of a trainer, from `begin` to `end`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        rollouts: Rollouts,
+        ranks: Ranks,
+        trainer: Callable[[], Trainer | None],
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        earlier: Session | None,
+    ) -> None:
+        """Find out whether it begins, is resumed or begun again. Nothing is measured or written yet.
+
+        Args:
+            settings: the user's.
+            rollouts: what the tapped reward functions overhear.
+            ranks: the processes of the run.
+            trainer: gives the one that the callback is attached to, if any.
+            args: the trainer's.
+            state: the trainer's.
+            earlier: the callback's run before this one. What it has found stands until this one has found its own.
+
+        """
+        self._settings, self._rollouts, self._ranks, self._trainer = settings, rollouts, ranks, trainer
+        self._is_restart = earlier is not None and earlier._is_begun_again(args, state)
+        self._is_new = state.global_step == 0 and not self._is_restart
+        self._directory = RunDirectory(Path(args.output_dir or ".") / "sts", anew=self._is_new)
+        self._recorder = RunRecorder(settings, self._directory)
+        self._guard = Guard(self._directory, ranks, raises=settings.on_error == "raise")
+        self._overhead: Overhead
+        self._first_step: int
+        self._bars = state.is_world_process_zero and not args.disable_tqdm
+        self._train_batch_size = state.train_batch_size
+
+        self._forecasts: tuple[Forecast, ...] = earlier._forecasts if earlier else ()
+        self.verdict: Verdict | None = earlier.verdict if earlier else None
+        self._step_zero: dict[str, Any] = (
+            earlier._step_zero if earlier and self._is_restart else dict(_kept_with_checkpoints(state).get(_STATE_KEY, {}))
+        )
+        # Step 0 can only be compared with in the batches that it was read in.
+        kept = {} if self._is_new else self._step_zero
+        self._batch_tokens: int = kept.get("batch_tokens", settings.probes.batch_tokens)
+        self._forecasts_from_rollouts, self._awaits_rollouts = False, self._is_new and rollouts.is_tapped
+
+        self._monitor: Monitor | None = None
+        self._recent: list[DriftSnapshot] = []
+        self._last_check = self._last_try = 0
+        self._is_postponed = self._owes_checkpoint = False
+        self._alarmed: tuple[str, ...] = ()
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """The one that decides."""
+        return self._forecasts[0] if self._forecasts else None
+
+    def begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forecast and take the baseline, unless the rollouts of step 0 must come first; after a resume, take up what is kept."""
+        if not self._is_restart:
+            self._rollouts.forget()
+        if not (self._is_new or self._is_restart):
+            self._guard.run(state, "resume", self._read_rollouts)
+        if self._awaits_rollouts:
+            self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), reraise=(StsError,))
+        if not self._forecasts_from_rollouts:
+            self._set_up(state, control, **kwargs)
+
+    def take_rollouts(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take those of step 0, once, and forecast from them if there are no answers: the weights have not moved yet."""
+        if not self._awaits_rollouts:
+            return
+        self._awaits_rollouts = False
+        if not self._guard.run(state, "rollouts", lambda: self._take_rollouts(args)):
+            return
+        if self._forecasts_from_rollouts:
+            self._set_up(state, control, **kwargs)
+        elif self._monitor is not None:
+            self._guard.tell(state, Sink("run log", lambda: self._directory.write_rollouts(self._rollouts.first)))
+
+    def check(self, state: TrainerState, control: TrainerControl, model: nn.Module, *, always: bool = False) -> None:
+        """Measure drift, if it is affordable or is to be made always, and write and do what comes of it. Once a step at most."""
+        if self._monitor is None or state.global_step in (0, self._last_try):
+            return
+        with self._overhead.counted():
+            if always or self._ranks.from_first(lambda: self._overhead.affords_check):  # by one clock
+                monitor = self._monitor
+                self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model))
+            elif not self._is_postponed:  # said once, until a check is made
+                self._is_postponed = True
+                self._postpone(state)
+
+    def check_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        """Measure drift soon after the warm-up if nothing was checked before, where the whole training pays for it."""
+        step = state.global_step
+        if self._monitor is None or self._recent or step != args.get_warmup_steps(state.max_steps) + EARLY_STEPS:
+            return
+        share_done = (step - self._first_step) / (state.max_steps - self._first_step)
+        if self._ranks.from_first(lambda: self._overhead.affords_check_by_the_end(share_done)):
+            self.check(state, control, model, always=True)
+
+    def ask_for_checkpoint(self, control: TrainerControl) -> None:
+        """Ask for an alarm's until it is made: with `save_strategy="best"` the trainer drops the wish at an evaluation."""
+        control.should_save = control.should_save or self._owes_checkpoint
+
+    def saved(self) -> None:
+        """Take note that the trainer has made a checkpoint."""
+        self._owes_checkpoint = False
+
+    def checked_at(self, step: int) -> DriftSnapshot | None:
+        """The check made at a step, if it is the newest; nothing is any of this run's once it has ended."""
+        return self._recent[-1] if self._monitor is not None and self._recent and self._last_check == step else None
+
+    def end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        """Check the final weights, if the last check was not of them."""
+        if not args.load_best_model_at_end:  # else the weights are no longer those of this step
+            self.check(state, control, model, always=True)
+        sinks = [Sink("run log", self._directory.write_waiting_faults)]
+        if self._monitor is not None:
+            forecast, last = self.forecast, self._recent[-1:]
+            files = f"STS files of this run: {self._directory.folder}; report.html is the one to read"
+            if forecast is not None and last:
+                sinks.append(Sink("ledger", lambda: self._recorder.enter_outcome(forecast, last[0])))
+            sinks += [
+                Sink("report", lambda: write_report(self._directory)),
+                Sink("screen", lambda: tqdm.write(files)),
+            ]
+        self._guard.tell(state, *sinks)
+        self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
+
+    def _is_begun_again(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether `auto_find_batch_size` begins again in the same call, with weights that have been trained already."""
+        return (
+            args.auto_find_batch_size
+            and self._monitor is not None  # it is let go when training ends
+            and state.global_step == 0
+            and (state.train_batch_size or 0) < (self._train_batch_size or 0)
+        )
+
+    def _set_up(self, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forecast and take the baseline, or take up what was kept of them."""
+        settings, model = self._settings, kwargs["model"]
+        refusals: Errors = (StsError,)
+        if self._forecasts_from_rollouts:  # what they are like is nothing that the user asked for
+            refusals = (CannotTell, ConfigError, ModelError, NoGo, SaeError)
+
+        def prepared(batch_tokens: int) -> Monitor:
+            probes = dataclasses.replace(settings.probes, batch_tokens=batch_tokens)
+            self._batch_tokens = batch_tokens
+            if self._forecasts_from_rollouts:
+                require_enough(self._rollouts.first, probes.n_train_demonstrations)
+            with undisturbed(model):  # loading, tokenising and drawing must not touch the run either
+                monitor = self._made_monitor(settings.saes if self._is_new else settings.saes[:1], probes, **kwargs)
+                if self._is_new:
+                    source: TrainSource = "own rollouts" if self._forecasts_from_rollouts else "reference answers"
+                    # The first process's own for all: on other hardware the last bits may differ, and a decision with them.
+                    made = self._ranks.gathered(monitor.forecasts)[0]
+                    self._forecasts = tuple(dataclasses.replace(one, train_source=source) for one in made)
+            return monitor
+
+        monitor = None
+        if self._is_new or self._step_zero:
+            monitor = self._guard.measure(
+                state, "forecast" if self._is_new else "resume", prepared, self._batch_tokens, reraise=refusals
+            )
+        else:
+            self._guard.run(state, "resume", _refuse_unwatched)
+        if monitor is not None and not (
+            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), reraise=refusals)
+            if self._is_new
+            else self._guard.run(state, "resume", lambda: self._resume(monitor, state))
+        ):
+            self._monitor = None  # all processes watch, or none
+        expected_s = 0.0
+        if self._recent:
+            expected_s = self._recent[-1].seconds
+        elif self.forecast is not None:
+            expected_s = first_guess(self.forecast.seconds_by_part.get("readings", self.forecast.seconds))
+        self._overhead, self._first_step = Overhead(settings.max_overhead, expected_s), state.global_step
+        if settings.check_on == "save" and not self._is_new and self._monitor is not None:
+            self._guard.run(state, "resume", lambda: self._catch_up(state, control, model))
+
+    def _made_monitor(
+        self, saes: Sequence[SaeSource], probes: ProbeConfig, stand_in: Source | None = None, **kwargs: Any
+    ) -> Monitor:
+        tokenizer = kwargs.get("processing_class")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
+        if tokenizer is None:
+            raise ConfigError("processing_class: the trainer has none; give it the model's tokenizer, which the probes need.")
+        monitor = Monitor(
+            kwargs["model"],
+            tokenizer,
+            sae=saes,
+            train_data=self._train_data(**kwargs) if stand_in is None else stand_in,
+            domains=self._settings.domains,
+            config=probes,
+            progress=self._bars,
+            ranks=self._ranks,
+        )
+        if self._is_new:
+            require_power({name: len(s.queries) for name, s in monitor.domains.items()}, self._settings.policy)
+        return monitor
+
+    def _train_data(self, train_dataloader: Any = None, **kwargs: Any) -> Source:
+        datasets = getattr(self._trainer(), "train_dataset", None), getattr(train_dataloader, "dataset", None)
+        return find_train_data(self._settings.train_data, datasets, self._rollouts.first)
+
+    def _choose_train_data(self, args: TrainingArguments, **kwargs: Any) -> None:
+        """Decide whether the forecast waits for rollouts, and refuse by now what could not be measured then."""
+        settings = self._settings
+        if settings.train_data is not None:
+            return
+        found, model = self._train_data(**kwargs), kwargs["model"]
+        self._forecasts_from_rollouts = self._ranks.from_first(lambda: are_prompts_only(found))
+        if self._forecasts_from_rollouts:
+            require_possible(args, model, settings.probes.n_train_demonstrations)
+            with undisturbed(model):  # a domain stands in for what is not written yet, to see whether all else is in order
+                stand_in = next(iter(settings.domains.values()))
+                self._made_monitor(settings.saes, settings.probes, stand_in, **kwargs)
+
+    def _take_rollouts(self, args: TrainingArguments) -> None:
+        self._rollouts.first = self._rollouts.rows(self._ranks, getattr(args, "reward_weights", None))
+
+    def _read_rollouts(self) -> None:
+        self._rollouts.first = self._ranks.from_first(self._directory.read_rollouts)
+
+    def _begin(self, monitor: Monitor, state: TrainerState) -> None:
+        assert monitor.step_zero is not None
+        forecasts, rollouts = self._forecasts, self._rollouts.first
+        self.verdict = verdict = self._ranks.from_first(lambda: judge_forecast(forecasts[0], self._settings.policy))
+        self._monitor = monitor
+        self._step_zero = {"baseline": monitor.step_zero.digest, "batch_tokens": self._batch_tokens}
+        # Into `trainer_state.json`: a checkpoint then tells whose baseline it goes with. Not a class name, see `ExportableState`.
+        _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
+        self._guard.tell(
+            state,
+            Sink("run log", lambda: self._recorder.write_step_zero(monitor, forecasts, rollouts)),
+            Sink("screen", lambda: self._recorder.show_forecast(forecasts, verdict)),
+            Sink("ledger", lambda: self._recorder.show_expectations(forecasts[0])),
+        )
+        if verdict.decision == "no-go" and self._settings.on_forecast == "refuse":
+            raise NoGo(
+                f"on_forecast='refuse': the forecast threatens {', '.join(verdict.threatened)}. "
+                f"{verdict.explanation} Change the data, raise the budget, or take on_forecast='warn'."
+            )
+
+    def _resume(self, monitor: Monitor, state: TrainerState) -> None:
+        forecast = self._ranks.from_first(self._directory.read_forecast)
+        monitor.restore(self._directory.baseline_file, forecast)
+        assert monitor.step_zero is not None
+        if monitor.step_zero.digest != self._step_zero["baseline"]:
+            raise CannotTell(
+                f"baseline: {self._directory.baseline_file} was made at step 0 of another run than this checkpoint's; put back "
+                "the folder sts of this run, or start the run anew."
+            )
+        if n_damaged := self._ranks.from_first(lambda: self._directory.take_up(state.global_step)):
+            self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
+        self._guard.tell(state, Sink("run log", self._recorder.write_settings))
+        checks = self._ranks.from_first(lambda: self._directory.judged_checks(state.global_step))
+        self._forecasts, self.verdict = (forecast,), judge_forecast(forecast, self._settings.policy)
+        if checks:
+            self._recent = [snapshot for snapshot, _ in checks][-self._settings.policy.patience :]
+            self._last_check = self._last_try = self._recent[-1].step
+            self.verdict = checks[-1][1]
+            self._alarmed = self.verdict.alarmed
+            if self._last_check == state.global_step and not any(
+                row.get("step") == state.global_step and trainer_log.N_SHARED in row for row in state.log_history
+            ):  # the check came after the save, so its row is not in the checkpoint
+                state.log_history.append(
+                    {"step": state.global_step, "epoch": state.epoch or 0.0, **trainer_log.row(self._recent[-1])}
+                )
+        self._monitor = monitor
+        _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
+
+    def _catch_up(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        """Make the check that a kill may have prevented after the save that is resumed from."""
+        if not self._ranks.from_first(lambda: self._directory.postponed_since(self._last_check, state.global_step)):
+            self.check(state, control, model, always=True)
+            self.saved()  # there is one of these weights: the run is resumed from it
+
+    def _postpone(self, state: TrainerState) -> None:
+        overhead, limit = self._overhead, self._settings.max_overhead
+        reason = (
+            f"a check takes about {overhead.check_s:.1f} s and {overhead.spent_s:.1f} s went into checks so far, more than "
+            f"max_overhead={limit:g} allows after {overhead.training_s:.1f} s of training; it is made when one is "
+            "due and affordable, at the latest when training ends. max_overhead=None checks whenever asked."
+        )
+        logger.warning("STS check at step %d is skipped: %s", state.global_step, reason)
+        self._guard.tell(state, Sink("run log", lambda: self._directory.append_postponed(state.global_step, reason)))
+
+    def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        self._last_try = step = state.global_step
+        before_s = self._overhead.spent_s
+        written = samples(self._rollouts.first), samples(self._rollouts.rows(self._ranks))
+
+        def measured(batch_tokens: int) -> DriftSnapshot:
+            if not monitor.watches(model):
+                raise CannotTell("model: the trainer has another one now than at step 0; train() anew to have it watched.")
+            self._batch_tokens = batch_tokens  # where memory did not suffice once, later checks need not try again
+            check = functools.partial(monitor.check, step, batch_tokens=batch_tokens, rollouts=written)
+            return self._ranks.gathered(check)[0]  # as for the forecast
+
+        snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
+        if snapshot is None:
+            return
+        self._recent = [*self._recent, snapshot][-self._settings.policy.patience :]
+        self._last_check, self._is_postponed = step, False
+        self.verdict = verdict = self._ranks.from_first(lambda: judge_drift(self._recent, self._settings.policy))
+        is_new, self._alarmed = set(verdict.alarmed) - set(self._alarmed), verdict.alarmed
+        self._overhead.learn(self._overhead.spent_s - before_s)
+        numbers = trainer_log.row(snapshot) | {
+            "sts/overhead_s": self._overhead.spent_s,
+            "sts/overhead_share": self._overhead.share,
+        }
+        sinks = [
+            Sink("run log", lambda: self._write_check(monitor, snapshot, verdict)),
+            Sink("screen", lambda: self._recorder.show_check(snapshot, verdict)),
+            Sink("trainer's log", lambda: trainer_log.write(numbers, self._trainer(), state, control), first_only=False),
+        ]
+        if is_new:
+            sinks.append(Sink("action", lambda: self._act(verdict, control), first_only=callable(self._settings.action)))
+        self._guard.tell(state, *sinks)
+
+    def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
+        if not self._directory.baseline_file.exists():  # deleted, or the disk was full
+            self._recorder.write_step_zero(monitor, self._forecasts, self._rollouts.first)
+        time = TimeSpent(self._overhead.spent_s, self._overhead.training_s)
+        self._recorder.write_check(monitor, snapshot, verdict, time)
+
+    def _act(self, verdict: Verdict, control: TrainerControl) -> None:
+        action = self._settings.action
+        if callable(action):
+            action(verdict)
+            return
+        logger.warning("STS alarm at step %d: %s", verdict.step, verdict.explanation)
+        self._owes_checkpoint = action in ("checkpoint", "stop")
+        self.ask_for_checkpoint(control)
+        control.should_training_stop = control.should_training_stop or action == "stop"
+
+
+def _refuse_unwatched() -> None:
+    raise CannotTell(
+        "baseline: the run was begun without this callback, and drift can be measured only from step 0. Training goes on "
+        "unwatched; to have it watched, start the run anew."
+    )
+
+
+def _kept_with_checkpoints(state: TrainerState) -> dict[str, Any]:
+    kept: Any = state.stateful_callbacks  # annotated as what it is made from
+    assert isinstance(kept, dict)
+    return kept

@@ -1,0 +1,32 @@
+"""Which data a run trains on, among the places where it may be found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sts_callback.data.reader import Row, Source, are_prompts_only
+from sts_callback.errors import DataError
+
+
+def find_train_data(given: Source | None, datasets: Iterable[Any], rollouts: Sequence[Row]) -> Source:
+    """The user's own word first, then the trainer's data sets.
+
+    Args:
+        given: `STSCallback(train_data=...)`.
+        datasets: of the trainer, the one with raw columns first; None where there is none.
+        rollouts: what the policy wrote at step 0, which takes the place of prompts without answers.
+
+    Raises:
+        DataError: if there is no data, or a stream that cannot be sampled.
+
+    """
+    for found in (given, *datasets):
+        if found is not None:
+            if found is given and isinstance(found, (str, Path)):
+                return found
+            if hasattr(found, "__getitem__") and hasattr(found, "__len__"):
+                return rollouts if rollouts and found is not given and are_prompts_only(found) else found
+            raise DataError("train_data: the trainer's data set is a stream; give a sample of it as STSCallback(train_data=...).")
+    raise DataError("train_data: the trainer has no training data set; give examples as STSCallback(train_data=...).")
