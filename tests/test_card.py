@@ -93,7 +93,7 @@ def test_where_nothing_is_protected_nothing_is_judged(section_of: Callable[[Logg
 
 
 def test_no_link_no_text_of_the_user_and_no_path(section_of: Callable[[Logged], str], tmp_path: Path) -> None:
-    section = section_of(whole_run(words=(words(7, token="SECRET", link="https://example.org/7"),)))
+    section = section_of(whole_run(top_examples=(words(7, token="SECRET", link="https://example.org/7"),)))
     assert not re.search(r"https?:|www\.|\]\(|<http|example\.org", section)
     for told in ("SECRET", "court", "Traceback", "gone", str(tmp_path)):
         assert told not in section
@@ -255,7 +255,7 @@ def test_without_the_recipe_it_has_none(tmp_path: Path, pushed: list[str | None]
 def test_a_card_that_cannot_be_had_stops_nothing(
     tmp_path: Path, pushed: list[str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sts_callback.report.card.tell", lambda logged: 1 / 0)
+    monkeypatch.setattr("sts_callback.report.card.build", lambda logged: 1 / 0)
     trainer = made_trainer(SFTTrainer, tmp_path, made_callback())
     trainer.train()
     trainer.push_to_hub()

@@ -49,37 +49,23 @@ def test_a_line_has_numbers_names_and_fingerprints_only(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "data", "expected"),
+    ("chosen", "environment", "expected"),
     [
-        ("{}/there/it.jsonl", "{}/data", "{}/there/it.jsonl"),
-        (None, "{}/data", "{}/data/sts_callback/ledger.jsonl"),
-        (None, "relative", "{}/home/.local/share/sts_callback/ledger.jsonl"),
-        (None, "", "{}/home/.local/share/sts_callback/ledger.jsonl"),
-        (None, None, "{}/home/.local/share/sts_callback/ledger.jsonl"),
-        ("", "{}/data", None),
+        (None, None, None),
+        (None, "", None),
+        (None, "a.jsonl", "a.jsonl"),
+        ("b.jsonl", "a.jsonl", "b.jsonl"),
+        ("b.jsonl", None, "b.jsonl"),
     ],
 )
-def test_where_the_file_is(
-    chosen: str | None, data: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_none_is_kept_where_no_file_is_named(
+    chosen: str | None, environment: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name, value in (("STS_LEDGER", chosen), ("XDG_DATA_HOME", data)):
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, value.format(tmp_path))
-    assert ledger_file() == (Path(expected.format(tmp_path)) if expected else None)
-
-
-def test_without_a_home_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("STS_LEDGER")
-    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    append(run(DOMAINS))
-    assert read() == Ledger()
+    if environment is None:
+        monkeypatch.delenv("STS_LEDGER", raising=False)
+    else:
+        monkeypatch.setenv("STS_LEDGER", environment)
+    assert ledger_file(chosen) == (Path(expected) if expected else None)
 
 
 def test_switched_off_nothing_is_written_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import pytest
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback import records
 from sts_callback.records import remedies
-from sts_callback.records.record import (
-    SCHEMA_VERSION,
+from sts_callback.records.record import SCHEMA_VERSION
+from sts_callback.records import (
     Check,
     DomainDrift,
     DomainForecast,
@@ -46,7 +46,7 @@ DIALED = ScaledDomain("law", 32, estimate(0.25, 0.125, 0.375), estimate(0.5, 0.2
 DIAL_POINT = ScalePoint(0.5, "beyond", {"law": DIALED})
 MIXED = MixedDomain("law", estimate(0.25, 0.125, 0.375), 0.1, "beyond")
 MIX_POINT = MixPoint({"train": 0.75, "cases": 0.25}, {"train": 300, "cases": 100}, "beyond", {"law": MIXED})
-EFFECT = SourceEffect(400, {"law": estimate(0.25, 0.125, 0.375)}, {"law": 0.5}, {"code": "too many sinks"})
+EFFECT = SourceEffect(400, {"law": estimate(0.25, 0.125, 0.375)}, {"law": 0.5})
 ALL: list[Record] = [
     IDENTITY,
     Check("layer", "refuse", "reads layer 2, but fits layer 1 better", "correct hook_name"),
@@ -68,7 +68,7 @@ ALL: list[Record] = [
     MIXED,
     MIX_POINT,
     EFFECT,
-    Mix(IDENTITY, "pilot runs", {"train": EFFECT}, (MIX_POINT,), 1.5),
+    Mix(IDENTITY, {"train": EFFECT}, (MIX_POINT,), 1.5),
 ]
 
 

@@ -25,6 +25,7 @@ EVERYTHING: dict[str, Any] = {
     "sts_on_forecast": "refuse",
     "sts_on_error": "raise",
     "sts_max_overhead": 0.5,
+    "sts_ledger": "past.jsonl",
     "sts_n_queries": 16,
     "sts_n_draws": 4,
     "sts_n_features": 50,
@@ -44,6 +45,7 @@ WANTED: dict[str, Any] = {
     "on_forecast": "refuse",
     "on_error": "raise",
     "max_overhead": 0.5,
+    "ledger": "past.jsonl",
     "probes": ProbeConfig(n_queries=16, n_draws=4, n_features=50, max_tokens=99, batch_tokens=77, seed=5),
     "policy": PolicyConfig(alpha=0.02, patience=3),
 }

@@ -510,11 +510,11 @@ def test_a_dial_shows_the_curve_and_answers(findings: dict[str, Any], answer: st
 
 def _mix(train_change: float, replay_change: float) -> Mix:
     made = {
-        name: SourceEffect(n_rows, {"law": estimate(law), "code": estimate(0.0)}, {"law": 0.1, "code": 0.1}, {})
+        name: SourceEffect(n_rows, {"law": estimate(law), "code": estimate(0.0)}, {"law": 0.1, "code": 0.1})
         for name, n_rows, law in (("train", 800, train_change), ("cases", 900, replay_change))
     }
     policy = PolicyConfig(budgets={"law": 0.1, "code": 0.1})
-    return Mix(IDENTITY, "pilot runs", made, search(made, policy, MixtureConstraints()), 2.5)
+    return Mix(IDENTITY, made, search(made, policy, MixtureConstraints()), 2.5)
 
 
 @pytest.mark.parametrize(
