@@ -57,6 +57,7 @@ class STSCallback(TrainerCallback):
         check_on: CheckOn = "save",
         action: Action = "warn",
         on_forecast: Literal["warn", "refuse"] = "warn",
+        on_forecast_error: Literal["raise", "train unwatched"] = "raise",
         on_error: Literal["warn", "raise"] = "warn",
         max_overhead: float | None = 0.01,
         ledger: str | Path | None = None,
@@ -79,6 +80,8 @@ class STSCallback(TrainerCallback):
             action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict, in a
                 distributed run in its first process.
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
+            on_forecast_error: when there can be no forecast, or after a resume no comparison with step 0, `"raise"` before the
+                first step, or `"train unwatched"`, which the last line of the run then says.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
                 skipped until the next one that is due and does not. The early one is made if all of the training pays for it,
@@ -104,6 +107,7 @@ class STSCallback(TrainerCallback):
         )
         _one_of("action", action, ("warn", "checkpoint", "stop"), "a function of the verdict", callable(action))
         _one_of("on_forecast", on_forecast, ("warn", "refuse"))
+        _one_of("on_forecast_error", on_forecast_error, ("raise", "train unwatched"))
         _one_of("on_error", on_error, ("warn", "raise"))
         if max_overhead is not None and not max_overhead > 0:
             raise ConfigError(f"max_overhead: got {max_overhead!r}; allowed is a share above 0, or None for no limit.")
@@ -118,6 +122,7 @@ class STSCallback(TrainerCallback):
             check_on=check_on,
             action=action,
             on_forecast=on_forecast,
+            on_forecast_error=on_forecast_error,
             on_error=on_error,
             max_overhead=1.0 if max_overhead is None else max_overhead,
             ledger=ledger,
@@ -125,7 +130,7 @@ class STSCallback(TrainerCallback):
             policy=dataclasses.replace(policy or PolicyConfig(), budgets=budgets),
         )
         self._rollouts = Rollouts()
-        self._trainer: Callable[[], Trainer | None] = lambda: None
+        self._trainer: weakref.ref[Trainer] | None = None
         self._session: Session | None = None
 
     def attach(self, trainer: Trainer) -> STSCallback:
@@ -140,6 +145,13 @@ class STSCallback(TrainerCallback):
         """
         self._trainer = weakref.ref(trainer)
         return self
+
+    def _attached(self) -> Trainer | None:
+        return None if self._trainer is None else self._trainer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For launchers that send trainers to other processes: settings alone; what is attached is attached there anew."""
+        return vars(self) | {"_trainer": None, "_session": None}
 
     def tap(self, reward_funcs: Any) -> Any:
         """Wrap what GRPO and RLOO take as `reward_funcs`, so that the callback knows what the policy writes.
@@ -188,7 +200,7 @@ class STSCallback(TrainerCallback):
                 "and rollouts.jsonl quote your texts. To keep it back, leave push_to_hub out and upload by yourself with "
                 "HfApi().upload_folder(..., ignore_patterns=['sts*/*', 'checkpoint-*'])."
             )
-        self._session = Session(settings, self._rollouts, ranks, lambda: self._trainer(), args, state, earlier=self._session)
+        self._session = Session(settings, self._rollouts, ranks, self._attached, args, state, earlier=self._session)
         self._session.begin(args, state, control, **kwargs)
         STSCallback._last_state = weakref.ref(state)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from sts_callback.errors import ConfigError
 
@@ -79,6 +80,10 @@ class PolicyConfig:
     """Where more than this share of a change lies outside the SAE, a domain is not covered."""
     max_masked_share: float = 0.05
     """With more than this share of tokens left out as attention sinks, a domain's score cannot be trusted."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a process sends it to another: read-only mappings cannot be pickled."""
+        return type(self), (dict(self.budgets), *list(vars(self).values())[1:])
 
     def __post_init__(self) -> None:
         """Freeze the budgets and refuse thresholds that could never, or would always, be met."""

@@ -1,8 +1,7 @@
-"""From records and thresholds to a verdict with reasons. Movement and harm are two questions; only both together are a threat.
+"""From records and thresholds to a verdict with reasons. Movement and harm are two questions; a verdict is about harm.
 
-Before training a score ranks how far domains move; that one stays where it is, none can say: in the validation's harsh runs
-those forecast to move least moved, too (examples/validation/RESULTS.md). The verdict is then by the NLL of answers alone, in
-training by feature drift and NLL.
+Harm is judged by the NLL of answers, whether or not the hooked layer has moved: what changes above it harms as well. What was not
+seen is never a `go`: no number, numbers that are not finite, too many tokens left out, a layer that training cannot move.
 """
 
 from __future__ import annotations
@@ -14,12 +13,17 @@ from typing import TypeAlias
 
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import CannotTell
-from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Forecast, Verdict
+from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Verdict
 from sts_callback.records.remedies import BudgetFinding
 
 Judgement: TypeAlias = tuple[Decision, str]
 """A decision and, in a sentence, why."""
 
+_DIVERGED: Judgement = "cannot tell", "the model gives NaN or infinite numbers: training has diverged."
+_CANNOT_MOVE = (
+    "no weight at or below the SAE's layer is trained, so nothing can drift there; take an SAE of a layer above the lowest one "
+    "that is trained."
+)
 NOISE_MARGIN = 10
 """Drift that is called movement must be this many times what another batch layout makes of unchanged weights."""
 
@@ -55,8 +59,8 @@ def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig) -> Verdi
         policy: thresholds.
 
     Returns:
-        `no-go` (an alarm) if a protected domain has moved and worsened at each of the last `patience` checks, `watch` if at
-        the newest one only; else the gravest of `not covered`, `cannot tell` and `go`.
+        `no-go` (an alarm) if a protected domain's NLL has risen beyond its budget at each of the last `patience` checks, `watch`
+        if at the newest one only; else the gravest of `not covered`, `cannot tell` and `go`.
 
     """
     recent = [_drift_threats(snapshot, policy) for snapshot in history[-policy.patience :]]
@@ -65,7 +69,8 @@ def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig) -> Verdi
         held = len(recent) == policy.patience and all(threats[name][0] == "no-go" for threats in recent)
         if decision == "no-go" and not held:
             judged[name] = "watch", reason
-    verdict, drift = _verdict(judged, step=history[-1].step), history[-1].train.relative_drift.value
+    diverged = {name: _DIVERGED for name in history[-1].diverged}  # also what nobody protects: the model is broken
+    verdict, drift = _verdict(judged | diverged, step=history[-1].step), history[-1].train.relative_drift.value
     return replace(verdict, supersedes_forecast=drift >= policy.min_drift)
 
 
@@ -143,9 +148,10 @@ def judge_budget(change: Estimate, budget: float) -> BudgetFinding:
 def _cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | None:
     """Why a forecast says nothing about one of its domains, in a sentence; None if it does."""
     domain = forecast.domains[name]
-    masked_share = domain.n_masked / max(1, domain.n_masked + domain.n_tokens)
-    if masked_share > policy.max_masked_share:
-        return f"{masked_share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}."
+    if doubt := _too_much_masked(domain, policy):
+        return doubt
+    if not forecast.can_move:
+        return _CANNOT_MOVE
     if forecast.noise_floor * NOISE_MARGIN > policy.min_drift:
         return f"unchanged weights alone drift by {forecast.noise_floor:.1%}; drift from {policy.min_drift:.0%} counts."
     if not math.isfinite(domain.sts_net.value):
@@ -176,29 +182,46 @@ def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: Polic
 
 def _drift_threats(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, Judgement]:
     p_values = holm({name: snapshot.domains[name].p_worse for name in policy.budgets})
-    return {name: _drift_threat(snapshot.domains[name], b, p_values[name], policy) for name, b in policy.budgets.items()}
+    return {name: _drift_threat(snapshot, name, budget, p_values[name], policy) for name, budget in policy.budgets.items()}
 
 
-def _drift_threat(domain: DomainDrift, budget: float, p_value: float, policy: PolicyConfig) -> Judgement:
-    drift = domain.relative_drift.value
-    if not math.isfinite(drift):
-        return "cannot tell", "no token could be compared with step 0."
-    kind, size = ("raw drift", domain.raw_drift) if drift < policy.min_drift <= domain.raw_drift else ("drift", drift)
-    moved = size >= policy.min_drift
-    extent = f"{kind} {size:.1%}, {'at least' if moved else 'under'} {policy.min_drift:.0%}"
+def _drift_threat(snapshot: DriftSnapshot, name: str, budget: float, p_value: float, policy: PolicyConfig) -> Judgement:
+    domain = snapshot.domains[name]
+    if domain.n_not_finite:
+        return _DIVERGED
     worse, sentence = _worsens(domain.nll_change, budget)
-    if not moved:
-        return "go", f"representation has not drifted ({extent}; {sentence})."
     if worse and domain.n_queries < fewest_queries(policy):
         return (
             "cannot tell",
             f"{domain.n_queries} queries are too few for an alarm, {fewest_queries(policy)} are needed ({sentence}).",
         )
+    moved = _movement(domain, policy)
     if worse and p_value <= policy.alpha:
-        return "no-go", f"representation drifted ({extent}); NLL rose ({sentence}, p {_p(p_value)})."
+        return "no-go", f"NLL rose ({sentence}, p {_p(p_value)}); {moved}."
+    if doubt := _too_much_masked(domain, policy) or ("" if snapshot.can_move else _CANNOT_MOVE):
+        return "cannot tell", doubt
     if worse is None or worse:
-        return "cannot tell", f"representation drifted ({extent}); NLL change unsure ({sentence})."
-    return _safe(f"representation drifted ({extent}) without harm ({sentence})", domain.sae_error_share, policy)
+        return "cannot tell", f"NLL change unsure ({sentence}); {moved}."
+    return _safe(f"no harm ({sentence}); {moved}", domain.sae_error_share, policy)
+
+
+def _movement(domain: DomainDrift, policy: PolicyConfig) -> str:
+    """How far a representation has drifted, in words."""
+    drift = domain.relative_drift.value
+    kind, size = ("raw drift", domain.raw_drift) if drift < policy.min_drift <= domain.raw_drift else ("drift", drift)
+    if size < policy.min_drift:
+        return f"representation has not drifted ({kind} {size:.1%}, under {policy.min_drift:.0%})"
+    return f"representation drifted ({kind} {size:.1%}, at least {policy.min_drift:.0%})"
+
+
+def _too_much_masked(domain: DomainForecast | DomainDrift, policy: PolicyConfig) -> str:
+    """Why too few tokens of a domain were compared, in a sentence; empty if enough were."""
+    if not domain.n_tokens:
+        return "none of its tokens could be compared."
+    share = domain.n_masked / (domain.n_masked + domain.n_tokens)
+    if share <= policy.max_masked_share:
+        return ""
+    return f"{share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}."
 
 
 def _safe(reason: str, sae_error_share: float, policy: PolicyConfig) -> Judgement:

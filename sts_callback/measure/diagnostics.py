@@ -9,7 +9,7 @@ import torch
 
 from sts_callback.config import PolicyConfig
 from sts_callback.data.probes import ProbeSet
-from sts_callback.errors import CannotTell
+from sts_callback.errors import CannotTell, ModelError
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.sae_reader import Fit
 from sts_callback.measure.scoring import FILLER
@@ -63,6 +63,25 @@ def require_fit(checks: Sequence[Sequence[Check]]) -> None:
     """
     if refused := [check for one in checks for check in one if check.status == "refuse"]:
         raise CannotTell(" ".join(f"{c.name}: {c.found}. {c.remedy}" for c in refused))
+
+
+def require_finite(name: str, stats: ProbeStats) -> None:
+    """Refuse a model that gives NaN or infinite numbers before it is trained.
+
+    Args:
+        name: of the set that was read.
+        stats: of it.
+
+    Raises:
+        ModelError: with what was found.
+
+    """
+    n_answers = 0 if not stats.nll else int((~stats.zero_shot_nll.isfinite()).sum())
+    if stats.n_not_finite or n_answers:
+        raise ModelError(
+            f"model: on {name}, activations of {stats.n_not_finite} tokens and the NLL of {n_answers} answers are NaN or "
+            "infinite before training; look at its weights, or load it in float32 or bfloat16 in place of float16."
+        )
 
 
 def fit_checks(encoder: SaeEncoder, fit: Fit, layer: int, by_layer: Mapping[int, float], model_name: str) -> tuple[Check, ...]:

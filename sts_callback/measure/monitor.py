@@ -157,6 +157,7 @@ class Monitor:
 
         Raises:
             CannotTell: if an SAE does not fit the model's activations.
+            ModelError: if the model gives NaN or infinite numbers.
             SaeError: if one has another width.
 
         """
@@ -182,11 +183,13 @@ class Monitor:
                         own = {DOMAIN_ICL: [self._context(draw, with_answers=False) for draw in probes.demo_sets]}
                 with clock("readings"):
                     readings = self._runner.read(probes, zero_shot, shared | own, bar.update, with_gradients=True)
+                diagnostics.require_finite(probes.name, readings[0])
                 with clock("scores"):
                     scorers = scorers or [ForecastScorer(reading, self.config.n_features) for reading in readings]
                     pairs = list(zip(scorers, readings, strict=True))
                     found[probes.name] = [scorer.domain(probes, reading) for scorer, reading in pairs]
                     baselines[probes.name] = [scoring.step_zero_stats(reading) for reading in readings]
+            can_move = self._runner.can_move(self.train)
             with clock("noise floor"):
                 noise_floors = self._noise_floors(baselines[TRAIN])
         first = {name: of_each[0] for name, of_each in baselines.items()}
@@ -208,6 +211,7 @@ class Monitor:
                     domains=scorer.ranked(domains),
                     seconds=seconds,
                     seconds_by_part=dict(clock.seconds),
+                    can_move=can_move,
                 )
             )
         self._forecast = forecasts[0]
@@ -245,6 +249,7 @@ class Monitor:
                 for s in self._sets
             }
             output_drift = self._output_drift(*rollouts, batch_tokens)
+            can_move = self._runner.can_move(self.train)
         features, n_features = self._forecast.features, self.config.n_features
         realised, drifts = scoring.domain_drifts(self._sets, readings, step_zero, features, n_features)
         return DriftSnapshot(
@@ -255,6 +260,7 @@ class Monitor:
             domains=drifts,
             seconds=time.monotonic() - started,
             output_drift=output_drift,
+            can_move=can_move,
         )
 
     def _output_drift(self, then: Sequence[Row], now: Sequence[Row], batch_tokens: int | None) -> Estimate:

@@ -121,6 +121,10 @@ class ProbeRunner:
         samples = [self._batch(s.queries[:_N_CALIBRATION], short)[0] for s in sets]
         return [sae_reader.calibrate(torch.cat([x[sae_reader.point.name] for x in samples])) for sae_reader in self.sae_readers]
 
+    def can_move(self, probes: ProbeSet) -> bool:
+        """Whether training changes what the first SAE reads, by one query of a set: see `Capture.can_move`."""
+        return self._capture.can_move(self.sae_readers[0].point.name, probes.queries[0].query)
+
     def fit_by_layer(self, probes: ProbeSet, zero_shot: Context, sae_reader: SAEReader) -> dict[int, float]:
         """Fraction of variance that an SAE would leave at the same site of each layer, on a few queries of one set.
 

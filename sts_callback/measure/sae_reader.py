@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sts_callback.errors import SaeError
+from sts_callback.errors import ModelError, SaeError
 from sts_callback.metrics.sums import is_not_outlier
 from sts_callback.model.hooks import HookPoint
 from sts_callback.model.sae import SaeEncoder
@@ -54,9 +54,15 @@ class SAEReader:
             x: a sample of activations at the hook point, `(n_tokens, d_in)`.
 
         Raises:
+            ModelError: if the model gives NaN or infinite numbers.
             SaeError: if the SAE has another width than the model.
 
         """
+        if not bool(x.isfinite().all()):
+            raise ModelError(
+                f"model: activations at {self.encoder.hook_name} are NaN or infinite before training; look at its weights, or "
+                "load it in float32 or bfloat16 in place of float16."
+            )
         if x.shape[1] != self.encoder.d_in:
             raise SaeError(
                 f"sae: {self.encoder.name} reads activations of width {self.encoder.d_in}, but {self.encoder.hook_name} of this "

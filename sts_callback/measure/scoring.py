@@ -210,9 +210,9 @@ def domain_drift(
     """Score the drift of one set."""
     mean_drift = token_mean(reading.shift.features, reading.n_tokens)
     n_answer = torch.tensor([len(q.answer) for q in probes.queries])
-    nll, p_worse, risen = _NAN, _NAN, torch.full((len(n_answer),), _NAN)
+    nll, p_worse, risen, n_lost = _NAN, _NAN, torch.full((len(n_answer),), _NAN), 0
     if reading.nll is not None:
-        risen = reading.nll - step_zero.nll
+        risen, n_lost = reading.nll - step_zero.nll, int((~reading.nll.isfinite()).sum())
         nll, p_worse = _ratio(reading.nll, n_answer), p_of_rise(risen)
     return DomainDrift(
         name=probes.name,
@@ -234,6 +234,7 @@ def domain_drift(
         p_worse=p_worse,
         query_changes=tuple(risen.tolist()),
         query_answer_tokens=tuple(n_answer.tolist()),
+        n_not_finite=reading.n_not_finite + n_lost,
     )
 
 

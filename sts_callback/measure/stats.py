@@ -58,6 +58,20 @@ def _differences(one: Reconstruction, other: Reconstruction) -> tuple[torch.Tens
     )
 
 
+class _NotFinite:
+    """Running number of tokens with a NaN or infinite activation, on the device."""
+
+    def __init__(self) -> None:
+        self._n: torch.Tensor | int = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        self._n = self._n + (~x.isfinite().all(dim=1)).sum()
+
+    @property
+    def result(self) -> int:
+        return int(self._n)
+
+
 @dataclass(frozen=True)
 class ProbeStats:
     """Sums per query of one set without context, and of what contexts change."""
@@ -66,6 +80,8 @@ class ProbeStats:
     """Tokens that count, `(n_queries,)`, int64."""
     n_masked: int
     """Query tokens left out as attention sinks."""
+    n_not_finite: int
+    """Query tokens with an activation that is NaN or infinite without context; they are left out too."""
     activity: torch.Tensor
     """Feature activations, `(n_queries, d_sae)`."""
     sq_norm: torch.Tensor
@@ -106,6 +122,7 @@ class ProbeSums:
         self._sq_norms = QuerySums(n_queries, 2, device)
         self._shifts = {name: _ShiftSums(n_queries, d_sae, device) for name in contexts}
         self._gradients = QuerySums(n_queries, d_sae, device) if with_gradients else None
+        self._n_not_finite = _NotFinite()
         self._counted: list[torch.Tensor] = []
         self._owner: list[torch.Tensor] = []
         self._acts: list[SparseActs] = []
@@ -119,6 +136,7 @@ class ProbeSums:
             owner: the query of each, `(n_tokens,)`.
 
         """
+        self._n_not_finite.add(found[ZERO_SHOT])
         not_outlier = torch.stack(
             [self._sae_reader.not_outlier(x, self._sae_reader.reference.median_norm) for x in found.values()]
         ).all(dim=0)
@@ -158,6 +176,7 @@ class ProbeSums:
         return ProbeStats(
             n_tokens=torch.bincount(torch.cat(self._owner), minlength=self._n_queries),
             n_masked=int((~counted).sum()),
+            n_not_finite=self._n_not_finite.result,
             activity=self._activity.result,
             sq_norm=sq_norms[:, 0],
             raw=self._raw.result,
@@ -200,6 +219,8 @@ class DriftStats:
     """Squared differences to step 0; those of raw activations and of the SAE's error estimated from sketches."""
     nll: torch.Tensor | None
     """NLL of the answers in nats, `(n_queries,)`; None without a language-model head."""
+    n_not_finite: int
+    """Tokens with an activation that is NaN or infinite; they count among the sinks."""
 
 
 class DriftSums:
@@ -210,6 +231,7 @@ class DriftSums:
         self._shift = _ShiftSums(n_queries, sae_reader.encoder.d_sae, sae_reader.encoder.sae.device)
         self._n_tokens = torch.zeros(n_queries, dtype=torch.int64)
         self._n_masked, self._n_candidates, self._n_counted = 0, 0, 0
+        self._n_not_finite = _NotFinite()
 
     def add(self, x: torch.Tensor, owner: torch.Tensor) -> None:
         """Add tokens of some queries, those that counted at step 0 and are no sinks now.
@@ -224,6 +246,7 @@ class DriftSums:
         if not counted.any():
             return
         x, owner = x[counted.to(x.device)], owner[counted]
+        self._n_not_finite.add(x)
         not_outlier = self._sae_reader.not_outlier_now(x).cpu()
         self._n_masked += int((~not_outlier).sum())
         self._n_tokens += torch.bincount(owner[not_outlier], minlength=len(self._n_tokens))
@@ -244,7 +267,7 @@ class DriftSums:
 
     def result(self, nll: torch.Tensor | None) -> DriftStats:
         """All of it, with the answers' NLL."""
-        return DriftStats(self._n_tokens, self._n_masked, self._shift.result, nll)
+        return DriftStats(self._n_tokens, self._n_masked, self._shift.result, nll, self._n_not_finite.result)
 
 
 class ActivitySums:

@@ -239,6 +239,20 @@ class Capture:
             losses.detach(),
         )
 
+    def can_move(self, name: str, suffix: Sequence[int]) -> bool:
+        """Whether training changes what a hook point reads: whether a weight that takes part in it requires a gradient.
+
+        Args:
+            name: of the hook point.
+            suffix: token ids of any text.
+
+        """
+        if not self.may_stop:  # a forward with gradients would leave a sharded model waiting for its backward
+            return any(p.requires_grad for p in self._model.parameters())
+        with torch.enable_grad():
+            found = self._forward(self._inputs([suffix], Prefix((), None), None), whole=False)
+        return _has_parameter(found.activations[name].grad_fn)
+
     def _inputs(self, suffixes: Sequence[Sequence[int]], prefix: Prefix, select: torch.Tensor | None) -> _Inputs:
         n_rows, n_suffix = len(suffixes), max(map(len, suffixes))
         ids = torch.zeros(n_rows, n_suffix, dtype=torch.long)
@@ -317,6 +331,19 @@ def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], 
     value = (args[0] if args else kwargs["hidden_states"]) if point.side == "input" else output[0]
     tensor: torch.Tensor = value[0] if isinstance(value, tuple) else value
     return tensor
+
+
+def _has_parameter(node: Any) -> bool:
+    """Whether a graph of autograd ends in a parameter; gradient checkpointing lets inputs require gradients, too."""
+    waiting, seen = [node], {None}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            if isinstance(getattr(node, "variable", None), nn.Parameter):
+                return True
+            waiting += [before for before, _ in node.next_functions]
+    return False
 
 
 def _takes_selection(model: nn.Module) -> bool:

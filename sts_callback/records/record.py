@@ -1,6 +1,7 @@
 """Frozen records that can be written as strict JSON and read back.
 
-NaN, a number that could not be had, is written as null. Unknown keys and other schema versions are refused.
+NaN, a number that could not be had, is written as null. Unknown keys and other schema versions are refused; a field with a
+default may be missing, as it is in files from before it was there.
 """
 
 from __future__ import annotations
@@ -84,9 +85,10 @@ def _typed(value: Any, kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints, keys = typing.get_type_hints(kind), _keys(kind)
-        if set(value) != set(keys.values()):
-            raise ValueError(f"{kind.__name__}: keys differ: {sorted(set(value) ^ set(keys.values()))}.")
-        return kind(**{name: _typed(value[key], hints[name]) for name, key in keys.items()})
+        optional = {keys[f.name] for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+        if different := (set(value) ^ set(keys.values())) - (optional - set(value)):
+            raise ValueError(f"{kind.__name__}: keys differ: {sorted(different)}.")
+        return kind(**{name: _typed(value[key], hints[name]) for name, key in keys.items() if key in value})
     if origin in (types.UnionType, typing.Union):  # a record that may not be there
         return None if value is None else _typed(value, next(a for a in arguments if a is not type(None)))
     if origin is tuple:

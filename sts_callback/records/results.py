@@ -157,6 +157,8 @@ class Forecast(Record):
     """Of that, what each part took."""
     train_source: TrainSource = "reference answers"
     """Whose answers the training examples have: the data's, or the model's own best-rewarded ones at step 0."""
+    can_move: bool = True
+    """Whether a weight at or below the hook point is trained; else activations there stay as they are, whatever training does."""
 
     @property
     def harm_rank(self) -> Mapping[str, int]:
@@ -213,6 +215,8 @@ class DomainDrift(Record):
     """Change of the NLL of each query's answer since step 0, in nats; what the three numbers above are made of."""
     query_answer_tokens: tuple[int, ...]
     """Answer tokens of each query."""
+    n_not_finite: int = 0
+    """Query tokens with an activation, and answers with an NLL, that is NaN or infinite: the model has diverged."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,13 @@ class DriftSnapshot(Record):
     output_drift: Annotated[Estimate, StoredAs("text_drift")] = Estimate(math.nan, math.nan, math.nan)
     """How far what the policy writes has moved since step 0, both texts read with the weights of now: squared distance of mean
     feature activations over the square of the mean then; 0 on average where nothing has moved; NaN without rollouts."""
+    can_move: bool = True
+    """Whether a weight at or below the hook point is trained; else activations there stay as they are, whatever training does."""
+
+    @property
+    def diverged(self) -> tuple[str, ...]:
+        """The sets on which the model gives NaN or infinite numbers."""
+        return tuple(d.name for d in (self.train, *self.domains.values()) if d.n_not_finite)
 
 
 @dataclass(frozen=True)

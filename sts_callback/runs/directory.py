@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sts_callback.errors import CannotTell
+from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.records import DriftSnapshot, Forecast, TopActivatingExamples, Verdict
 from sts_callback.records.remedies import Attribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
@@ -45,6 +45,23 @@ class RunDirectory:
         self._report_file = folder / "report.html"
         self._holds_another_run = anew
         self._unwritten_faults: deque[dict[str, Any]] = deque(maxlen=100)
+
+    def require_place(self) -> None:
+        """Refuse a folder that could not be written, before anything is measured; its parent is made.
+
+        Raises:
+            ConfigError: if there is something else in its place, or its parent can be neither made nor written to.
+
+        """
+        output_dir = self.folder.parent
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {output_dir} cannot be made ({error}); give another folder.") from error
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"output_dir: {self.folder} is a file, where STS keeps a folder; move it away.")
+        if not os.access(self.folder if self.folder.exists() else output_dir, os.W_OK):
+            raise ConfigError(f"output_dir: {output_dir} cannot be written to; give a folder that can.")
 
     def start_anew(self) -> None:
         """Make the folder; what an earlier run left in it is moved aside to `sts.1`, `sts.2` and so on."""

@@ -45,6 +45,7 @@ class Settings:
     check_on: CheckOn
     action: Action
     on_forecast: Literal["warn", "refuse"]
+    on_forecast_error: Literal["raise", "train unwatched"]
     on_error: Literal["warn", "raise"]
     max_overhead: float
     """From 1 on there is no limit."""
@@ -67,6 +68,9 @@ class STSArguments:
     sts_check_on: str = field(default="save", metadata={"help": "save, evaluate, or a number of steps"})
     sts_action: Literal["warn", "checkpoint", "stop"] = field(default="warn", metadata={"help": "on an alarm"})
     sts_on_forecast: Literal["warn", "refuse"] = field(default="warn", metadata={"help": "if the forecast says no-go"})
+    sts_on_forecast_error: Literal["raise", "train unwatched"] = field(
+        default="raise", metadata={"help": "if there can be no forecast, or no taking up after a resume"}
+    )
     sts_on_error: Literal["warn", "raise"] = field(default="warn", metadata={"help": "if a measurement fails in mid-run"})
     sts_max_overhead: Optional[float] = field(default=0.01, metadata={"help": "share of training time for checks"})  # noqa: UP045
     sts_ledger: Optional[str] = field(default=None, metadata={"help": "file that keeps finished runs, to learn from"})  # noqa: UP045
@@ -96,6 +100,7 @@ class STSArguments:
             "check_on": int(self.sts_check_on) if str(self.sts_check_on).isdigit() else self.sts_check_on,
             "action": self.sts_action,
             "on_forecast": self.sts_on_forecast,
+            "on_forecast_error": self.sts_on_forecast_error,
             "on_error": self.sts_on_error,
             "max_overhead": self.sts_max_overhead,
             "ledger": self.sts_ledger,

@@ -7,11 +7,12 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from accelerate.utils.memory import should_reduce_batch_size
 
 from sts_callback.distributed import RankFailed, Ranks
+from sts_callback.errors import CannotTell, StsError
 from sts_callback.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ Errors = tuple[type[Exception], ...]
 
 logger = logging.getLogger(__name__)
 
+_UNWATCHED = "STSCallback(on_forecast_error='train unwatched') trains without being watched."
 _DIVISORS = (1, 2, 4, 8)  # of the tokens in a batch, in turn, while memory does not suffice
 _ELSEWHERE, _SHORT, _FAILED, _RAISED = range(4)  # failures, the graver the higher: another's, out of memory, any, to be raised
 
@@ -68,7 +70,7 @@ class Guard:
             self._ranks.together(lambda: work() if is_mine else None)
         except Exception as error:
             if self._agreed(error, reraise) == _RAISED or self._raises:
-                raise
+                self._raise(what, error)
             self._record_error(state, what, error)
             return False
         return True
@@ -110,8 +112,8 @@ class Guard:
             except Exception as error:
                 failure = self._agreed(error, reraise)
                 is_over = failure != _SHORT or divisor == _DIVISORS[-1]
-                if failure == _RAISED or (is_over and self._raises):
-                    raise
+                if failure == _RAISED or (is_over and (self._raises or Exception in reraise)):
+                    self._raise(what, error)
                 self._record_error(state, f"{what}, {size} tokens a batch" if failure == _SHORT else what, error)
             # Out here what the failed attempt held in memory is free: its traceback is gone.
             if is_over:
@@ -127,15 +129,33 @@ class Guard:
             except OSError as write_error:
                 logger.warning("STS cannot write this fault to %s yet: %r", self._log.folder, write_error)
 
+    def _raise(self, what: str, error: Exception) -> NoReturn:
+        """Let an error out. With `on_error="raise"` as it is; else, at set-up, in words for the user, who is to do something."""
+        if self._raises or isinstance(error, StsError):
+            raise error
+        if _is_short_of_memory(error):
+            raise CannotTell(
+                f"{what}: memory does not suffice, not even for an eighth of the tokens in a batch. Lower "
+                f"ProbeConfig(max_tokens=..., n_domain_demonstrations=...), take a smaller SAE, or a larger device. {_UNWATCHED}"
+            ) from None  # the trainer would take its text for its own and begin again with smaller batches
+        raise CannotTell(
+            f"{what}: it failed before the first step with {error!r}. If data, model and settings are in order, this is a fault "
+            f"of ours: please report it with the lines above. {_UNWATCHED}"
+        ) from error
+
     def _agreed(self, error: Exception, reraise: Errors) -> int:
         """What all take a failure for, which all have been told of: the gravest that any process has had."""
         if isinstance(error, RankFailed):
             mine = _ELSEWHERE
-        elif isinstance(error, reraise):
-            mine = _RAISED
+        elif _is_short_of_memory(error):
+            mine = _SHORT
         else:
-            mine = _SHORT if isinstance(error, MemoryError) or should_reduce_batch_size(error) else _FAILED
+            mine = _RAISED if isinstance(error, reraise) else _FAILED
         return max(self._ranks.gathered(lambda: mine))
 
     def _record_error(self, state: TrainerState, what: str, error: Exception) -> None:
         self.record(state, what, repr(error), traceback.format_exc())
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))

@@ -70,6 +70,25 @@ class RunRecorder:
         """Print a check."""
         tqdm.write(check_lines(snapshot, verdict, self._settings.probes.n_features))
 
+    def last_words(self, *, is_watched: bool, failed_checks: Sequence[int]) -> str:
+        """What is said when training ends; if it was not wholly watched, the last line says so.
+
+        Args:
+            is_watched: whether there were checks at all.
+            failed_checks: their steps.
+
+        """
+        folder = self._directory.folder
+        if not is_watched:
+            return f"STS: this run was NOT WATCHED; {folder / 'faults.jsonl'} has the reason."
+        lines = [f"STS files of this run: {folder}; report.html is the one to read"]
+        if failed_checks:
+            steps = ", ".join(map(str, failed_checks))
+            lines.append(
+                f"STS: this run was NOT WHOLLY WATCHED, checks failed at step {steps}; faults.jsonl there has the reason."
+            )
+        return "\n".join(lines)
+
     def enter_outcome(self, forecast: Forecast, last: DriftSnapshot) -> None:
         """Enter how the forecast came out into the ledger, if one is kept."""
         ledger.append(ledger.Entry.of(forecast, last), self._settings.ledger)

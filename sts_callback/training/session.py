@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from sts_callback.config import ProbeConfig
 from sts_callback.data.reader import Source, are_prompts_only
 from sts_callback.distributed import Ranks
-from sts_callback.errors import CannotTell, ConfigError, ModelError, NoGo, SaeError, StsError
+from sts_callback.errors import CannotTell, ConfigError, NoGo
 from sts_callback.measure.monitor import Monitor
 from sts_callback.model.capture import undisturbed
 from sts_callback.policy import judge_drift, judge_forecast, require_power
@@ -76,6 +76,9 @@ class Session:
         self._directory = RunDirectory(Path(args.output_dir or ".") / "sts", anew=self._is_new)
         self._recorder = RunRecorder(settings, self._directory)
         self._guard = Guard(self._directory, ranks, raises=settings.on_error == "raise")
+        # Nobody is to pay for an hour of training that he believes to be watched.
+        raises = settings.on_forecast_error == "raise" and not self._is_restart
+        self._refusals: Errors = (Exception,) if raises else (NoGo,)
         self._overhead: Overhead
         self._first_step: int
         self._bars = state.is_world_process_zero and not args.disable_tqdm
@@ -93,6 +96,7 @@ class Session:
 
         self._monitor: Monitor | None = None
         self._recent: list[DriftSnapshot] = []
+        self._failed_checks: list[int] = []
         self._last_check = self._last_try = 0
         self._is_postponed = self._owes_checkpoint = False
         self._alarmed: tuple[str, ...] = ()
@@ -106,10 +110,11 @@ class Session:
         """Forecast and take the baseline, unless the rollouts of step 0 must come first; after a resume, take up what is kept."""
         if not self._is_restart:
             self._rollouts.forget()
+        self._guard.run(state, "run log", self._directory.require_place, reraise=self._refusals, first_only=True)
         if not (self._is_new or self._is_restart):
             self._guard.run(state, "resume", self._read_rollouts)
         if self._awaits_rollouts:
-            self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), reraise=(StsError,))
+            self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), reraise=self._refusals)
         if not self._forecasts_from_rollouts:
             self._set_up(state, control, **kwargs)
 
@@ -118,7 +123,7 @@ class Session:
         if not self._awaits_rollouts:
             return
         self._awaits_rollouts = False
-        if not self._guard.run(state, "rollouts", lambda: self._take_rollouts(args)):
+        if not self._guard.run(state, "rollouts", lambda: self._take_rollouts(args), reraise=self._refusals):
             return
         if self._forecasts_from_rollouts:
             self._set_up(state, control, **kwargs)
@@ -162,17 +167,13 @@ class Session:
         """Check the final weights, if the last check was not of them."""
         if not args.load_best_model_at_end:  # else the weights are no longer those of this step
             self.check(state, control, model, always=True)
-        sinks = [Sink("run log", self._directory.write_waiting_faults)]
+        sinks, forecast, last = [Sink("run log", self._directory.write_waiting_faults)], self.forecast, self._recent[-1:]
         if self._monitor is not None:
-            forecast, last = self.forecast, self._recent[-1:]
-            files = f"STS files of this run: {self._directory.folder}; report.html is the one to read"
             if forecast is not None and last:
                 sinks.append(Sink("ledger", lambda: self._recorder.enter_outcome(forecast, last[0])))
-            sinks += [
-                Sink("report", lambda: write_report(self._directory)),
-                Sink("screen", lambda: tqdm.write(files)),
-            ]
-        self._guard.tell(state, *sinks)
+            sinks.append(Sink("report", lambda: write_report(self._directory)))
+        words = self._recorder.last_words(is_watched=self._monitor is not None, failed_checks=self._failed_checks)
+        self._guard.tell(state, *sinks, Sink("screen", lambda: tqdm.write(words)))
         self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
 
     def _is_begun_again(self, args: TrainingArguments, state: TrainerState) -> bool:
@@ -187,9 +188,6 @@ class Session:
     def _set_up(self, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline, or take up what was kept of them."""
         settings, model = self._settings, kwargs["model"]
-        refusals: Errors = (StsError,)
-        if self._forecasts_from_rollouts:  # what they are like is nothing that the user asked for
-            refusals = (CannotTell, ConfigError, ModelError, NoGo, SaeError)
 
         def prepared(batch_tokens: int) -> Monitor:
             probes = dataclasses.replace(settings.probes, batch_tokens=batch_tokens)
@@ -208,14 +206,14 @@ class Session:
         monitor = None
         if self._is_new or self._step_zero:
             monitor = self._guard.measure(
-                state, "forecast" if self._is_new else "resume", prepared, self._batch_tokens, reraise=refusals
+                state, "forecast" if self._is_new else "resume", prepared, self._batch_tokens, reraise=self._refusals
             )
         else:
-            self._guard.run(state, "resume", _refuse_unwatched)
+            self._guard.run(state, "resume", _refuse_unwatched, reraise=self._refusals)
         if monitor is not None and not (
-            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), reraise=refusals)
+            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), reraise=self._refusals)
             if self._is_new
-            else self._guard.run(state, "resume", lambda: self._resume(monitor, state))
+            else self._guard.run(state, "resume", lambda: self._resume(monitor, state), reraise=self._refusals)
         ):
             self._monitor = None  # all processes watch, or none
         expected_s = 0.0
@@ -298,7 +296,7 @@ class Session:
         if monitor.step_zero.digest != self._step_zero["baseline"]:
             raise CannotTell(
                 f"baseline: {self._directory.baseline_file} was made at step 0 of another run than this checkpoint's; put back "
-                "the folder sts of this run, or start the run anew."
+                "the folder sts of this run, start the run anew, or take STSCallback(on_forecast_error='train unwatched')."
             )
         if n_damaged := self._ranks.from_first(lambda: self._directory.take_up(state.global_step)):
             self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
@@ -349,10 +347,13 @@ class Session:
 
         snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
         if snapshot is None:
+            self._failed_checks.append(step)
             return
         self._recent = [*self._recent, snapshot][-self._settings.policy.patience :]
         self._last_check, self._is_postponed = step, False
         self.verdict = verdict = self._ranks.from_first(lambda: judge_drift(self._recent, self._settings.policy))
+        if snapshot.diverged:
+            self._guard.record(state, "model", f"it gives NaN or infinite numbers on {', '.join(snapshot.diverged)}", "")
         is_new, self._alarmed = set(verdict.alarmed) - set(self._alarmed), verdict.alarmed
         self._overhead.learn(self._overhead.spent_s - before_s)
         numbers = trainer_log.row(snapshot) | {
@@ -387,8 +388,8 @@ class Session:
 
 def _refuse_unwatched() -> None:
     raise CannotTell(
-        "baseline: the run was begun without this callback, and drift can be measured only from step 0. Training goes on "
-        "unwatched; to have it watched, start the run anew."
+        "baseline: the run was begun without this callback, and drift can be measured only from step 0. Start the run anew to "
+        "have it watched, or take STSCallback(on_forecast_error='train unwatched')."
     )
 
 
