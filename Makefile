@@ -2,6 +2,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Two processes, each of which takes file after file in the order of collection; -n 0 in ARGS for one.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # A .venv is kept as it is; one that was made with another Python than the one asked for must not pass for it.
@@ -25,10 +27,10 @@ demo: $(INSTALLED)  ## run examples/demo.py; ARGS="..." are passed on
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(INSTALLED)  ## run the tests that take seconds, and the one on Gemma 3 270M; ARGS="..." go to pytest
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(INSTALLED)  ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 1 3" for some settings
 	$(BIN)/python examples/benchmark.py $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -65,8 +66,14 @@ def together(work: Callable[[int, Path], object], out: Path, *, limit_s: float =
     assert [process.exitcode for process in processes] == [0, 0]
 
 
-def _ranked(work: Callable[[int, Path], object], rank: int, port: int, out: Path) -> None:
+def _fresh() -> None:
+    """One thread; and what was imported before the fork is left where it is, unseen by collections of garbage."""
     torch.set_num_threads(1)
+    gc.freeze()
+
+
+def _ranked(work: Callable[[int, Path], object], rank: int, port: int, out: Path) -> None:
+    _fresh()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
     os.environ |= {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
     work(rank, out)
@@ -102,7 +109,7 @@ def whole_checkpoints(out: Path) -> list[Path]:
 
 
 def _train(run: Run, out: Path, watched: bool, kill_at: int | None) -> None:
-    torch.set_num_threads(1)
+    _fresh()
     moments: list[str] = []
     _count_moments(moments, kill_at)  # before the trainer takes the model's `forward`
     callback = made_callback(check_on=run.check_on)

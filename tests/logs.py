@@ -30,7 +30,7 @@ def check(
 
 
 def words(feature: int, *, token: str = " law", **changes: Any) -> TopActivatingExamples:
-    """A feature that fires in the training data and in one domain."""
+    """A feature that activates in the training data and in one domain."""
     snippets = {"train": (Snippet("before", token, " after", 2.0),), "law": (Snippet("in", token, " court", 1.0),), "code": ()}
     return TopActivatingExamples(**({"feature": feature, "share": 0.25, "link": "", "snippets": snippets} | changes))
 

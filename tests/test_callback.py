@@ -275,7 +275,8 @@ def test_an_alarms_checkpoint_is_made_once_whatever_else_is_saved(
         return Verdict("no-go", ("near",), {"near": "suffers."}, step) if step == alarm_at else Verdict("go", (), {}, step)
 
     monkeypatch.setattr("sts_callback.training.session.judge_drift", judged)
-    made_trainer("sft", tmp_path, [Constant(), made_callback(action=action, check_on=check_on)], **options).train()
+    callbacks = [Constant(), made_callback(action=action, check_on=check_on)]
+    made_trainer("plain", tmp_path, callbacks, gradient_accumulation_steps=1, **options).train()
     assert sorted(int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.glob("checkpoint-*")) == saved
 
 

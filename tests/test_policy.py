@@ -211,6 +211,7 @@ def test_holm_of_one_of_none_and_of_unknown_ones() -> None:
     assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
 
 
+@pytest.mark.slow  # the import takes seconds
 def test_holm_equals_that_of_statsmodels() -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     for seed in range(20):
@@ -239,7 +240,7 @@ def test_false_alarms_among_several_domains_are_as_rare_as_promised() -> None:
 def test_reasons_name_the_numbers() -> None:
     judged = judged_forecast(sts_net=score(0.75, 0.625, 0.875), **HARM)
     assert judged.reasons == {
-        "law": "worsens in context (answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25; transfer 75%, 62% to 88%)."
+        "law": "NLL rises in context (answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25; transfer 75%, 62% to 88%)."
     }
     assert judged_forecast(sts_net=score(0.5, own=NAN), **NO_HARM).reasons["law"].endswith("; transfer unknown).")
     assert judged_drift(relative_drift=0.5, **HARM).reasons == {

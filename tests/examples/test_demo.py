@@ -9,14 +9,24 @@ from pathlib import Path
 
 import pytest
 
+import demo
+
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
 @pytest.mark.gemma
 @pytest.mark.timeout(900)  # the first run on a machine de-quantises the model
-def test_the_demo_forecasts_watches_and_says_where_its_files_are(tmp_path: Path) -> None:
-    options = ["--steps", "2", "--queries", "10", "--out", str(tmp_path / "run")]
-    run = subprocess.run([sys.executable, str(DEMO), *options], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("protected", "n_queries"),
+    [(("law", "code"), 8), pytest.param(tuple(demo.PROTECTED), 10, marks=pytest.mark.slow)],  # the fewest that can alarm
+    ids=["two domains", "all domains"],
+)
+def test_the_demo_forecasts_watches_and_says_where_its_files_are(
+    protected: tuple[str, ...], n_queries: int, tmp_path: Path
+) -> None:
+    program = f"import sys, demo; demo.PROTECTED = {list(protected)}; demo.main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "--steps", "2", "--queries", str(n_queries), "--out", str(tmp_path / "run")]
+    run = subprocess.run(command, cwd=DEMO.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "STS forecast: what training will move" in run.stdout
     assert run.stdout.index("STS forecast") < run.stdout.index("STS step 1:") < run.stdout.index("STS step 2:")
@@ -24,7 +34,7 @@ def test_the_demo_forecasts_watches_and_says_where_its_files_are(tmp_path: Path)
 
     folder = tmp_path / "run" / "sts"
     forecast = json.loads((folder / "forecast.json").read_text())["forecast"]
-    assert len(forecast["domains"]) >= 6
+    assert set(forecast["domains"]) == set(protected)
     assert forecast["unexplained"] < 0.4, "the SAE does not fit the model it was trained on"
     assert forecast["noise_floor"] < 1e-3, "another batch layout is no drift"
     snapshots = [json.loads(line)["snapshot"] for line in (folder / "drift.jsonl").read_text().splitlines()]

@@ -190,7 +190,7 @@ class Outcome:
 
     def differences(self, other: Outcome) -> list[str]:
         """Names of the fields in which two runs differ by as little as a bit."""
-        return [f.name for f in fields(self) if not _same(getattr(self, f.name), getattr(other, f.name))]
+        return [f.name for f in fields(self) if not same(getattr(self, f.name), getattr(other, f.name))]
 
 
 def finished(trainer: Trainer) -> Outcome:
@@ -217,13 +217,15 @@ def finished(trainer: Trainer) -> Outcome:
     )
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal to the bit, where NaN, which a run may diverge to, equals NaN."""
     if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(_same(one[k], other[k]) for k in one)
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and bool(((one == other) | (one.isnan() & other.isnan())).all())
     if isinstance(one, np.ndarray):
         return np.array_equal(one, other)
     if isinstance(one, float) and one != one:

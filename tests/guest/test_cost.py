@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 
 import ranked
 from killable import together
-from sts_callback.config import PolicyConfig
 from sts_callback.errors import ConfigError
 from sts_callback.training import overhead
 from sts_callback.training.overhead import Overhead, first_guess
@@ -77,14 +76,21 @@ def test_there_is_no_limit_from_one_on(clock: Clock) -> None:
     assert Overhead(1.0, expected_s=1.0).affords_check
 
 
-def test_the_first_guess_is_no_less_than_a_check(tmp_path: Path) -> None:
-    """On a model that is not tiny in its probes, so that the clock has something to measure."""
+def test_the_first_guess_is_no_less_than_a_check(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes with the tokens that the model reads."""
+    monkeypatch.setattr("sts_callback.measure.monitor.time", clock)
+
+    def read(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        clock.now += kwargs["input_ids"].numel()
+
     callback = made_callback(check_on=1)
-    made_trainer("plain", tmp_path, [callback], max_steps=2, save_strategy="no", eval_strategy="no").train()
+    trainer = made_trainer("plain", tmp_path, [callback], max_steps=2, save_strategy="no", eval_strategy="no")
+    trainer.model.register_forward_pre_hook(read, with_kwargs=True)
+    trainer.train()
     assert callback.forecast is not None
     guess = first_guess(callback.forecast.seconds_by_part["readings"])
     took = min(row["snapshot"]["seconds"] for row in lines(tmp_path / "sts" / "drift.jsonl"))
-    assert 0.5 * took < guess < 5 * took
+    assert 0 < took <= guess < 2 * took
 
 
 class Slow(TrainerCallback):
@@ -153,7 +159,7 @@ def test_without_a_limit_every_due_check_is_made(tmp_path: Path, clock: Clock, m
     [
         (0.015, {}, [20, 40]),  # 5 s, as guessed, are less than 1.5 % of 400 s, though more than of 200 s
         (0.012, {}, [40]),  # more than 1.2 % of 400 s: it is not made, and since it was not due nothing is said
-        (None, {}, [20, 40]),
+        pytest.param(None, {}, [20, 40], marks=pytest.mark.slow),
         (None, {"warmup_steps": 5}, [25, 40]),
         (None, {"warmup_steps": 0.1}, [24, 40]),
         (None, {"warmup_steps": 20}, [40]),
@@ -243,14 +249,12 @@ class Footprint(TrainerCallback):
 
 def test_memory_after_twenty_checks_is_that_after_one(tmp_path: Path) -> None:
     footprint = Footprint(2, 21)  # from the second step on the optimizer has its state
-    callback = made_callback(check_on=1, policy=PolicyConfig(patience=2))
+    callback = made_callback(check_on=1)
     options: dict[str, Any] = {"max_steps": 22, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
     made_trainer("plain", tmp_path, [callback, footprint], **options).train()
     assert len(checked_steps(tmp_path)) == 22
     after_two, after_more = footprint.seen
     assert after_more == after_two
-    assert callback._run is not None
-    assert len(callback._run._recent) == 2  # patience: as many as a verdict looks back
 
 
 def test_the_footprint_sees_what_is_kept(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 from transformers import TrainerCallback
 
+from guest.runs import same
 from killable import Run, outcome, session, whole_checkpoints
 from sts_callback.measure.step_zero import StepZeroReference
 from test_callback import StopAt, checked_steps, made_callback, made_trainer
@@ -82,8 +82,8 @@ def log_of_ours(out: Path) -> dict[str, Any]:
 
 def assert_same_run(out: Path, whole: Path) -> None:
     here, there = outcome(out), outcome(whole)
-    assert all(torch.equal(here["weights"][name], there["weights"][name]) for name in there["weights"])
-    assert [timeless(row) for row in here["log"]] == [timeless(row) for row in there["log"]]
+    assert same(here["weights"], there["weights"])
+    assert same(timeless(here["log"]), timeless(there["log"]))
     ours, theirs = log_of_ours(out), log_of_ours(whole)
     assert set(ours) == set(theirs) == {"forecast", "baseline", "drift.jsonl", "features.jsonl"}
     for name in theirs:
@@ -125,8 +125,10 @@ def test_the_comparison_can_fail(tmp_path: Path, whole_run: Callable[[str], Path
             assert_same_run(tmp_path, whole_run(name))
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize(
+    ("lora", "restore"),
+    [(False, False), (True, True), *(pytest.param(lora, not lora, marks=pytest.mark.slow) for lora in (False, True))],
+)
 def test_begun_without_the_callback_it_trains_on_and_says_so_once(lora: bool, restore: bool, tmp_path: Path) -> None:
     run = Run("plain", lora=lora, check_on=1, restore=restore)
     session(run, tmp_path / "bare", watched=False)
@@ -136,7 +138,7 @@ def test_begun_without_the_callback_it_trains_on_and_says_so_once(lora: bool, re
     assert whole_checkpoints(out)
     session(run, out)
     here, there = outcome(out), outcome(tmp_path / "bare")
-    assert all(torch.equal(here["weights"][name], there["weights"][name]) for name in there["weights"])
+    assert same(here["weights"], there["weights"])
     (fault,) = [json.loads(line) for line in (out / "sts" / "faults.jsonl").read_text().splitlines()]
     assert fault["what"] == "resume"
     assert "was begun without this callback" in fault["error"]

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl
 
-from guest.runs import PROBES, TINY_DOMAINS, Shelf, checked_steps, finished, made_trainer, taste
+from guest.runs import PROBES, TINY_DOMAINS, Shelf, checked_steps, finished, made_trainer, same, taste
 from killable import together
 from ranked import learn_by_rewards
 from sts_callback import Monitor, STSCallback
@@ -124,8 +123,7 @@ class Gradients(TrainerCallback):
         self.seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
 
     def is_like(self, other: Gradients) -> bool:
-        pairs = zip(self.seen, other.seen, strict=True)
-        return all(torch.equal(a, b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
+        return same(self.seen, other.seen)
 
 
 class Careless(TrainerCallback):
@@ -305,9 +303,14 @@ def test_real_drift_supersedes_the_forecast(shelf: Shelf, tmp_path: Path, capsys
 
 
 @pytest.fixture
-def monitor(shelf: Shelf) -> Iterator[Monitor]:
+def model(shelf: Shelf) -> PreTrainedModel:
+    return shelf.model("llama")
+
+
+@pytest.fixture
+def monitor(model: PreTrainedModel, shelf: Shelf) -> Monitor:
     made = Monitor(
-        shelf.model("llama"),
+        model,
         tiny_tokenizer(),
         sae=shelf.folder / "sae",
         train_data=rows(40),
@@ -316,7 +319,7 @@ def monitor(shelf: Shelf) -> Iterator[Monitor]:
         progress=False,
     )
     made.forecast()
-    yield made
+    return made
 
 
 def test_other_text_by_the_same_weights_is_text_drift_alone(monitor: Monitor) -> None:
@@ -325,8 +328,7 @@ def test_other_text_by_the_same_weights_is_text_drift_alone(monitor: Monitor) ->
     assert check.output_drift.low > 0
 
 
-def test_text_of_one_kind_by_other_weights_is_drift_of_the_representation_alone(monitor: Monitor, shelf: Shelf) -> None:
-    model: Any = monitor._model
+def test_text_of_one_kind_by_other_weights_is_drift_of_the_representation_alone(monitor: Monitor, model: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.02)

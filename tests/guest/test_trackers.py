@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from guest.runs import Shelf, checked_steps, made_trainer
+from guest.runs import Shelf, checked_steps, made_trainer, same
 from sts_callback import Monitor, STSCallback
 from sts_callback.errors import ConfigError
 
@@ -178,7 +178,7 @@ def test_the_best_checkpoint_can_be_chosen_by_a_number_of_ours(shelf: Shelf, tmp
     assert trainer.state.best_global_step == 1
     assert trainer.state.best_metric == checks[0]["near"]
     best = shelf.model("llama").from_pretrained(tmp_path / "checkpoint-1").state_dict()
-    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+    assert same(trainer.model.state_dict(), best)
 
 
 def test_early_stopping_can_go_by_a_number_of_ours(shelf: Shelf, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -21,6 +22,7 @@ def drawn(generator: torch.Generator, offset: float, n_texts: int = N_TEXTS) -> 
     return tones * n_tokens.unsqueeze(1), n_tokens
 
 
+@functools.cache
 def found(offset: float, n_trials: int = 200) -> tuple[list[float], list[tuple[float, float]]]:
     values, intervals = [], []
     generator = torch.Generator().manual_seed(0)

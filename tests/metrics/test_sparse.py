@@ -51,9 +51,9 @@ def test_parts_put_together_equal_the_whole(acts: torch.Tensor, sizes: list[int]
 
 
 def test_tokens_without_active_features_and_no_tokens_at_all() -> None:
-    dead_fraction = SparseActs.of(torch.zeros(3, D_SAE))
-    assert dead_fraction.n_active.tolist() == [0, 0, 0]
-    assert torch.equal(dead_fraction.dense(1, 3, D_SAE, CPU), torch.zeros(2, D_SAE))
+    silent = SparseActs.of(torch.zeros(3, D_SAE))
+    assert silent.n_active.tolist() == [0, 0, 0]
+    assert torch.equal(silent.dense(1, 3, D_SAE, CPU), torch.zeros(2, D_SAE))
     assert SparseActs.of(torch.zeros(0, D_SAE)).dense(0, 0, D_SAE, CPU).shape == (0, D_SAE)
 
 

@@ -111,7 +111,7 @@ def test_what_reaches_a_threshold_has_a_sign_and_nothing_has_one_without_setting
 def test_the_token_that_fires_is_marked() -> None:
     read = made(whole_run(top_examples=(words(7, token=" "),)))
     assert "before<mark>\u2423</mark> after" in read.source
-    assert "It fires nowhere in code." in read.section("features")
+    assert "It is active nowhere in code." in read.section("features")
 
 
 @pytest.mark.parametrize("text", NASTY)

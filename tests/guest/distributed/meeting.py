@@ -1,9 +1,8 @@
-"""What each process of `test_meetings` does: goes to meetings, and fails where its case says. Started by `launch.launch`."""
+"""What each process of `test_meetings` does: goes to meetings, and fails where its case says."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +29,7 @@ def course(ranks: Ranks, at: Callable[[str], None]) -> list[Any]:
     return ranks.together(work)
 
 
-def main(folder: Path) -> None:
+def meet(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
     ranks = Ranks.of_run()
     always_the_same = ValueError(f"rank {ranks.index} fell")
@@ -52,7 +51,3 @@ def main(folder: Path) -> None:
     (folder / "alone").mkdir(exist_ok=True)
     torch.save(ranks.gathered(lambda: ranks.index), folder / "alone" / f"seen-{ranks.index}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import psutil
 import pytest
 
 from guest.distributed.launch import Hang, launch, seen
+from guest.distributed.meeting import meet
+from killable import together
 from sts_callback.distributed import Ranks
 
 PLACES = ("start", "first meeting", "between", "end")
-WORKER = Path(__file__).with_name("meeting.py")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases |= {"none": {"place": "", "ranks": []}, "both": {"place": "between", "ranks": [0, 1]}}
     cases |= {"first only": {"place": "second meeting", "ranks": [0]}}
     cases |= {f"same-{i}": {"place": "between", "ranks": [1], "same": True} for i in range(2)}
-    launch(folder, cases, seconds=90, worker=WORKER)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    together(meet, folder, limit_s=90)
     return folder
 
 
@@ -73,6 +76,7 @@ def test_alone_it_waits_for_nobody_and_raises_what_was_raised() -> None:
         alone.together(broken)
 
 
+@pytest.mark.slow  # it waits
 def test_a_hang_is_ended_and_leaves_no_process(tmp_path: Path) -> None:
     worker = tmp_path / "sleeper.py"
     worker.write_text("import time\ntime.sleep(600)\n")

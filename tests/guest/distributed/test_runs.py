@@ -14,6 +14,7 @@ import torch
 
 from guest.distributed.launch import launch, seen
 from guest.distributed.worker import N_STEPS, Witness, full_weights, made_model, made_monitor
+from guest.runs import same
 from sts_callback.measure.monitor import Monitor
 
 SHARDED = ("fsdp2", "tp", "zero3")
@@ -103,11 +104,7 @@ def kind(mode: str, lora: bool) -> str:
 
 def identical(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Log rows (losses and gradient norms among them) and the weights after every step, bit for bit."""
-    return one["log"] == other["log"] and all(
-        torch.equal(tensor, other["weights"][step][name])
-        for step, found in one["weights"].items()
-        for name, tensor in found.items()
-    )
+    return same(one["log"], other["log"]) and same(one["weights"], other["weights"])
 
 
 def test_the_identity_test_can_fail(runs: Runs) -> None:

@@ -6,6 +6,7 @@ Every rank has an output folder of its own, as on machines that share no disk. S
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -261,6 +262,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # each training collects garbage, and would look through all that was imported
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         (folder / name).mkdir(exist_ok=True)
         seen = run(case, folder / name)

@@ -321,8 +321,8 @@ def test_domains_alike_share_their_ranks() -> None:
 
 def test_ranking_changes_nothing_else_and_a_domain_without_a_score_comes_last() -> None:
     nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
-    dead_fraction = dataclasses.replace(LAW, shifts=dict.fromkeys((DOMAIN_ICL, TRAIN_ICL, FILLER), nothing))
-    found = ranked(("low", reading(1)), ("silent", dead_fraction), ("high", reading(2, concentrated())))
+    silent = dataclasses.replace(LAW, shifts=dict.fromkeys((DOMAIN_ICL, TRAIN_ICL, FILLER), nothing))
+    found = ranked(("low", reading(1)), ("silent", silent), ("high", reading(2, concentrated())))
     assert {name: d.rank for name, d in found.items()} == {"high": (1, 1), "low": (2, 2), "silent": (3, 3)}
     assert found["high"].p_above_next == 1.0
     assert math.isnan(found["low"].p_above_next)

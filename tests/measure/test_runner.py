@@ -507,7 +507,7 @@ def test_scores_are_those_of_numpy(architecture: str, kind: str) -> None:
     assert (found.domains["poems"].sae_error_share > 0.001) == (kind == "topk")
 
 
-# Features in words
+# Top activating examples
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -757,12 +757,12 @@ def negated(sae: SAE[Any]) -> SAE[Any]:
     return sae
 
 
-def dead_fraction(sae: SAE[Any]) -> SAE[Any]:
+def silent(sae: SAE[Any]) -> SAE[Any]:
     sae.b_enc.data.sub_(1e9)
     return sae
 
 
-@pytest.mark.parametrize("spoilt", [negated, dead_fraction])
+@pytest.mark.parametrize("spoilt", [negated, silent])
 def test_sae_that_leaves_most_of_the_variance_is_refused(spoilt: Any) -> None:
     monitor = made_monitor(tiny_model(), spoilt(rotated_sae()))
     with pytest.raises(CannotTell, match=r"explained variance: none: .* take an SAE that was trained on this model"):

@@ -180,11 +180,9 @@ def test_what_cannot_be_asked_is_refused(protected: list[str], options: dict[str
 
 def test_a_domain_that_fires_nothing_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     made = mixture(0)
-    dead_fraction = made.monitor.read_domains(["law"])["law"]
-    monkeypatch.setattr(
-        made.monitor, "read_domains", lambda names: {"law": replace(dead_fraction, activity=0 * dead_fraction.activity)}
-    )
-    with pytest.raises(CannotTell, match="law: none of its 12 queries fires a feature"):
+    silent = made.monitor.read_domains(["law"])["law"]
+    monkeypatch.setattr(made.monitor, "read_domains", lambda names: {"law": replace(silent, activity=0 * silent.activity)})
+    with pytest.raises(CannotTell, match="law: none of its 12 queries activates a feature"):
         made.blame()
 
 
@@ -202,8 +200,8 @@ def test_rows_of_nothing_but_sinks_cannot_tell(monkeypatch: pytest.MonkeyPatch) 
     made = mixture(0)
     made.monitor.read_domains(["law"])
     texts, used, peaks = made.monitor.read_rows(made.rows, [5])
-    dead_fraction = replace(peaks, n_tokens=0 * peaks.n_tokens)
-    monkeypatch.setattr(made.monitor, "read_rows", lambda rows, features: (texts, used, dead_fraction))
+    silent = replace(peaks, n_tokens=0 * peaks.n_tokens)
+    monkeypatch.setattr(made.monitor, "read_rows", lambda rows, features: (texts, used, silent))
     with pytest.raises(CannotTell, match="none of the 100 rows read holds a token that is no attention sink"):
         made.blame()
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from torch import nn
 
 from samples import EXAMINED, timeless
 from sts_callback.config import PolicyConfig, ProbeConfig
@@ -143,10 +144,10 @@ def test_an_sae_of_which_nothing_is_active_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("dead_fraction", "status"), [(0.0, "pass"), (0.9, "pass"), (0.901, "warn")])
-def test_silent_features(dead_fraction: float, status: Status) -> None:
-    check = fit_check("silent features", dataclasses.replace(GOOD, dead_fraction=dead_fraction))
+def test_silent_features(silent: float, status: Status) -> None:
+    check = fit_check("silent features", dataclasses.replace(GOOD, dead_fraction=silent))
     assert (check.status, bool(check.remedy)) == (status, status == "warn")
-    assert check.found == f"{dead_fraction:.0%} of 64 active on none of 200 tokens"
+    assert check.found == f"{silent:.0%} of 64 active on none of 200 tokens"
 
 
 @pytest.mark.parametrize(
@@ -311,10 +312,11 @@ def random_sae(seed: int) -> SAE[Any]:
     return sae
 
 
-def patient(sae: SAE[Any], n_queries: int = 12) -> Monitor:
+def patient(sae: SAE[Any], n_queries: int = 12, model: nn.Module | None = None) -> Monitor:
     config = ProbeConfig(n_queries=n_queries, n_features=8)
     domains = {"poems": rows(40, "poems", seed=50)}
-    return Monitor(tiny_model(), tiny_tokenizer(), sae=sae, train_data=rows(40), domains=domains, config=config, progress=False)
+    shared: dict[str, Any] = {"sae": sae, "train_data": rows(40), "domains": domains, "config": config, "progress": False}
+    return Monitor(tiny_model() if model is None else model, tiny_tokenizer(), **shared)
 
 
 PROTECT = PolicyConfig({"poems": 0.1})
@@ -383,13 +385,13 @@ def test_too_few_queries_are_refused(n_queries: int, is_refused: bool) -> None:
 
 
 def test_an_examination_leaves_the_model_and_random_state_as_found() -> None:
-    monitor = patient(fitted_sae(1, 1))
-    monitor._model.train()
-    before, state = {n: p.clone() for n, p in monitor._model.named_parameters()}, torch.get_rng_state()
+    model = tiny_model().train()
+    monitor = patient(fitted_sae(1, 1), model=model)
+    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
     monitor.examine(PROTECT)
-    assert monitor._model.training
+    assert model.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(before[n], p) and p.grad is None for n, p in monitor._model.named_parameters())
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
 
 
 def test_an_examination_stands_in_no_forecasts_way() -> None:

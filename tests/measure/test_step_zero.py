@@ -59,8 +59,8 @@ def test_every_tensor_comes_back(baseline: StepZeroReference, tmp_path: Path) ->
 
 
 def test_a_set_without_active_features_comes_back(tmp_path: Path) -> None:
-    dead_fraction = replace(_set(0), acts=SparseActs.of(torch.zeros(9, 6)))
-    StepZeroReference("f", Reference(1.0, 1.0), {"train": dead_fraction}).save(tmp_path / "b.safetensors")
+    silent = replace(_set(0), acts=SparseActs.of(torch.zeros(9, 6)))
+    StepZeroReference("f", Reference(1.0, 1.0), {"train": silent}).save(tmp_path / "b.safetensors")
     back = StepZeroReference.load(tmp_path / "b.safetensors", "f").sets["train"]
     assert back.acts.n_active.tolist() == [0] * 9
     assert back.acts.values.shape == (0,)

@@ -12,32 +12,9 @@ import pytest
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback import records
 from sts_callback.records import remedies
-from sts_callback.records.record import SCHEMA_VERSION
-from sts_callback.records import (
-    Check,
-    DomainDrift,
-    DomainForecast,
-    Estimate,
-    Forecast,
-    Identity,
-    Record,
-    Score,
-    Snippet,
-    TopActivatingExamples,
-    Verdict,
-)
-from sts_callback.records.remedies import (
-    AdapterScales,
-    AttributedRow,
-    Attribution,
-    DomainAttribution,
-    Mix,
-    MixedDomain,
-    MixPoint,
-    ScaledDomain,
-    ScalePoint,
-    SourceEffect,
-)
+from sts_callback.records.record import records.record
+from sts_callback.records import Check, DomainDrift, DomainForecast, Estimate, TopActivatingExamples, Forecast, Identity, Record, Score, Snippet, Verdict
+from sts_callback.records.remedies import Attribution, AttributedRow, AdapterScales, ScaledDomain, ScalePoint, DomainAttribution, Mix, MixedDomain, MixPoint, SourceEffect
 
 SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
 BLAMED = AttributedRow(17, 0.5, 7, SNIPPET)
@@ -98,7 +75,7 @@ def test_written_is_one_line_of_strict_json_with_its_version(record: Record) -> 
     text = record.to_json()
     assert "\n" not in text
     content = _strict(text)
-    assert content.pop("schema_version") == SCHEMA_VERSION
+    assert content.pop("schema_version") == records.record
     assert set(content) == {f.name for f in dataclasses.fields(record)}
 
 
@@ -170,9 +147,9 @@ def test_a_number_where_an_estimate_was_in_an_older_version_is_refused() -> None
         DomainForecast.from_json(json.dumps(content))
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, "1", None])
+@pytest.mark.parametrize("version", [records.record + 1, 0, "1", None])
 def test_other_schema_versions_are_refused(version: object) -> None:
-    with pytest.raises(ValueError, match=rf"^schema_version: got {version!r}; this version reads {SCHEMA_VERSION}\.$"):
+    with pytest.raises(ValueError, match=rf"^schema_version: got {version!r}; this version reads {records.record}\.$"):
         Identity.from_json(_changed(IDENTITY, schema_version=version))
 
 

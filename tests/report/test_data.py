@@ -26,7 +26,7 @@ NAN = math.nan
         (
             "not covered",
             ("code",),
-            "Nothing speaks against code, but most of the change there is nothing that the SAE can express.",
+            "Nothing speaks against code, but most of the change there lies outside the SAE.",
         ),
         ("cannot tell", ("law", "code"), "The evidence does not suffice to say what training will do to law and code."),
     ],
@@ -46,7 +46,7 @@ def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...
         (
             "not covered",
             ("law",),
-            "At step 7 nothing speaks against law, but most of the change there is nothing that the SAE can express.",
+            "At step 7 nothing speaks against law, but most of the change there lies outside the SAE.",
         ),
         ("cannot tell", ("law",), "At step 7, the evidence does not suffice for law."),
     ],
