@@ -209,6 +209,8 @@ def _movement(domain: DomainDrift, policy: PolicyConfig) -> str:
     """How far a representation has drifted, in words."""
     drift = domain.relative_drift.value
     kind, size = ("raw drift", domain.raw_drift) if drift < policy.min_drift <= domain.raw_drift else ("drift", drift)
+    if math.isnan(size):
+        return "drift unknown"
     if size < policy.min_drift:
         return f"representation has not drifted ({kind} {size:.1%}, under {policy.min_drift:.0%})"
     return f"representation drifted ({kind} {size:.1%}, at least {policy.min_drift:.0%})"

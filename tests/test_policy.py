@@ -62,13 +62,38 @@ def test_harm_from_both_sides(change: tuple[float, float, float], decision: Deci
     assert judged_drift(relative_drift=0.5, **answer).decision == decision
 
 
-@pytest.mark.parametrize("answer", [HARM, UNSURE, NO_HARM, UNKNOWN])
-def test_what_has_not_moved_is_no_threat_whatever_its_likelihood(answer: dict[str, Any]) -> None:
-    assert judged_drift(relative_drift=0.0625 - BARELY, **answer).decision == "go"
+@pytest.mark.parametrize("drift", [0.0, 0.0625 - BARELY, 0.0625, 0.5, NAN])
+@pytest.mark.parametrize(
+    ("answer", "decision"), [(HARM, "no-go"), (UNSURE, "cannot tell"), (NO_HARM, "go"), (UNKNOWN, "cannot tell")]
+)
+def test_harm_is_judged_by_answers_whether_or_not_the_layer_has_moved(
+    answer: dict[str, Any], decision: Decision, drift: float
+) -> None:
+    assert judged_drift(relative_drift=drift, raw_drift=drift, **answer).decision == decision
 
 
-def test_what_has_just_moved_is_a_threat_if_it_worsens() -> None:
-    assert judged_drift(relative_drift=0.0625, **HARM).decision == "no-go"
+@pytest.mark.parametrize(("answer", "decision"), [(HARM, "cannot tell"), (NO_HARM, "cannot tell"), (UNKNOWN, "cannot tell")])
+def test_a_model_that_has_diverged_is_never_a_go_whoever_is_protected(answer: dict[str, Any], decision: Decision) -> None:
+    law = domain_drift("law", n_queries=32, n_not_finite=3, **answer)
+    assert judge_drift([snapshot(10, law)], POLICY).decision == decision
+    kept, broken = domain_drift("law", n_queries=32, **NO_HARM), domain_drift("code", n_not_finite=1)
+    unprotected = judge_drift([snapshot(10, kept, broken)], POLICY)
+    assert (unprotected.decision, unprotected.threatened) == ("cannot tell", ("code",))
+    assert judge_drift([snapshot(10, broken)], PolicyConfig()).decision == "cannot tell"
+
+
+@pytest.mark.parametrize(("n_tokens", "n_masked", "decision"), [(0, 0, "cannot tell"), (174, 26, "cannot tell"), (175, 25, "go")])
+def test_what_was_hardly_compared_is_no_go_unless_harm_shows(n_tokens: int, n_masked: int, decision: Decision) -> None:
+    assert judged_drift(n_tokens=n_tokens, n_masked=n_masked, **NO_HARM).decision == decision
+    assert judged_drift(n_tokens=n_tokens, n_masked=n_masked, **HARM).decision == "no-go"
+
+
+def test_a_layer_that_training_cannot_move_tells_nothing_but_harm() -> None:
+    stays = snapshot(10, domain_drift("law", n_queries=32, **NO_HARM), can_move=False)
+    assert judge_drift([stays], POLICY).decision == "cannot tell"
+    harmed = snapshot(10, domain_drift("law", n_queries=32, **HARM, **SURE), can_move=False)
+    assert judge_drift([harmed], POLICY).decision == "no-go"
+    assert judge_forecast(forecast(domain_forecast("law", **NO_HARM), can_move=False), POLICY).decision == "cannot tell"
 
 
 @pytest.mark.parametrize("transfer", [score(-0.5), score(0.0), score(1.0), score(0.5, own=NAN), score(0.5, own=0.0)])
@@ -79,8 +104,8 @@ def test_no_transfer_however_low_promises_that_a_domain_stays(transfer: Score) -
 
 
 def test_a_score_that_could_not_be_had_tells_nothing() -> None:
-    verdict = judged_forecast(sts_net=NAN, n_tokens=0, n_masked=0, **HARM)
-    assert verdict == Verdict("cannot tell", ("law",), {"law": "nothing shifted in context."}, 0)
+    for tokens in ({"n_tokens": 0, "n_masked": 0}, {}):
+        assert judged_forecast(sts_net=NAN, **tokens, **HARM).decision == "cannot tell"
 
 
 @pytest.mark.parametrize(("n_masked", "decision"), [(25, "no-go"), (26, "cannot tell")])  # of 200: 12.5 % and 13 %
@@ -111,7 +136,7 @@ def test_a_change_that_the_sae_can_not_express_is_no_promise_of_no_harm(sae_erro
     moved = judged_drift(relative_drift=0.5, sae_error_share=sae_error_share, **NO_HARM)
     assert [stays.decision, harmless.decision, moved.decision] == [decision] * 3
     for verdict in (stays, harmless, moved):
-        assert ("of the change is nothing that the SAE can express" in verdict.reasons["law"]) == (decision == "not covered")
+        assert ("of the change lies outside the SAE" in verdict.reasons["law"]) == (decision == "not covered")
         assert verdict.threatened == (("law",) if decision == "not covered" else ())
 
 
@@ -121,24 +146,17 @@ def test_harm_and_doubt_stand_whatever_the_sae_can_express(answer: dict[str, Any
     assert judged_drift(relative_drift=0.5, sae_error_share=1.0, **answer).decision == decision
 
 
-def test_what_has_not_moved_at_all_needs_no_cover() -> None:
-    assert judged_drift(sae_error_share=1.0).decision == "go"
-
-
-@pytest.mark.parametrize(("raw", "decision"), [(0.0625 - BARELY, "go"), (0.0625, "no-go"), (NAN, "go")])
-def test_raw_drift_alone_is_movement(raw: float, decision: Decision) -> None:
-    assert judged_drift(raw_drift=raw, **HARM).decision == decision
-
-
-def test_a_reason_names_the_drift_that_was_too_much() -> None:
-    assert judged_drift(raw_drift=0.5, **HARM).reasons["law"].startswith("has moved (raw drift 50.0%, at least 6%) and")
-    assert judged_drift(raw_drift=0.5, relative_drift=0.25, **HARM).reasons["law"].startswith("has moved (drift 25.0%, at least")
-    assert judged_drift(raw_drift=NAN, **HARM).reasons["law"].startswith("has not moved (drift 1.0%, under 6%")
-
-
-def test_drift_that_could_not_be_compared_is_unsure() -> None:
-    verdict = judged_drift(relative_drift=NAN, **HARM)
-    assert verdict == Verdict("cannot tell", ("law",), {"law": "no token could be compared with step 0."}, 10, True)
+@pytest.mark.parametrize(
+    ("drift", "words"),
+    [
+        ({"raw_drift": 0.5}, "drifted (raw drift 50.0%, at least 6%)"),
+        ({"raw_drift": 0.5, "relative_drift": 0.25}, "drifted (drift 25.0%, at least 6%)"),
+        ({"raw_drift": NAN}, "has not drifted (drift 1.0%, under 6%)"),
+        ({"relative_drift": NAN}, "drift unknown"),
+    ],
+)
+def test_a_reason_tells_how_far_it_has_moved(drift: dict[str, float], words: str) -> None:
+    assert words in judged_drift(**drift, **HARM).reasons["law"]
 
 
 @pytest.mark.parametrize(
@@ -238,21 +256,15 @@ def test_false_alarms_among_several_domains_are_as_rare_as_promised() -> None:
 
 
 def test_reasons_name_the_numbers() -> None:
-    judged = judged_forecast(sts_net=score(0.75, 0.625, 0.875), **HARM)
-    assert judged.reasons == {
-        "law": "NLL rises in context (answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25; transfer 75%, 62% to 88%)."
-    }
-    assert judged_forecast(sts_net=score(0.5, own=NAN), **NO_HARM).reasons["law"].endswith("; transfer unknown).")
-    assert judged_drift(relative_drift=0.5, **HARM).reasons == {
-        "law": "has moved (drift 50.0%, at least 6%) and worsened "
-        "(answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25, p under 0.001)."
-    }
+    answer = "answer NLL +0.50 [+0.38, +0.62] nats a token, budget 0.25"
+    before = judged_forecast(sts_net=score(0.75, 0.625, 0.875), **HARM).reasons["law"]
+    assert answer in before and "transfer 75%, 62% to 88%" in before
+    assert "transfer unknown" in judged_forecast(sts_net=score(0.5, own=NAN), **NO_HARM).reasons["law"]
+    after = judged_drift(relative_drift=0.5, **HARM).reasons["law"]
+    assert answer in after and "p under 0.001" in after and "50.0%" in after
     assert "p 0.031)" in judged_drift(relative_drift=0.5, p_worse=0.03125, **HARM).reasons["law"]
-    assert judged_drift(relative_drift=0.5, **NO_HARM).reasons["law"].startswith("has moved (drift 50.0%, at least 6%) without")
-    assert judged_drift(relative_drift=0.01).reasons["law"].startswith("has not moved (drift 1.0%, under 6%; ")
-    assert "direction unsure" in judged_drift(relative_drift=0.5, **UNSURE).reasons["law"]
-    assert judged_forecast(sts_net=0.5, **UNKNOWN).reasons["law"].startswith("direction unsure (answer NLL unknown; transfer 50%")
-    assert judged_forecast(sts_net=0.5, **NO_HARM).reasons["law"].startswith("no harm in context (answer NLL +0.00")
+    assert "answer NLL unknown" in judged_drift(**UNKNOWN).reasons["law"]
+    assert "answer NLL unknown" in judged_forecast(sts_net=0.5, **UNKNOWN).reasons["law"]
 
 
 def test_a_forecast_is_of_step_0_and_a_check_of_its_own() -> None:

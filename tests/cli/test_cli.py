@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -608,102 +609,6 @@ def test_the_exit_code_of_a_mixture_is_what_was_found(
     assert main(argv) == WRONG_INPUT
     assert "give one for each source" in capsys.readouterr().err
     assert main([*argv, *pilots(change)]) == expected
-    assert "Measured by pilot runs" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ([], "protect: got none"),
-        (["--protect", "poems", "--rows", "0"], "rows: got 0"),
-        (["--protect", "poems", "--out", "kept.csv"], "out: got 'kept.csv'"),
-    ],
-)
-def test_what_cannot_be_blamed_is_wrong_input(
-    more: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(command(files, *more, name="blame")) == WRONG_INPUT
-    assert message in capsys.readouterr().err
-
-
-def dial_command(files: Path, *more: str) -> list[str]:
-    places = ["--model", files / "model", "--adapter", files / "adapter", "--sae", files / "sae"]
-    return ["dial", *map(str, places), "--domain", f"poems={files / 'poems.jsonl'}", "--n-queries", "6", *more]
-
-
-def test_an_adapter_is_dialled(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = dial_command(files, "--protect", "poems=50", "--scales", "0.5", "1")
-    assert main(argv) == GO
-    shown = capsys.readouterr().out
-    assert "Largest scale that keeps every budget: 1" in shown
-    assert len(re.findall(r"^  poems +(0\.5|1) ", shown, re.MULTILINE)) == 2
-    assert main([*argv, "--json"]) == GO
-    content = json.loads(capsys.readouterr().out)
-    assert content.pop("largest") == 1
-    assert [point.scale for point in AdapterScales.from_dict(content).points] == [0.5, 1]
-
-
-@pytest.mark.parametrize(("finding", "expected"), [("within", GO), ("beyond", NO_GO), ("cannot tell", CANNOT_TELL)])
-def test_each_finding_of_a_dial_has_its_exit_code(
-    finding: str, expected: int, files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = AdapterScales(IDENTITY, (ScalePoint(0.5, finding, {}),), 1.0)  # type: ignore[arg-type]
-    monkeypatch.setattr("sts_callback.remedies.adapter_scale.dial", lambda *args, **options: found)
-    assert main(dial_command(files, "--protect", "poems")) == expected
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ([], "protect: got none"),
-        (["--protect", "poems", "--scales", "2"], "scales: got [2.0]"),
-        (["--protect", "poems", "--adapter", "nowhere"], "nowhere holds no adapter_config.json"),
-    ],
-)
-def test_what_cannot_be_dialled_is_wrong_input(
-    more: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(dial_command(files, *more)) == WRONG_INPUT
-    assert message in capsys.readouterr().err
-
-
-def mix_command(files: Path, *more: str) -> list[str]:
-    return ["mix", "--train", str(files / "train.jsonl"), "--replay", f"verse={files / 'poems.jsonl'}", *more]
-
-
-def test_a_mixture_is_searched_and_written(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "mix.json"
-    argv = mix_command(files, "--protect", "poems=50", "--rows", "20", "--out", str(out))
-    assert main(argv) == GO
-    assert "No replay is needed" in capsys.readouterr().out
-    made = json.loads(out.read_text())
-    assert made["files"] == [str(files / "train.jsonl")]
-    assert made["interleave_datasets"]["probabilities"] == [1.0]
-    assert main([*argv, "--json"]) == GO
-    found = Mix.from_json(capsys.readouterr().out)
-    assert list(found.sources) == ["train", "verse"] and found.basis == "examples in context"
-    assert found.points[-1].rows == {"train": 10, "verse": 10}
-
-
-@pytest.mark.parametrize(("change", "expected"), [(0.01, GO), (0.5, NO_GO), (float("nan"), CANNOT_TELL)])
-def test_pilots_take_the_place_of_a_model(
-    change: float, expected: int, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    drift = domain_drift("poems", nll_change=estimate(change))
-    check = JudgedCheck(snapshot(20, drift), Verdict("go", (), {}, 20), None)
-    written(RunDirectory(tmp_path / "sts"), whole_run(forecast=forecast(domain_forecast("poems")), checks=(check,)))
-    data = [
-        "--train",
-        files / "train.jsonl",
-        "--domain",
-        f"poems={files / 'poems.jsonl'}",
-        "--replay",
-        f"verse={files / 'poems.jsonl'}",
-    ]
-    argv = ["mix", *map(str, data), "--protect", "poems"]
-    assert main(argv) == WRONG_INPUT
-    assert "give a --pilot for each source" in capsys.readouterr().err
-    assert main([*argv, "--pilot", f"train={tmp_path}", "--pilot", f"verse={tmp_path}"]) == expected
     assert "Measured by pilot runs" in capsys.readouterr().out
 
 

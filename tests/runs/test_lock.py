@@ -13,9 +13,9 @@ import pytest
 from sts_callback.cli import parser
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import ConfigError, DataError
-from sts_callback.runs.lock import Difference, Lock, differences, lock_of, read_lock, require_same, write_lock
 from sts_callback.measure.monitor import Monitor
-from sts_callback.records.record import records.record
+from sts_callback.records.record import SCHEMA_VERSION
+from sts_callback.runs.lock import Difference, Lock, differences, lock_of, read_lock, require_same, write_lock
 from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
 
 LOCK = Lock(
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back_and_can_be_compared_line_by_line(tmp_path:
     write_lock(tmp_path / "sts.lock", LOCK)
     assert read_lock(tmp_path / "sts.lock") == LOCK
     text = (tmp_path / "sts.lock").read_text()
-    assert json.loads(text)["schema_version"] == records.record
+    assert json.loads(text)["schema_version"] == SCHEMA_VERSION
     assert '\n      "law": 0.1\n' in text
     assert [file.name for file in tmp_path.iterdir()] == ["sts.lock"]
 
