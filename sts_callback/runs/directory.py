@@ -47,21 +47,20 @@ class RunDirectory:
         self._unwritten_faults: deque[dict[str, Any]] = deque(maxlen=100)
 
     def require_place(self) -> None:
-        """Refuse a folder that could not be written, before anything is measured; its parent is made.
+        """Refuse a folder that could not be written, before anything is measured; it is made.
 
         Raises:
-            ConfigError: if there is something else in its place, or its parent can be neither made nor written to.
+            ConfigError: if there is something else in its place, or it can be neither made nor written to.
 
         """
-        output_dir = self.folder.parent
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir: {output_dir} cannot be made ({error}); give another folder.") from error
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"output_dir: {self.folder} is a file, where STS keeps a folder; move it away.")
-        if not os.access(self.folder if self.folder.exists() else output_dir, os.W_OK):
-            raise ConfigError(f"output_dir: {output_dir} cannot be written to; give a folder that can.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.folder} cannot be made ({error}); give another folder.") from error
+        if not os.access(self.folder, os.W_OK):
+            raise ConfigError(f"output_dir: {self.folder} cannot be written to; give a folder that can.")
 
     def start_anew(self) -> None:
         """Make the folder; what an earlier run left in it is moved aside to `sts.1`, `sts.2` and so on."""

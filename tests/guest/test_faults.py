@@ -1,7 +1,8 @@
 """What goes wrong around a run, and what becomes of it: a table of faults, each of them injected.
 
-The result of training is always that of the same run without the callback. `FAULTS.md` beside this file is the table as the
-tests saw it; `STS_WRITE_FAULTS=1 pytest tests/guest/test_faults.py` writes it anew.
+The result of training is always that of the same run without the callback, and what a user is told is asserted: the verdict of
+each check, and a last line that says if the run was not wholly watched. `FAULTS.md` beside this file is the table as the tests
+saw it; `STS_WRITE_FAULTS=1 pytest tests/guest/test_faults.py` writes it anew.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from accelerate import dispatch_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from guest.runs import same
 from sts_callback import STSCallback
-from sts_callback.errors import ConfigError, DataError, SaeError, StsError
+from sts_callback.errors import CannotTell, ConfigError, DataError, ModelError, SaeError, StsError
 from sts_callback.records import Verdict
 from test_callback import PROBES, TINY_DOMAINS, made_callback
 from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
@@ -57,13 +59,15 @@ class Scene:
         self.train: Callable[[Trainer], object] = lambda trainer: trainer.train()
         self.last: Trainer  # the newest one made
 
-    def on_probe(self, spoil: Callable[[torch.Tensor], torch.Tensor], *, steps: set[int]) -> None:
+    def on_probe(
+        self, spoil: Callable[[torch.Tensor], torch.Tensor], *, steps: set[int], module: nn.Module | None = None
+    ) -> None:
         """Do something to the activations of our own forwards at some steps; those of training are not touched."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             return spoil(output) if not module.training and self.step in steps else None
 
-        self.model.model.layers[0].register_forward_hook(hook)
+        (self.model.model.layers[0] if module is None else module).register_forward_hook(hook)
 
     def at(self, step: int, do: Callable[[], object]) -> None:
         """Do something at the end of a step, before the callback's turn."""
@@ -125,7 +129,11 @@ class Fault:
     raises: type[BaseException] | None = None
     """What `on_error="raise"` raises, where something failed."""
     refused: tuple[type[BaseException], str] | None = None
-    """With what the run is refused before its first step."""
+    """With what the run is refused before its first step, that of a resumed one before the next."""
+    verdicts: tuple[str, ...] | None = None
+    """The verdicts of `checks`, if other ones than without a fault."""
+    last_line: str = ""
+    """What the last line says of a run that was not wholly watched."""
     in_training: bool = False
     """Whether training itself is another one, and its run without the callback too."""
 
@@ -462,20 +470,46 @@ def checkpoint_deleted(scene: Scene) -> None:
     scene.at(2, lambda: shutil.rmtree(scene.out / "checkpoint-1"))
 
 
-NO_STEP_ZERO = ((2, "resume", "baseline"),)
+UNWATCHED, NOT_WHOLLY = "NOT WATCHED", "NOT WHOLLY WATCHED"
+USUAL = ("go", "go", "go")
+"""Verdicts of the checks of a run without a fault."""
 FAULTS = [
     # The model's forward in our passes
-    Fault("NaN activations in one check", lambda s: s.on_probe(nan, steps={2}), "the check cannot tell; the others can"),
     Fault(
-        "infinite activations in one check", lambda s: s.on_probe(infinite, steps={2}), "the check cannot tell; the others can"
+        "NaN activations in one check",
+        lambda s: s.on_probe(nan, steps={2}),
+        "the check cannot tell and says that the model has diverged; the others can",
+        recorded=((2, "model", "NaN or infinite numbers on train, near"),),
+        verdicts=(USUAL[0], "cannot tell", USUAL[2]),
+    ),
+    Fault(
+        "infinite activations in one check",
+        lambda s: s.on_probe(infinite, steps={2}),
+        "likewise",
+        recorded=((2, "model", "NaN or infinite numbers on train, near"),),
+        verdicts=(USUAL[0], "cannot tell", USUAL[2]),
+    ),
+    Fault(
+        "NaN in the head in one check",
+        lambda s: s.on_probe(nan, steps={2}, module=s.model.lm_head),
+        "likewise",
+        recorded=((2, "model", "NaN or infinite numbers on train, near"),),
+        verdicts=(USUAL[0], "cannot tell", USUAL[2]),
     ),
     Fault(
         "NaN activations in the forecast",
         lambda s: s.on_probe(nan, steps={0}),
+        "refused",
+        refused=(ModelError, "NaN or infinite before training"),
+    ),
+    Fault(
+        "NaN activations in the forecast, to be trained unwatched",
+        lambda s: (s.on_probe(nan, steps={0}), s.options.update(on_forecast_error="train unwatched")),
         "the run is not watched",
         checks=(),
-        recorded=((0, "forecast", ""),),
-        raises=Exception,
+        recorded=((0, "forecast", "NaN or infinite"),),
+        raises=ModelError,
+        last_line=UNWATCHED,
     ),
     Fault(
         "an error in one check",
@@ -483,15 +517,27 @@ FAULTS = [
         "the check is left out",
         checks=(1, 3),
         recorded=((2, "drift check", "in layer 0"),),
+        last_line=NOT_WHOLLY,
         raises=ZeroDivisionError,
     ),
     Fault(
         "an error in the forecast",
         lambda s: s.on_probe(raising(ZeroDivisionError("in layer 0")), steps={0}),
+        "refused",
+        refused=(CannotTell, "failed before the first step with ZeroDivisionError.*train unwatched"),
+        raises=ZeroDivisionError,
+    ),
+    Fault(
+        "an error in the forecast, to be trained unwatched",
+        lambda s: (
+            s.on_probe(raising(ZeroDivisionError("in layer 0")), steps={0}),
+            s.options.update(on_forecast_error="train unwatched"),
+        ),
         "the run is not watched",
         checks=(),
         recorded=((0, "forecast", "in layer 0"),),
         raises=ZeroDivisionError,
+        last_line=UNWATCHED,
     ),
     Fault(
         "out of memory once in a check",
@@ -505,6 +551,7 @@ FAULTS = [
         "batches halve three times, then the check is left out",
         checks=(1, 3),
         recorded=tuple((2, f"drift check, {n} tokens a batch", "out of memory") for n in (1024, 512, 256, 128)),
+        last_line=NOT_WHOLLY,
         raises=RuntimeError,
     ),
     Fault(
@@ -513,6 +560,7 @@ FAULTS = [
         "as before; training is not begun again",
         checks=(1, 3),
         recorded=tuple((2, f"drift check, {n} tokens a batch", "out of memory") for n in (1024, 512, 256, 128)),
+        last_line=NOT_WHOLLY,
     ),
     Fault(
         "MemoryError once in a check",
@@ -529,10 +577,15 @@ FAULTS = [
     Fault(
         "out of memory in the forecast, however small its batches",
         lambda s: s.on_probe(raising(out_of_memory()), steps={0}),
-        "the run is not watched",
-        checks=(),
-        recorded=tuple((0, f"forecast, {n} tokens a batch", "out of memory") for n in (1024, 512, 256, 128)),
+        "batches halve three times, then refused",
+        refused=(CannotTell, "memory does not suffice"),
         raises=RuntimeError,
+    ),
+    Fault(
+        "out of memory in the forecast, under auto_find_batch_size",
+        lambda s: (s.args.update(auto_find_batch_size=True), s.on_probe(raising(out_of_memory()), steps={0})),
+        "as before; training is not begun again",
+        refused=(CannotTell, "memory does not suffice"),
     ),
     # The disk
     Fault(
@@ -561,21 +614,12 @@ FAULTS = [
         checks=(),
         raises=OSError,
     ),
-    Fault(
-        "output folder read-only",
-        read_only,
-        "what is measured is in the trainer's log only; the log says why",
-        told=(1, 2, 3),
-        checks=(),
-        raises=OSError,
-    ),
+    Fault("output folder read-only", read_only, "refused", refused=(ConfigError, "output_dir: .* cannot be")),
     Fault(
         "a file where the folder sts should be",
         file_in_place_of_folder,
-        "what is measured is in the trainer's log only; the log says why",
-        told=(1, 2, 3),
-        checks=(),
-        raises=OSError,
+        "refused",
+        refused=(ConfigError, "output_dir: .*sts is a file"),
     ),
     Fault(
         "a ledger that cannot be written",
@@ -603,59 +647,53 @@ FAULTS = [
     Fault(
         "resume, baseline truncated",
         resumed(cut("baseline.safetensors")),
-        "the rest of the run is not watched",
-        told=(1, 2),
-        recorded=NO_STEP_ZERO,
-        raises=StsError,
+        "refused",
+        refused=(CannotTell, "baseline"),
     ),
     Fault(
         "resume, baseline no such file format",
         resumed(lambda folder: (folder / "baseline.safetensors").write_bytes(b"GIF89a")),
-        "the rest of the run is not watched",
-        told=(1, 2),
-        recorded=NO_STEP_ZERO,
-        raises=StsError,
+        "refused",
+        refused=(CannotTell, "baseline"),
     ),
     Fault(
         "resume, a bit of the baseline flipped",
         resumed(flip_a_bit),
-        "the rest of the run is not watched",
-        told=(1, 2),
-        recorded=NO_STEP_ZERO,
-        raises=StsError,
+        "refused",
+        refused=(CannotTell, "baseline"),
     ),
     Fault(
         "resume, baseline deleted",
         resumed(lambda folder: (folder / "baseline.safetensors").unlink()),
-        "the rest of the run is not watched",
-        told=(1, 2),
-        recorded=NO_STEP_ZERO,
-        raises=StsError,
+        "refused",
+        refused=(CannotTell, "baseline"),
     ),
     Fault(
         "resume with another SAE",
         resumed(sae=rotated_sae(seed=8)),
-        "the rest of the run is not watched",
-        told=(1, 2),
-        recorded=NO_STEP_ZERO,
-        raises=StsError,
+        "refused",
+        refused=(CannotTell, "baseline"),
     ),
     Fault(
         "resume, forecast truncated",
         resumed(cut("forecast.json")),
-        "the rest of the run is not watched",
-        told=(1, 2),
-        recorded=((2, "resume", "forecast"),),
-        raises=StsError,
+        "refused",
+        refused=(CannotTell, "forecast"),
     ),
     Fault(
         "resume, folder sts deleted",
         resumed(shutil.rmtree),
+        "refused",
+        refused=(CannotTell, "forecast"),
+    ),
+    Fault(
+        "resume, folder sts deleted, to be trained unwatched",
+        resumed(shutil.rmtree, on_forecast_error="train unwatched"),
         "the rest of the run is not watched",
         told=(1, 2),
         checks=(),
         recorded=((2, "resume", "forecast"),),
-        raises=StsError,
+        last_line=UNWATCHED,
     ),
     Fault(
         "resume, a line of drift.jsonl torn",
@@ -700,10 +738,9 @@ FAULTS = [
     Fault(
         "a training set that cannot be read by us",
         lambda s: s.options.update(train_data=Unreadable()),
-        "the run is not watched",
-        checks=(),
-        recorded=((0, "forecast", "the bucket is gone"),),
-        raises=RuntimeError,
+        "refused",
+        refused=(StsError, "the bucket is gone"),
+        raises=Exception,
     ),
     Fault("a domain's name with slashes and dots", named("../../etc/law"), "nothing"),
     Fault("a domain's name of 500 characters", named("law" * 166 + "xy"), "nothing"),
@@ -761,6 +798,7 @@ FAULTS = [
         "checks of another model are left out",
         checks=(1,),
         recorded=((2, "drift check", "another one"), (3, "drift check", "another one")),
+        last_line=NOT_WHOLLY,
         raises=StsError,
     ),
     Fault(
@@ -782,7 +820,13 @@ FAULTS = [
     Fault("model split over devices", split_over_devices, "nothing"),
     Fault("model in bfloat16", typed(torch.bfloat16), "nothing", in_training=True),
     Fault("model in float16", typed(torch.float16), "nothing", in_training=True),
-    Fault("all frozen but the head", frozen_but_the_head, "nothing: no drift below it", in_training=True),
+    Fault(
+        "all frozen but the head",
+        frozen_but_the_head,
+        "no drift below it, so only harm can be told",
+        in_training=True,
+        verdicts=("cannot tell", "cannot tell", "cannot tell"),
+    ),
     Fault("tied weights", tied, "nothing", in_training=True),
     Fault("LoRA", lora, "nothing", in_training=True),
     Fault("bfloat16 as the default type", default_dtype, "nothing", in_training=True),
@@ -803,6 +847,7 @@ FAULTS = [
         "the fault is in the run log all the same",
         checks=(1, 3),
         recorded=((2, "drift check", "broken"),),
+        last_line=NOT_WHOLLY,
         raises=ValueError,
     ),
     Fault("data loader with a worker process", lambda s: s.args.update(dataloader_num_workers=1), "nothing"),
@@ -825,6 +870,10 @@ class Seen:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     told: tuple[int, ...] = ()
     folder: Path = Path()
+    step: int = 0
+    """Optimizer steps done by the newest trainer."""
+    last_line: str = ""
+    """Of what was printed."""
     mode: set[bool] = field(default_factory=set)
     """Whether its modules are in training mode."""
 
@@ -838,6 +887,8 @@ def run(fault: Fault, out: Path, *, watched: bool, on_error: str = "warn") -> Se
         fault.inject(scene)
         trainer = scene.trainer()
         error: BaseException | None = None
+        lines_of: list[str] = []
+        monkeypatch.setattr("tqdm.auto.tqdm.write", printing(lines_of))
         try:
             scene.train(trainer)
         except BaseException as raised:
@@ -851,7 +902,27 @@ def run(fault: Fault, out: Path, *, watched: bool, on_error: str = "warn") -> Se
     ]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     told = tuple(row["step"] for row in trainer.state.log_history if "sts/n_shared_features" in row)
-    return Seen(error, log, weights, told, scene.out / "sts", {module.training for module in trainer.model.modules()})
+    return Seen(
+        error,
+        log,
+        weights,
+        told,
+        scene.out / "sts",
+        trainer.state.global_step,
+        "".join(lines_of[-1:]).splitlines()[-1] if lines_of else "",
+        {module.training for module in trainer.model.modules()},
+    )
+
+
+def printing(kept: list[str]) -> Callable[..., None]:
+    """Print as `tqdm.write` does, and keep what was printed."""
+    original = tqdm.write
+
+    def write(text: str, *args: Any, **kwargs: Any) -> None:
+        kept.append(text)
+        original(text, *args, **kwargs)
+
+    return write
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -874,13 +945,18 @@ def test_fault(fault: Fault, untroubled: Seen, tmp_path: Path) -> None:
         kind, message = fault.refused
         with pytest.raises(kind, match=message):
             raise seen.error or AssertionError("it was not refused")
-        assert seen.log == []  # no step was made
+        assert seen.step == (2 if fault.name.startswith("resume") else 0)  # no step was made
         return
     if seen.error is not None:
         raise seen.error
     assert same(seen.log, zero_shot.log)
     assert same(seen.weights, zero_shot.weights)
-    assert tuple(row["snapshot"]["step"] for row in lines(seen.folder / "drift.jsonl")) == fault.checks
+    checks = lines(seen.folder / "drift.jsonl")
+    assert tuple(row["snapshot"]["step"] for row in checks) == fault.checks
+    usual = tuple(USUAL[step - 1] for step in fault.checks)
+    assert tuple(row["verdict"]["decision"] for row in checks) == (usual if fault.verdicts is None else fault.verdicts)
+    assert fault.last_line in seen.last_line
+    assert fault.last_line or "NOT" not in seen.last_line
     assert seen.told == (fault.checks if fault.told is None else fault.told)
     recorded = lines(seen.folder / "faults.jsonl")
     assert [(row["step"], row["what"]) for row in recorded] == [(step, what) for step, what, _ in fault.recorded], recorded
@@ -935,15 +1011,17 @@ def table() -> str:
         "# Faults, and what becomes of them\n\n"
         "Each row is a test of `test_faults.py`, which also writes this table (`STS_WRITE_FAULTS=1`). In every row that is not\n"
         "refused before its first step, training is the same as without the callback, bit for bit.\n\n"
-        '| fault | what happens | checks at steps | in `faults.jsonl` | `on_error="raise"` |\n|---|---|---|---|---|\n'
+        '| fault | what happens | verdicts | last line | in `faults.jsonl` | `on_error="raise"` |\n|---|---|---|---|---|---|\n'
     )
     body = ""
     for fault in FAULTS:
         recorded = "; ".join(dict.fromkeys(f"step {step}: {what}" for step, what, _ in fault.recorded))
         becomes = f"{fault.becomes}: {fault.refused[0].__name__}" if fault.refused else fault.becomes
-        checks = "" if fault.refused else ", ".join(map(str, fault.checks))
+        usual = tuple(USUAL[step - 1] for step in fault.checks)
+        verdicts = usual if fault.verdicts is None else fault.verdicts
+        checks = "" if fault.refused else ", ".join(f"{s}: {v}" for s, v in zip(fault.checks, verdicts, strict=True))
         raised = f"raises {fault.raises.__name__}" if fault.raises else ""
-        body += f"| {fault.name} | {becomes} | {checks} | {recorded} | {raised} |\n"
+        body += f"| {fault.name} | {becomes} | {checks} | {fault.last_line} | {recorded} | {raised} |\n"
     return head + body
 
 
