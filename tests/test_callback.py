@@ -199,12 +199,16 @@ def drift_series(out: Path) -> dict[int, float]:
     return {s["step"]: s["domains"]["near"]["relative_drift"]["value"] for s in snapshots}
 
 
-def test_resuming_without_a_baseline_trains_on_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_without_a_baseline_is_refused_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made_trainer("sft", tmp_path, [StopAt(4)]).train()
     trainer = made_trainer("sft", tmp_path, [made_callback()])
+    with pytest.raises(CannotTell, match="Start the run anew"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 4
+    trainer = made_trainer("sft", tmp_path, [made_callback(on_forecast_error="train unwatched")])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert trainer.state.global_step == 6
-    assert "start the run anew" in caplog.text
+    assert "NOT WATCHED" in capsys.readouterr().out.splitlines()[-1]
 
 
 def harmful() -> dict[str, Any]:

@@ -144,10 +144,10 @@ def test_an_sae_of_which_nothing_is_active_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("dead_fraction", "status"), [(0.0, "pass"), (0.9, "pass"), (0.901, "warn")])
-def test_silent_features(silent: float, status: Status) -> None:
-    check = fit_check("silent features", dataclasses.replace(GOOD, dead_fraction=silent))
+def test_silent_features(dead_fraction: float, status: Status) -> None:
+    check = fit_check("silent features", dataclasses.replace(GOOD, dead_fraction=dead_fraction))
     assert (check.status, bool(check.remedy)) == (status, status == "warn")
-    assert check.found == f"{silent:.0%} of 64 active on none of 200 tokens"
+    assert check.found == f"{dead_fraction:.0%} of 64 active on none of 200 tokens"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,7 @@ def reading(
     return ProbeStats(
         n_tokens=torch.full((n_queries,), 10),
         n_masked=n_masked,
+        n_not_finite=0,
         activity=torch.ones(n_queries, 4),
         sq_norm=torch.ones(n_queries),
         raw=torch.ones(n_queries, 3),

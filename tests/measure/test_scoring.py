@@ -57,6 +57,7 @@ def reading(seed: int = 0, by_feature: Array | None = None, **changes: Any) -> P
         **{name: torch.from_numpy(values).float() for name, values in sums.items()},
         "n_tokens": torch.from_numpy(tokens).long(),
         "n_masked": 7,
+        "n_not_finite": 0,
         "shifts": {name: shift(rng, tokens, None if name == FILLER else by_feature) for name in (DOMAIN_ICL, TRAIN_ICL, FILLER)},
         "n_answer": torch.from_numpy(n_answer),
         "gradients": None,
@@ -360,6 +361,7 @@ def drift_reading(**changes: Any) -> DriftStats:
     fields: dict[str, Any] = {
         "n_tokens": LAW.n_tokens,
         "n_masked": 4,
+        "n_not_finite": 0,
         "shift": shift(rng, LAW.n_tokens.double().numpy(), concentrated(range(30, 40))),
         "nll": LAW.nll[ZERO_SHOT] + torch.from_numpy(rng.normal(1, 1, N_QUERIES)),
     }

@@ -192,7 +192,7 @@ def test_rows_that_are_all_the_domains_own_text_cannot_tell(monkeypatch: pytest.
     made.monitor.read_domains(["law"])
     peaks = made.monitor.read_rows([row], range(64))[2]
     monkeypatch.setattr(made.monitor, "read_domains", lambda names: {"law": peaks})
-    with pytest.raises(CannotTell, match="law: its texts fire just what an average training row does"):
+    with pytest.raises(CannotTell, match="law: its texts activate just what an average training row does"):
         blame(made.monitor, [row], ["law"])
 
 

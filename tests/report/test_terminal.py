@@ -198,7 +198,7 @@ def test_a_threatened_domain_is_marked_and_its_reason_given() -> None:
     assert [row.split()[:2] for row in _rows(text) if row.startswith("!")] == [["!", "law"]]
     assert "\nVerdict: NO-GO\n" in text
     assert "ALARM" not in text  # nothing has happened yet
-    assert " ".join(text.split()).count("law: worsens in context") == 1
+    assert " ".join(text.split()).count("law: NLL rises in context") == 1
     assert "code: expected" not in text
 
 
@@ -284,7 +284,7 @@ def test_a_threat_that_has_held_is_an_alarm_and_a_new_one_is_watched() -> None:
     assert "ALARM" not in watch
     assert alarm.startswith("STS step 40: ALARM; ")
     for text in (watch, alarm):
-        assert "\n  law: has moved" in text
+        assert "\n  law: NLL rose" in text
         assert "code: has" not in text
     _assert_narrow(alarm)
 
@@ -294,7 +294,7 @@ def test_names_are_shown_as_they_are_whatever_they_hold(name: str) -> None:
     record = forecast(domain_forecast(name, sts_net=0.5, **HARM))
     text = forecast_table(record, _judged(record), colour=False)
     assert f"! {name} " in text
-    assert f"\n  {name}: worsens in context" in text
+    assert f"\n  {name}: NLL rises in context" in text
 
 
 def test_a_name_too_long_for_its_column_loses_no_letter() -> None:
