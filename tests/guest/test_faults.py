@@ -32,8 +32,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from guest.runs import same
 from sts_callback import STSCallback
+from sts_callback.config import PolicyConfig
 from sts_callback.errors import CannotTell, ConfigError, DataError, ModelError, SaeError, StsError
-from sts_callback.records import Verdict
+from sts_callback.policy import judge_drift
+from sts_callback.records import DriftSnapshot, Verdict
 from test_callback import PROBES, TINY_DOMAINS, made_callback
 from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
@@ -473,6 +475,8 @@ def checkpoint_deleted(scene: Scene) -> None:
 UNWATCHED, NOT_WHOLLY = "NOT WATCHED", "NOT WHOLLY WATCHED"
 USUAL = ("go", "go", "go")
 """Verdicts of the checks of a run without a fault."""
+BY_NUMBERS = ("as the numbers have it",)
+"""Verdicts of a run that is another one, and whose numbers lie near the budget."""
 FAULTS = [
     # The model's forward in our passes
     Fault(
@@ -717,7 +721,7 @@ FAULTS = [
         "refused",
         refused=(DataError, "no chat template; set tokenizer.chat_template"),
     ),
-    Fault("domain in other scripts", domains(near=SCRIPTS), "nothing"),
+    Fault("domain in other scripts", domains(near=SCRIPTS), "nothing", verdicts=BY_NUMBERS),
     Fault("empty strings in a domain", domains(near=[*rows(25), *EMPTY * 5]), "their rows are left out"),
     Fault("nothing but empty strings", domains(near=EMPTY * 30), "refused", refused=(DataError, "0 usable rows")),
     Fault(
@@ -774,24 +778,33 @@ FAULTS = [
         broken_action,
         "the check is made and written all the same",
         recorded=((1, "action", "pager is down"),),
+        verdicts=("no-go", "no-go", "no-go"),
         raises=LookupError,
     ),
     Fault("two callbacks in one trainer", two_callbacks, "refused", refused=(ConfigError, "two STSCallbacks")),
     Fault("one callback twice in one trainer", same_callback_twice, "refused", refused=(ConfigError, "two STSCallbacks")),
-    Fault("train() twice", twice(), "each has a forecast; the first one's folder is moved to sts.1", in_training=True),
+    Fault(
+        "train() twice",
+        twice(),
+        "each has a forecast; the first one's folder is moved to sts.1",
+        in_training=True,
+        verdicts=BY_NUMBERS,
+    ),
     Fault(
         "train() twice, model swapped between",
         twice(lambda trainer: use_model(trainer, tiny_model("llama", seed=2))),
         "each has a forecast",
         in_training=True,
+        verdicts=BY_NUMBERS,
     ),
     Fault(
         "train() twice, vocabulary resized between",
         twice(lambda trainer: trainer.model.resize_token_embeddings(310, mean_resizing=False)),
         "each has a forecast",
         in_training=True,
+        verdicts=BY_NUMBERS,
     ),
-    Fault("train() twice, LoRA merged between", merged_in_between, "each has a forecast", in_training=True),
+    Fault("train() twice, LoRA merged between", merged_in_between, "each has a forecast", in_training=True, verdicts=BY_NUMBERS),
     Fault(
         "model swapped in mid-run",
         swapped_in_mid_run,
@@ -818,8 +831,8 @@ FAULTS = [
         refused=(SaeError, "could not be loaded from the hub"),
     ),
     Fault("model split over devices", split_over_devices, "nothing"),
-    Fault("model in bfloat16", typed(torch.bfloat16), "nothing", in_training=True),
-    Fault("model in float16", typed(torch.float16), "nothing", in_training=True),
+    Fault("model in bfloat16", typed(torch.bfloat16), "nothing", in_training=True, verdicts=BY_NUMBERS),
+    Fault("model in float16", typed(torch.float16), "nothing", in_training=True, verdicts=BY_NUMBERS),
     Fault(
         "all frozen but the head",
         frozen_but_the_head,
@@ -829,7 +842,7 @@ FAULTS = [
     ),
     Fault("tied weights", tied, "nothing", in_training=True),
     Fault("LoRA", lora, "nothing", in_training=True),
-    Fault("bfloat16 as the default type", default_dtype, "nothing", in_training=True),
+    Fault("bfloat16 as the default type", default_dtype, "nothing", in_training=True, verdicts=BY_NUMBERS),
     Fault("deterministic algorithms asked for", deterministic, "nothing"),
     # The world around
     Fault("clock going backwards", clock_backwards, "nothing: no date is used"),
@@ -888,7 +901,7 @@ def run(fault: Fault, out: Path, *, watched: bool, on_error: str = "warn") -> Se
         trainer = scene.trainer()
         error: BaseException | None = None
         lines_of: list[str] = []
-        monkeypatch.setattr("tqdm.auto.tqdm.write", printing(lines_of))
+        monkeypatch.setattr(tqdm, "write", staticmethod(printing(lines_of)))
         try:
             scene.train(trainer)
         except BaseException as raised:
@@ -954,7 +967,13 @@ def test_fault(fault: Fault, untroubled: Seen, tmp_path: Path) -> None:
     checks = lines(seen.folder / "drift.jsonl")
     assert tuple(row["snapshot"]["step"] for row in checks) == fault.checks
     usual = tuple(USUAL[step - 1] for step in fault.checks)
-    assert tuple(row["verdict"]["decision"] for row in checks) == (usual if fault.verdicts is None else fault.verdicts)
+    decided = tuple(row["verdict"]["decision"] for row in checks)
+    if fault.verdicts == BY_NUMBERS:
+        policy = json.loads((seen.folder / "settings.json").read_text())["policy"]
+        snapshots = [DriftSnapshot.from_dict(row["snapshot"]) for row in checks]
+        assert decided == tuple(judge_drift([s], PolicyConfig(**policy)).decision for s in snapshots)
+    else:
+        assert decided == (usual if fault.verdicts is None else fault.verdicts)
     assert fault.last_line in seen.last_line
     assert fault.last_line or "NOT" not in seen.last_line
     assert seen.told == (fault.checks if fault.told is None else fault.told)
@@ -962,7 +981,7 @@ def test_fault(fault: Fault, untroubled: Seen, tmp_path: Path) -> None:
     assert [(row["step"], row["what"]) for row in recorded] == [(step, what) for step, what, _ in fault.recorded], recorded
     for row, (_, _, message) in zip(recorded, fault.recorded, strict=True):
         assert message in row["error"]
-        assert row["trace"] or row["what"] == "run log"
+        assert row["trace"] or row["what"] in ("run log", "model")
 
 
 @pytest.mark.slow
@@ -1019,7 +1038,8 @@ def table() -> str:
         becomes = f"{fault.becomes}: {fault.refused[0].__name__}" if fault.refused else fault.becomes
         usual = tuple(USUAL[step - 1] for step in fault.checks)
         verdicts = usual if fault.verdicts is None else fault.verdicts
-        checks = "" if fault.refused else ", ".join(f"{s}: {v}" for s, v in zip(fault.checks, verdicts, strict=True))
+        by_step = ", ".join(f"{step}: {verdict}" for step, verdict in zip(fault.checks, verdicts, strict=False))
+        checks = "" if fault.refused else verdicts[0] if verdicts == BY_NUMBERS else by_step
         raised = f"raises {fault.raises.__name__}" if fault.raises else ""
         body += f"| {fault.name} | {becomes} | {checks} | {fault.last_line} | {recorded} | {raised} |\n"
     return head + body
