@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 
 from sts_callback.config import PolicyConfig, ProbeConfig
-from sts_callback.data.reader import Source
+from sts_callback.data.reader import Source, held
 from sts_callback.data.starter import choose_domains
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError
@@ -118,7 +118,7 @@ class STSCallback(TrainerCallback):
         self._settings = Settings(
             saes=saes,
             domains=chosen,
-            train_data=train_data,
+            train_data=None if train_data is None else held(train_data, "train_data"),
             check_on=check_on,
             action=action,
             on_forecast=on_forecast,

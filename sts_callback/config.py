@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sts_callback.errors import ConfigError
+
+ChatTemplateUse = Literal["auto", "always", "never"]
+CHAT_TEMPLATE: tuple[ChatTemplateUse, ...] = get_args(ChatTemplateUse)
 
 
 def _require(ok: bool, where: str, value: object, allowed: str) -> None:
@@ -37,6 +40,9 @@ class ProbeConfig:
     """Tokens in one forward, padding included."""
     seed: int = 0
     """Draws demonstrations and queries."""
+    chat_template: ChatTemplateUse = "auto"
+    """Whether plain prompts and answers are put into the model's chat template: those of domains if the training data use it, all
+    of them, or none."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be measured with."""
@@ -47,6 +53,7 @@ class ProbeConfig:
         _require(self.max_tokens >= 8, "max_tokens", self.max_tokens, "8 or more")
         _require(self.max_norm_multiple > 1, "max_norm_multiple", self.max_norm_multiple, "above 1")
         _require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "1 or more")
+        _require(self.chat_template in CHAT_TEMPLATE, "chat_template", self.chat_template, " or ".join(CHAT_TEMPLATE))
 
 
 DEFAULT_BUDGET = 0.1

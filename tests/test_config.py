@@ -22,6 +22,7 @@ LIMITS: list[tuple[type, str, Any, Any]] = [  # settings, field, a value just al
     (ProbeConfig, "max_norm_multiple", 1.001, 1.0),
     (ProbeConfig, "max_norm_multiple", 3.0, NAN),
     (ProbeConfig, "batch_tokens", 1, 0),
+    (ProbeConfig, "chat_template", "never", "sometimes"),
     (PolicyConfig, "min_drift", 1e-6, 0.0),
     (PolicyConfig, "min_drift", 1.0, NAN),
     (PolicyConfig, "patience", 1, 0),

@@ -82,13 +82,20 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, with pad 0, BOS 1, EOS 2 (BOS is set before each text)."""
+    """Bytes as tokens, with pad 0, BOS 1, EOS 2; it puts nothing before a text."""
     special = ["<pad>", "<bos>", "<eos>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """The same, but it puts BOS before each text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_bos_token = True
+    return tokenizer
 
 
 def rotated_sae(

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from gemma import loaded_gemma
 from sts_callback import ProbeConfig
-from sts_callback.data.probes import ProbeSet, Query, bos_tokens, filler_tokens, make_completion_set, make_probe_set
+from sts_callback.data.probes import ProbeSet, Query, filler_tokens, make_completion_set, make_probe_set
+from sts_callback.data.tokens import bos_tokens
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.sae_reader import Reference
 from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL

@@ -32,8 +32,8 @@ def settings(args: argparse.Namespace) -> tuple[dict[str, Source], PolicyConfig,
     files = named(args.domain, "--domain", "NAME=FILE")
     protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
     domains, budgets = choose_domains({name: number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
-    numbers = {name: getattr(args, name) for name in NUMBERS if hasattr(args, name)}
-    return domains, PolicyConfig(budgets=budgets), ProbeConfig(**numbers)
+    chosen = {name: getattr(args, name) for name in (*NUMBERS, "chat_template") if hasattr(args, name)}
+    return domains, PolicyConfig(budgets=budgets), ProbeConfig(**chosen)
 
 
 def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:

@@ -22,10 +22,13 @@ def run(args: argparse.Namespace) -> int:
     made_monitor, policy = prepared(args)
 
     from sts_callback.report.terminal.forecast import doctor_table
+    from sts_callback.report.terminal.rows import rows_table
 
     refused = False
     for sae in args.sae:
         monitor = made_monitor(sae=sae)
+        if not args.json and sae == args.sae[0]:  # the same for all
+            print(rows_table(monitor.reads))
         checks = monitor.examine(policy)
         refused |= any(check.status == "refuse" for check in checks)
         if args.json:

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from sts_callback.policy import judge_domains, judge_forecast
     from sts_callback.report.terminal.forecast import examples_lines, forecast_table, layers_table
     from sts_callback.report.terminal.ledger import expectations_table
+    from sts_callback.report.terminal.rows import rows_table
 
     monitor = made_monitor(sae=args.sae)
     lock = lock_of(monitor, policy) if args.lock else None
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         past = expected.to_dict() if expected else None
         print(json.dumps({"forecast": made[0], "verdict": verdict.to_dict(), "other_saes": made[1:], "expectations": past}))
     else:
+        print(rows_table(monitor.reads))
         print(forecast_table(forecasts[0], verdict))
         if expected:
             print(expectations_table(expected))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sts_callback.config import ProbeConfig
+from sts_callback.config import CHAT_TEMPLATE, ProbeConfig
 
 NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
 """Of `ProbeConfig`, what can be chosen."""
@@ -64,3 +64,9 @@ def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, num
     for name in numbers:
         option = f"--{name.replace('_', '-')}"
         command.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
+    command.add_argument(
+        "--chat-template",
+        choices=CHAT_TEMPLATE,
+        default=defaults.chat_template,
+        help="put plain rows of domains into the model's chat template: auto, if the training data use it",
+    )

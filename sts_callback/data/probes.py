@@ -7,20 +7,23 @@ subtracted token by token. The user's tokenizer is never altered: one text at a 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sts_callback.config import ProbeConfig
-from sts_callback.data.reader import Pair, Row, TextPair, read_pairs
+from sts_callback.data.chat import ChatTemplate
+from sts_callback.data.counts import RowsRead, told
+from sts_callback.data.pairs import Pair, Row, TextPair
+from sts_callback.data.reader import STREAM_ROWS, Example, RowReader, StreamSample
+from sts_callback.data.tokens import bos_tokens, pair_ids, text_ids, without_bos
 from sts_callback.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,6 +60,10 @@ class ProbeSet:
     """For each group, the tokens of the answered examples that go in its context, without BOS, each ended by a blank line."""
     n_cut: int
     """Queries or answers that were longer than `max_tokens`."""
+    written: str = ""
+    """SHA-256 of what a person wrote: rows, how they were drawn, the chat template's source; empty if that is not known."""
+    read: RowsRead | None = field(default=None, compare=False)
+    """What came of the rows that it was drawn from."""
 
     def group(self, index: int) -> int:
         """The group that a query stands in; for training demonstrations the same number in every set means the same draw."""
@@ -64,14 +71,9 @@ class ProbeSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that is measured on."""
-        content = [self.name, [(q.query, q.answer, q.counts) for q in self.queries], self.demo_sets]
+        """SHA-256 of what a person wrote, or else of the tokens: a template may render the same rows otherwise on another day."""
+        content = [self.name, self.written or [[(q.query, q.answer, q.counts) for q in self.queries], self.demo_sets]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What stands before everything else: BOS, where the model has one."""
-    return () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
 
 
 def make_probe_set(
@@ -82,6 +84,7 @@ def make_probe_set(
     *,
     n_demonstrations: int,
     field: str,
+    as_chat: bool = False,
 ) -> ProbeSet:
     """Draw queries from rows and demonstrations for each group of them, seeded; no query stands among its own demonstrations.
 
@@ -92,6 +95,7 @@ def make_probe_set(
         config: numbers, limits and seed.
         n_demonstrations: answered examples to put in each context.
         field: what to call the rows in errors.
+        as_chat: whether plain prompts and answers are put into the chat template.
 
     Raises:
         DataError: with fewer usable rows than demonstrations and 4 queries need.
@@ -101,38 +105,74 @@ def make_probe_set(
     order = list(range(len(rows)))
     draw.shuffle(order)
     wanted = config.n_queries + n_demonstrations * config.n_draws
+    reader = RowReader(tokenizer, field, as_chat=as_chat)
     # ProbeStats stops as soon as enough usable rows are there: a training set may have millions.
-    pairs: list[Pair] = []
-    for start in range(0, len(order), wanted):
-        pairs += read_pairs((rows[i] for i in order[start : start + wanted]), tokenizer, field)
-        if len(pairs) >= wanted:
-            break
-    if len(pairs) < n_demonstrations + FEWEST_QUERIES:
-        raise DataError(
-            f"{field}: {len(pairs)} usable rows, but {n_demonstrations} demonstrations and at least {FEWEST_QUERIES} queries "
-            "are needed; add rows or ask for fewer demonstrations."
-        )
-    with _untouched(tokenizer):
-        encoded = [_encode(pair, tokenizer, config.max_tokens) for pair in pairs[:wanted]]
-        separator = tuple(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
+    examples = list(itertools.islice(reader.examples((i, rows[i]) for i in order), wanted))
+    if not examples and reader.error is not None:
+        raise reader.error
+    needed = (
+        f"usable rows, but {n_demonstrations} demonstrations and at least {FEWEST_QUERIES} queries are needed; add rows or ask "
+        "for fewer demonstrations."
+    )
+    if len(examples) < n_demonstrations + FEWEST_QUERIES:
+        why = f" Left out of {reader.n_read} rows read: {told(reader.left_out)}." if reader.left_out else ""
+        raise DataError(f"{field}: {len(examples)} {needed}{why}")
+    encode = _Encoder(tokenizer, config.max_tokens)
+    encoded = [encode(example.pair) for example in examples]
+    separator = text_ids("\n\n", tokenizer)
     n_queries = min(config.n_queries, len(encoded) - n_demonstrations)
     asked = [i for i, (query, _) in enumerate(encoded) if any(query.counts)][:n_queries]
     if len(asked) < FEWEST_QUERIES:
         raise DataError(
-            f"{field}: {len(asked) + n_demonstrations} usable rows, but {n_demonstrations} demonstrations and at least "
-            f"{FEWEST_QUERIES} queries are needed; of the others no token of the prompt counts (it is empty or holds special "
-            "tokens only)."
+            f"{field}: {len(asked) + n_demonstrations} {needed} Of the others no token of the prompt counts (it is empty or "
+            "holds special tokens only)."
         )
     n_draws = min(config.n_draws, len(asked) // 2)
-    draws = []
+    shown = []
     for group in range(n_draws):
         own = set(asked[group::n_draws])
         texts = {encoded[i][0] for i in own}
         others = [i for i in range(len(encoded)) if i not in own]
         unlike = [i for i in others if encoded[i][0] not in texts]  # a copy in another row would give the answer away
-        shown = draw.sample(unlike if len(unlike) >= n_demonstrations else others, n_demonstrations)
-        draws.append(tuple(token for i in shown for token in (*encoded[i][0].tokens, *separator)))
-    return ProbeSet(name, tuple(encoded[i][0] for i in asked), tuple(draws), sum(cut for _, cut in encoded))
+        shown.append(draw.sample(unlike if len(unlike) >= n_demonstrations else others, n_demonstrations))
+    n_cut = sum(cut for _, cut in encoded)
+    notes = []
+    if isinstance(rows, StreamSample):
+        notes.append(f"a stream, for which its first {len(rows):,} rows stand (at most {STREAM_ROWS:,})")
+    if as_chat:
+        notes.append("plain rows are asked in the chat template, as the training data are (chat_template='never' leaves them)")
+    return ProbeSet(
+        name,
+        tuple(encoded[i][0] for i in asked),
+        tuple(tuple(token for i in one for token in (*encoded[i][0].tokens, *separator)) for one in shown),
+        n_cut,
+        _written(examples, [asked, shown, config.max_tokens], tokenizer),
+        RowsRead(name, len(rows), reader.n_read, len(examples), n_cut, dict(reader.left_out), reader.unread, tuple(notes)),
+    )
+
+
+def _written(examples: Sequence[Example], drawn: object, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what a person wrote; that the vocabulary is the same is seen by how it splits the beginnings."""
+    source = getattr(tokenizer, "chat_template", None)
+    texts = [json.dumps(source), *(example.written for example in examples)]
+    content = [texts, [text_ids(text[:1000], tokenizer) for text in texts], drawn]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def uses_chat_template(train: ProbeSet, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether most of the training data are rendered by the tokenizer's chat template, by what it puts before an answer.
+
+    Args:
+        train: the training data's probes.
+        tokenizer: the user's; not altered.
+
+    """
+    try:
+        marker = ChatTemplate(tokenizer).marker
+    except DataError:  # it has none, or one that renders no plain question
+        return False
+    n_marked = sum(marker in str(tokenizer.decode(list(q.tokens))) for q in train.queries)
+    return bool(marker) and 2 * n_marked > len(train.queries)
 
 
 def make_completion_set(
@@ -148,10 +188,9 @@ def make_completion_set(
         field: what to call the rows in errors.
 
     """
-    pairs = read_pairs(rows, tokenizer, field)[: config.n_queries]
-    special = set(tokenizer.all_special_ids)
-    with _untouched(tokenizer):
-        encoded = [_encode(pair, tokenizer, config.max_tokens)[0] for pair in pairs]
+    examples = RowReader(tokenizer, field).examples(enumerate(rows))
+    special, encode = set(tokenizer.all_special_ids), _Encoder(tokenizer, config.max_tokens)
+    encoded = [encode(example.pair)[0] for example in itertools.islice(examples, config.n_queries)]
     counts = [(False,) * len(q.query) + tuple(token not in special for token in q.answer) for q in encoded]
     return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
 
@@ -175,19 +214,19 @@ def make_row_set(
         DataError: if none holds text.
 
     """
-    special = set(tokenizer.all_special_ids)
+    special, encode = set(tokenizer.all_special_ids), _Encoder(tokenizer, config.max_tokens)
+    reader = RowReader(tokenizer, field)
     texts: list[Query] = []
     numbers: list[int] = []
     n_cut = 0
-    with _untouched(tokenizer):
-        for number, row in enumerate(rows):
-            for pair in read_pairs([row], tokenizer, field):
-                encoded, cut = _encode(pair, tokenizer, config.max_tokens)
-                texts.append(Query(encoded.tokens, (), tuple(token not in special for token in encoded.tokens)))
-                numbers.append(number)
-                n_cut += cut
+    for number, row in enumerate(rows):
+        for example in reader.examples([(number, row)]):
+            encoded, cut = encode(example.pair, with_rest=True)
+            texts.append(Query(encoded.tokens, (), tuple(token not in special for token in encoded.tokens)))
+            numbers.append(number)
+            n_cut += cut
     if not texts:
-        raise DataError(f"{field}: none of the {len(rows)} rows read holds text.")
+        raise DataError(f"{field}: none of the {len(rows)} rows read holds text: {told(reader.left_out)}.")
     return ProbeSet(name, tuple(texts), ((),), n_cut), tuple(numbers)
 
 
@@ -199,27 +238,17 @@ def filler_tokens(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> tuple[in
         n_tokens: how many tokens; the text starts again where it ends.
 
     """
-    with _untouched(tokenizer):
-        ids = tokenizer(_FILLER_TEXT.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids = text_ids(_FILLER_TEXT.read_text(encoding="utf-8"), tokenizer)
     return tuple(itertools.islice(itertools.cycle(ids), n_tokens))
 
 
-@contextlib.contextmanager
-def _untouched(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Put back the padding and truncation that the backend was left with: every plain call clears them."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    padding, truncation = getattr(backend, "padding", None), getattr(backend, "truncation", None)
-    try:
-        yield
-    finally:
-        if padding is not None:
-            backend.enable_padding(**padding)
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-
-
-def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None) -> None:
+def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None, n_bos: int = 1) -> None:
     """Refuse probes that the model has no positions for.
+
+    Args:
+        sets: of probes.
+        max_positions: that the model has, if it says.
+        n_bos: tokens that stand before everything.
 
     Raises:
         DataError: naming the set, the length and the limit.
@@ -227,7 +256,7 @@ def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None) -> None:
     """
     longest_context = max((len(draw) for s in sets if s.name == "train" for draw in s.demo_sets), default=0)
     for s in sets:
-        length = 1 + max(longest_context, *map(len, s.demo_sets)) + max(len(q.tokens) for q in s.queries)
+        length = n_bos + max(longest_context, *map(len, s.demo_sets)) + max(len(q.tokens) for q in s.queries)
         if max_positions is not None and length > max_positions:
             raise DataError(
                 f"{s.name}: demonstrations, query and answer take {length} tokens, but the model has {max_positions} positions; "
@@ -235,35 +264,27 @@ def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None) -> None:
             )
 
 
-def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[Query, bool]:
-    """Tokens of a pair without BOS, and whether something was cut."""
-    if isinstance(pair, TextPair):
-        prompt, answer = _tokenise(pair, tokenizer)
-    else:
-        prompt, answer = pair.prompt, pair.answer
-    if answer is None:  # one running text: its first half asks, its second half answers
-        middle = (len(prompt) + 1) // 2
-        prompt, answer = prompt[:middle], prompt[middle:]
-    if prompt and prompt[0] == tokenizer.bos_token_id:
-        prompt = prompt[1:]
-    special = set(tokenizer.all_special_ids)
-    cut = len(prompt) > max_tokens or len(answer) > max_tokens
-    prompt, answer = prompt[-max_tokens:], answer[:max_tokens]  # the end of a prompt is what is asked
-    return Query(prompt, answer, tuple(token not in special for token in prompt)), cut
+class _Encoder:
+    """Pairs as tokens without BOS."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._bos, self._special = bos_tokens(tokenizer), set(tokenizer.all_special_ids)
 
-def _tokenise(pair: TextPair, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Prompt and answer ids; the boundary is their common prefix, as TRL draws it."""
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    prompt = ids(pair.prompt)
-    if pair.answer is None:
-        return prompt, None
-    whole = ids(pair.prompt + pair.answer)
-    n_common = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
-    return whole[:n_common], whole[n_common:]
+    def __call__(self, pair: Pair, *, with_rest: bool = False) -> tuple[Query, bool]:
+        """A pair's tokens, and whether something was cut; with the rest of its conversation, if that is wanted."""
+        if isinstance(pair, TextPair):
+            prompt, answer, rest = pair_ids(pair, self._tokenizer)
+        else:
+            prompt, answer, rest = pair.prompt, pair.answer, pair.rest
+        prompt, most = without_bos(prompt, self._bos), self._max_tokens
+        if answer is None:  # one running text: its first half asks, its second half answers
+            middle = (len(prompt) + 1) // 2
+            prompt, answer = prompt[:middle], prompt[middle:]
+        answer = (*answer, *rest) if with_rest else answer
+        cut = len(prompt) > most or len(answer) > most
+        prompt, answer = prompt[-most:], answer[:most]  # the end of a prompt is what is asked
+        return Query(prompt, answer, tuple(token not in self._special for token in prompt)), cut
 
 
 def segments(probes: ProbeSet, batch_tokens: int) -> Iterator[range]:

@@ -1,57 +1,63 @@
-"""From any dataset format that TRL accepts to pairs of prompt and answer.
+"""From rows of any source to pairs of prompt and answer; rows that cannot be used are left out and counted.
 
-Formats (TRL's names): language modelling (`text`, `messages`), prompt-completion, preference with explicit or implicit prompt
-(`chosen` counts), unpaired preference (rows with a true `label` count), each plain or conversational; also ShareGPT's
-`conversations`, and the tokenised columns that a trainer leaves behind. To a prompt alone, as reinforcement learning has it, a
-text under `solution` or `answer` is the reference answer.
+What rows say in words is read by `domains.formats`, what a trainer has made of them by `domains.tokens`. Where a row has both,
+its tokens are what is trained on, and its words tell where the answer begins if the tokens do not.
 """
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sts_callback.data.chat import ChatTemplate
+from sts_callback.data.formats import FORMATS, Words, is_empty, reference, top_activating_examples
+from sts_callback.data.pairs import NoExampleError, Pair, Row, TextPair, TokenPair
+from sts_callback.data.tokens import aligned, bos_tokens, preference_pair, token_pairs
 from sts_callback.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = Mapping[str, Any]
-_REFERENCES = ("solution", "answer")  # a worked solution before a bare result, where a row has both
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+__all__ = ["FORMATS", "Pair", "Row", "TextPair", "TokenPair"]  # and what stands here
+
 Source = str | Path | Iterable[Row]
-"""A JSON-lines file (`.jsonl`, `.jsonl.gz`) or JSON list (`.json`), a `datasets.Dataset`, or a list of rows."""
+"""A JSON-lines file (`.jsonl`, `.jsonl.gz`) or JSON list (`.json`), a `datasets.Dataset`, a list of rows, or a stream of them."""
 
-FORMATS = "text; messages; prompt + completion; prompt + chosen + rejected; chosen + rejected; prompt + completion + label"
+STREAM_ROWS = 2000
+"""Rows of a stream that stand for it. Our choice: many times what probes need, and read in seconds."""
+MOST_READ = 20_000
+"""Rows that are looked at in search of usable ones, at most. Our choice."""
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values", "input_features")
+_IDS = ("input_ids", "prompt_ids", "chosen_ids")
+_OF_TRAINERS = {
+    *_IDS,
+    *("labels", "attention_mask", "completion_mask", "assistant_masks", "seq_lengths", "position_ids", "seq_idx"),
+    *("cu_seqlens", "cu_seq_lens_q", "rejected_ids", "completion_ids", "KL_completion_ids", "token_type_ids"),
+}
+
+
+class StreamSample(list[Row]):
+    """The first rows of a stream, in its place."""
 
 
 @dataclass(frozen=True)
-class TextPair:
-    """A prompt and its answer as texts; `answer` is None where the row is one running text."""
+class Example:
+    """One example of a row."""
 
-    prompt: str
-    answer: str | None
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """A prompt and its answer as token ids; `answer` is None where the row is one running text."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...] | None
-
-
-Pair = TextPair | TokenPair
+    pair: Pair
+    written: str
+    """What a person wrote, or else the row's token ids, as JSON: it is the same at another time and in another version."""
 
 
 def read_rows(source: Source, field: str) -> Sequence[Row]:
-    """The rows of a file, data set or list.
+    """The rows of a file, data set or list; of a stream, the first `STREAM_ROWS`.
 
     Args:
         source: where they are.
@@ -65,14 +71,39 @@ def read_rows(source: Source, field: str) -> Sequence[Row]:
     if isinstance(source, (str, Path)):
         rows = _read_file(Path(source), field)
     elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, Mapping):
-        rows = source  # type: ignore[assignment]  # a list, or a data set, which has all that is used of a sequence
+        rows = _unformatted(source)
     elif isinstance(source, Iterable) and not isinstance(source, Mapping):  # a DatasetDict is one, of splits
-        rows = list(source)
+        rows = StreamSample(islice(_unformatted(source), STREAM_ROWS))
     else:
         raise DataError(f"{field}: got {type(source).__name__}; allowed are a file, a datasets.Dataset or a list of rows.")
     if len(rows) == 0:
         raise DataError(f"{field}: there are no rows in {_shown(source)}; give at least a few dozen.")
-    return rows
+    if isinstance(source, (str, Path)) or isinstance(_first(rows), Mapping):
+        return rows
+    raise DataError(
+        f"{field}: {_shown(source)} has no rows with columns; allowed are a file, a datasets.Dataset or a list of rows. "
+        "Dataset.from_pandas and its like turn tables into a data set."
+    )
+
+
+def held(source: Source, field: str) -> Source:
+    """An iterator's rows, as it can be read only once; any other source as it is."""
+    return read_rows(source, field) if isinstance(source, Iterator) else source
+
+
+def _first(rows: Sequence[Row]) -> Any:
+    try:
+        return rows[0]
+    except (KeyError, TypeError):  # a table of columns
+        return None
+
+
+def _unformatted(source: Any) -> Any:
+    """A data set with its rows as plain lists, whatever form they are to have; one with a transform has rows of its own."""
+    form = getattr(source, "format", None)
+    if isinstance(form, Mapping) and form.get("type") not in (None, "python", "custom"):
+        return source.with_format(None)
+    return source
 
 
 def _shown(source: Source) -> str:
@@ -108,108 +139,136 @@ def _parsed_file(path: Path, field: str) -> list[Row]:
 
 
 def read_pairs(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, field: str) -> list[Pair]:
-    """Turn rows into pairs; rows that hold no text are left out.
+    """Turn rows into pairs; rows that hold none are left out.
 
     Raises:
-        DataError: if the columns fit no format, or a conversation meets a tokenizer without a chat template.
+        DataError: if none is left, and one has columns that fit no format, or a conversation and no chat template for it.
 
     """
-    pairs = (_pair(row, tokenizer, field) for row in rows)
-    return [pair for pair in pairs if pair is not None and pair.prompt and (pair.answer is None or pair.answer)]
+    reader = RowReader(tokenizer, field)
+    pairs = [example.pair for example in reader.examples(enumerate(rows))]
+    if not pairs and reader.error is not None:
+        raise reader.error
+    return pairs
 
 
 def are_prompts_only(source: Source) -> bool:
     """Whether rows are prompts for a policy to answer, without reference answers; the first one tells."""
     row: Row = {} if isinstance(source, (str, Path)) else next(iter(source), {})
     answered = {"completion", "chosen", "messages", "conversations", "text", "input_ids", "prompt_ids"}
-    return "prompt" in row and answered.isdisjoint(row) and _reference(row) is None
+    return "prompt" in row and answered.isdisjoint(row) and reference(row) is None
 
 
-def _reference(row: Row) -> str | None:
-    """The reference answer of a prompt, if it is a text; numbers, test cases and the like answer nobody."""
-    return next((row[name] for name in _REFERENCES if row.get(name) and isinstance(row[name], str)), None)
+class RowReader:
+    """Reads rows one by one, and keeps count of those that it leaves out."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, field: str, *, as_chat: bool = False) -> None:
+        """Begin at nothing read.
 
-def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, field: str) -> Pair | None:
-    if not {"input_ids", "prompt_ids", "chosen_ids"}.isdisjoint(row):
-        return _tokenised(row)
-    known = _normalised(row, field)
-    if known is None:
-        return None
-    used = [known[name] for name in (("prompt", "completion") if "completion" in known else ("text",)) if known[name] is not None]
-    if not (all(isinstance(value, str) for value in used) or all(isinstance(value, list) for value in used)):
-        raise DataError(f"{field}: a row holds {used!r:.200}; allowed are texts, or lists of messages.")
-    if "completion" not in known:
-        return TextPair(known["text"], None)
-    if isinstance(known["prompt"], str):
-        return TextPair(known["prompt"], known["completion"])
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{field}: the rows are conversations, but the tokenizer has no chat template; set tokenizer.chat_template "
-            "or give plain prompt and completion columns."
-        )
-    from trl.data_utils import apply_chat_template
+        Args:
+            tokenizer: the user's; not altered.
+            field: what to call the rows in errors, such as `domains['law']`.
+            as_chat: whether plain prompts and answers are asked and answered in the chat template.
 
-    tools = known.get("tools")
-    example: dict[str, Any] = {name: known[name] for name in ("prompt", "completion")}
-    example["chat_template_kwargs"] = known.get("chat_template_kwargs") or {}
-    done = apply_chat_template(example, tokenizer, json.loads(tools) if isinstance(tools, str) else tools)
-    return TextPair(done["prompt"], done["completion"])
+        """
+        self._tokenizer, self._field, self._as_chat = tokenizer, field, as_chat
+        self.n_read = 0
+        self.left_out: Counter[str] = Counter()
+        """Rows, by the reason why they could not be used."""
+        self.error: DataError | None = None
+        """Of the first row whose form is wrong."""
+        self._columns: set[str] = set()
+        self._read_columns: set[str] = set()
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Columns that say nothing to us."""
+        return tuple(sorted(self._columns - self._read_columns))
 
-def _normalised(raw: Row, field: str) -> dict[str, Any] | None:
-    """The row with `text`, or with `prompt` and `completion`; None for a rejected one of an unpaired preference."""
-    from trl.data_utils import extract_prompt, maybe_convert_to_chatml
+    def examples(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Example]:
+        """The examples in rows, which come with their numbers; not more rows are read than are asked for."""
+        for number, row in islice(rows, MOST_READ):
+            self.n_read += 1
+            try:
+                found = self._examples(row)
+            except (NoExampleError, DataError) as error:
+                self.left_out[str(error)] += 1
+                if isinstance(error, DataError) and self.error is None:
+                    self.error = DataError(f"{self._field}: {error} The first such row is number {number}.")
+                continue
+            yield from found
 
-    row: dict[str, Any] = maybe_convert_to_chatml(copy.deepcopy(dict(raw)))  # it renames in place
-    for message in row.get("messages") or ():
-        message["role"] = _SHAREGPT_ROLES.get(message["role"], message["role"])
-    keys = set(row)
-    if "messages" in keys:
-        last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"), default=None)
-        if not last or row["messages"][last - 1]["role"] == "system":
-            raise DataError(f"{field}: a conversation has no assistant message after a user's; nothing answers it.")
-        return {**row, "prompt": row["messages"][:last], "completion": [row["messages"][last]]}
-    if {"prompt", "completion"} <= keys:
-        return row if row.get("label", True) and row["completion"] is not None else None
-    if {"chosen", "rejected"} <= keys:
-        if not (row["chosen"] and row["rejected"]):
+    @cached_property
+    def _bos(self) -> tuple[int, ...]:
+        return bos_tokens(self._tokenizer)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer)
+
+    def _examples(self, raw: Row) -> list[Example]:
+        if not isinstance(raw, Mapping):
+            raise DataError(f"a row is {raw!r:.100}; allowed are columns {FORMATS}.")
+        self._columns |= set(raw)
+        for name in _MEDIA:
+            if not is_empty(raw.get(name)):
+                raise NoExampleError(f"it holds {name}, which we do not read (column {name})")
+        row = {name: plain for name, value in raw.items() if (plain := _plain(value)) is not None}
+        if all(name not in row for name in _IDS):
+            words = top_activating_examples(row)
+            self._read_columns |= words.columns
+            return [Example(_told(self._rendered(words)), words.written(as_chat=self._as_chat))]
+        self._read_columns |= _OF_TRAINERS
+        pairs = token_pairs(row, self._tokenizer, self._bos) if "input_ids" in row else [preference_pair(row)]
+        said = self._in_words(row)
+        if said is None or len(pairs) > 1:
+            return [Example(_told(pair), json.dumps([pair.prompt, pair.answer])) for pair in pairs]
+        words, text = said
+        (pair,) = pairs
+        is_untold = pair.answer is None or ("prompt_ids" not in row and "input_ids" not in row)  # a reward trainer's two answers
+        if is_untold:
+            pair = aligned(pair.prompt + (pair.answer or ()), text, self._tokenizer, self._bos) or pair
+        return [Example(_told(pair), words.written(as_chat=False))]
+
+    def _in_words(self, row: dict[str, Any]) -> tuple[Words, TextPair] | None:
+        """What a tokenised row says in words, if a trainer has left them beside its tokens."""
+        try:
+            words = top_activating_examples({name: value for name, value in row.items() if name not in _OF_TRAINERS})
+            text = self._rendered(words, as_chat=False)
+        except (NoExampleError, DataError):
             return None
-        row = row if "prompt" in keys else {**row, **extract_prompt(row)}
-        return {**row, "completion": row["chosen"]}
-    if "text" in keys:
-        return row
-    if "prompt" in keys and (reference := _reference(row)) is not None:
-        is_text = isinstance(row["prompt"], str)
-        return {**row, "completion": reference if is_text else [{"role": "assistant", "content": reference}]}
-    if "prompt" in keys and not keys.isdisjoint(_REFERENCES) and not any(row.get(name) for name in _REFERENCES):
-        return None
-    if "prompt" in keys:
-        raise DataError(
-            f"{field}: the rows have prompts but no answers (columns {sorted(keys)}); add a completion column with a "
-            "reference answer. With GRPO and RLOO, reward_funcs=callback.tap(reward_funcs) takes the model's own best."
-        )
-    raise DataError(f"{field}: columns {sorted(keys)} fit no format; allowed are {FORMATS}.")
+        self._read_columns |= words.columns
+        return words, text
+
+    def _rendered(self, words: Words, *, as_chat: bool | None = None) -> TextPair:
+        """As the trainer would render it."""
+        prompt, answer = words.prompt, words.answer
+        if isinstance(prompt, str) and isinstance(answer, str):
+            if not (self._as_chat if as_chat is None else as_chat) or self._template.marker in prompt:
+                return TextPair(prompt, answer)
+            prompt, answer = [{"role": "user", "content": prompt.strip()}], [{"role": "assistant", "content": answer.strip()}]
+        if isinstance(prompt, str):
+            return TextPair(prompt, None)
+        assert isinstance(answer, list)
+        return self._template.pair(prompt, answer, words.rest, words.options)
 
 
-def _tokenised(row: Row) -> TokenPair | None:
-    """A row as a trainer tokenised it: labels or masks over `input_ids`, or the ids of preference trainers."""
-    if "input_ids" in row:
-        ids = _ids(row["input_ids"])
-        if "labels" in row:
-            answers = [label != -100 for label in row["labels"]]
-        else:
-            answers = [bool(m) for m in row.get("completion_mask") or row.get("assistant_masks") or [True]]
-        n_prompt = answers.index(True) if True in answers else len(ids)
-        return TokenPair(ids[:n_prompt], ids[n_prompt:]) if n_prompt else TokenPair(ids, None)
-    if "prompt_ids" not in row:  # a reward trainer's: both answers still stand behind their prompt
-        chosen, rejected = _ids(row["chosen_ids"]), _ids(row["rejected_ids"])
-        n_prompt = len(list(takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))))
-        return TokenPair(chosen[:n_prompt], chosen[n_prompt:]) if n_prompt else TokenPair(chosen, None)
-    answer = row["chosen_ids"] if "chosen_ids" in row else row.get("completion_ids", ())
-    return TokenPair(_ids(row["prompt_ids"]), _ids(answer)) if len(answer) and row.get("label", True) else None
+def _told(pair: Pair) -> Pair:
+    """The pair, if there is something in it."""
+    if not pair.prompt:
+        raise NoExampleError("its prompt is empty")
+    if pair.answer is not None and not pair.answer:
+        raise NoExampleError("its answer is empty")
+    return pair
 
 
-def _ids(values: Iterable[Any]) -> tuple[int, ...]:
-    """Token ids from a list or a tensor."""
-    return tuple(int(value) for value in values)
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and series as lists; what is null in a message is as if it were not there."""
+    if isinstance(value, Mapping):
+        return {key: plain for key, one in value.items() if (plain := _plain(one)) is not None}
+    if isinstance(value, (list, tuple)):
+        return list(value) if value and type(value[0]) is int else [_plain(one) for one in value]
+    for method in ("tolist", "to_list"):  # of tensors, arrays and scalars; of polars' series
+        if hasattr(value, method):
+            return _plain(getattr(value, method)())
+    return value

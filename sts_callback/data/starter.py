@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sts_callback.config import DEFAULT_BUDGET
-from sts_callback.data.reader import Source
+from sts_callback.data.reader import Source, held
 from sts_callback.errors import ConfigError
 
 ALL = "all"
@@ -34,6 +34,7 @@ def choose_domains(
 
     Raises:
         ConfigError: if a protected name is no domain, or nothing at all is to be measured.
+        DataError: if an iterator holds no rows.
 
     """
     if isinstance(protect, str) and protect != ALL:
@@ -43,7 +44,8 @@ def choose_domains(
         )
     names = [protect] if isinstance(protect, str) else protect
     budgets = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, DEFAULT_BUDGET)
-    shipped, chosen = starter_domains(), dict(domains or {})
+    shipped = starter_domains()
+    chosen = {name: held(source, f"domains[{name!r}]") for name, source in (domains or {}).items()}
     if ALL in budgets and ALL not in chosen:
         budgets = dict.fromkeys(shipped, budgets.pop(ALL)) | budgets
     for name in budgets:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.data.chat import text_tokenizer
+from sts_callback.data.counts import RowsRead
 from sts_callback.data.probes import (
     ProbeSet,
-    bos_tokens,
     check_lengths,
     filler_tokens,
     make_completion_set,
     make_probe_set,
     make_row_set,
+    uses_chat_template,
 )
 from sts_callback.data.reader import Row, Source, read_rows
+from sts_callback.data.tokens import bos_tokens
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError
 from sts_callback.measure import diagnostics, scoring
@@ -43,6 +47,8 @@ from sts_callback.records import TRAIN, Check, DomainForecast, DriftSnapshot, Es
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _N_WORDS = 10  # features of a forecast that are looked up
 
@@ -69,7 +75,7 @@ class Monitor:
 
         Args:
             model: a decoder-only transformers model, wrapped or not.
-            tokenizer: its tokenizer; not altered.
+            tokenizer: its tokenizer or processor; not altered.
             sae: see `model.encoder.SaeSource`; of several, each makes a forecast, and the first watches drift.
             train_data: answered training examples, see `domains.reader`.
             domains: name to source; at least one.
@@ -85,6 +91,7 @@ class Monitor:
 
         """
         self.config = config or ProbeConfig()
+        tokenizer = text_tokenizer(tokenizer)
         self._model, self.tokenizer, self._progress = model, tokenizer, progress
         self._ranks = ranks or Ranks()
         if not domains or TRAIN in domains:
@@ -92,17 +99,21 @@ class Monitor:
         self._bos = bos_tokens(tokenizer)
         with undisturbed(model):
             encoders = [encoder_for(one, model) for one in (sae if isinstance(sae, (list, tuple)) else [sae])]
-            train_rows = read_rows(train_data, "train_data")
-            self.train = self._probes(TRAIN, train_rows, tokenizer, self.config.n_train_demonstrations, "train_data")
+            as_chat = self.config.chat_template == "always"
+            if as_chat and not getattr(tokenizer, "chat_template", None):
+                raise ConfigError("chat_template: got 'always', but the tokenizer has none; set it, or take 'auto'.")
+            self.train = self._probes(TRAIN, train_data, self.config.n_train_demonstrations, "train_data", as_chat=as_chat)
+            as_chat |= self.config.chat_template == "auto" and uses_chat_template(self.train, tokenizer)
+            logger.info("Plain rows of domains are asked %s the chat template.", "in" if as_chat else "without")
             self.domains = {
-                name: self._probes(name, read_rows(source, field), tokenizer, self.config.n_domain_demonstrations, field)
-                for name, source, field in ((n, s, f"domains[{n!r}]") for n, s in domains.items())
+                name: self._probes(name, source, self.config.n_domain_demonstrations, f"domains[{name!r}]", as_chat=as_chat)
+                for name, source in domains.items()
             }
             self._filler = filler_tokens(tokenizer, sum(map(len, self.train.demo_sets)) // len(self.train.demo_sets))
             self._runner = ProbeRunner(model, encoders, self.config, self._ranks)
         sets = self._sets = [self.train, *self.domains.values()]
         self._max_positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
-        check_lengths(sets, self._max_positions)
+        check_lengths(sets, self._max_positions, len(self._bos))
         self._identities = [identity_of(model, encoder, self.config, sets) for encoder in encoders]
         self.identity = self._identities[0]
         self._fingerprint = hashlib.sha256(
@@ -112,6 +123,11 @@ class Monitor:
         self.fits: list[Fit]
         """How each SAE fits, after `examine` or `forecast`."""
         self._forecast: Forecast | None = None
+
+    @property
+    def reads(self) -> tuple[RowsRead, ...]:
+        """What came of the rows of the training data and of each domain."""
+        return tuple(s.read for s in self._sets if s.read is not None)
 
     def watches(self, model: nn.Module) -> bool:
         """Whether this is the model that it measures."""
@@ -193,7 +209,9 @@ class Monitor:
             with clock("noise floor"):
                 noise_floors = self._noise_floors(baselines[TRAIN])
         first = {name: of_each[0] for name, of_each in baselines.items()}
-        self.step_zero = StepZeroReference(self._fingerprint, self._runner.sae_readers[0].reference, first)
+        self.step_zero = StepZeroReference(
+            self._fingerprint, self._runner.sae_readers[0].reference, first, {probes.name: probes for probes in self._sets}
+        )
         seconds = time.monotonic() - started
         forecasts = []
         for i, (scorer, sae_reader) in enumerate(zip(scorers, self._runner.sae_readers, strict=True)):
@@ -225,6 +243,10 @@ class Monitor:
 
         """
         self.step_zero = self._ranks.from_first(lambda: StepZeroReference.load(baseline_file, self._fingerprint))
+        # A template may render the same rows otherwise today: the tokens of step 0 are what can be compared.
+        self.train = self.step_zero.probes[TRAIN]
+        self.domains = {name: self.step_zero.probes[name] for name in self.domains}
+        self._sets = [self.train, *self.domains.values()]
         self._runner.sae_readers[0].adopt(self.step_zero.reference)
         self._forecast = forecast
 
@@ -304,7 +326,7 @@ class Monitor:
 
         """
         texts, numbers = make_row_set("rows", rows, self.tokenizer, self.config, field="train_data")
-        check_lengths([texts], self._max_positions)
+        check_lengths([texts], self._max_positions, len(self._bos))
         with undisturbed(self._model), self._bar("Training rows", len(numbers)) as bar:
             return (
                 texts,
@@ -326,10 +348,16 @@ class Monitor:
         encoder = self._runner.sae_readers[0].encoder
         return top_activating_examples(features, self._sets, self.step_zero.sets, self.tokenizer, encoder.neuronpedia_id)
 
-    def _probes(
-        self, name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, n_demonstrations: int, field: str
-    ) -> ProbeSet:
-        return make_probe_set(name, rows, tokenizer, self.config, n_demonstrations=n_demonstrations, field=field)
+    def _probes(self, name: str, source: Source, n_demonstrations: int, field: str, *, as_chat: bool) -> ProbeSet:
+        return make_probe_set(
+            name,
+            read_rows(source, field),
+            self.tokenizer,
+            self.config,
+            n_demonstrations=n_demonstrations,
+            field=field,
+            as_chat=as_chat,
+        )
 
     def _context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
         return self._runner.context((*self._bos, *tokens), with_answers=with_answers)

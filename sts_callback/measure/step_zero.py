@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.errors import CannotTell
 from sts_callback.measure.sae_reader import Reference
 from sts_callback.metrics.sums import SparseActs
@@ -46,6 +48,7 @@ class StepZeroStats:
     """Mean squared shift by plain prose of equal length, `(d_sae,)`: STS_net."""
 
 
+_PROBES = "probes"  # no set's, as those have a slash
 _KEYS = {"sq_norm": "energy", "raw_sq_norm": "raw_energy", "mean_filler_shift": "mean_neutral_shift"}
 """What files call fields that have been renamed since."""
 _TENSORS = {f.name: _KEYS.get(f.name, f.name) for f in fields(StepZeroStats) if f.name != "acts"}
@@ -60,6 +63,8 @@ class StepZeroReference:
     """Of model, SAE and probes."""
     reference: Reference
     sets: Mapping[str, StepZeroStats]
+    probes: Mapping[str, ProbeSet] = field(default_factory=dict)
+    """The tokens that were read, by name of the set."""
 
     @property
     def digest(self) -> str:
@@ -86,6 +91,9 @@ class StepZeroReference:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
+        if self.probes:  # earlier files have none
+            text = json.dumps([_told(s) for s in self.probes.values()])
+            tensors[_PROBES] = torch.tensor(list(text.encode()), dtype=torch.uint8)
         for name, one in self.sets.items():
             tensors |= {f"{name}/{key}": getattr(one, field).contiguous() for field, key in _TENSORS.items()}
             tensors |= {f"{name}/acts.{key}": getattr(one.acts, key).contiguous() for key in _SPARSE}
@@ -114,8 +122,20 @@ class StepZeroReference:
                     )
                     for name in json.loads(metadata["sets"])
                 }
-                return cls(fingerprint, Reference(**json.loads(metadata["reference"])), sets)
+                kept = bytes(file.get_tensor(_PROBES).tolist()) if _PROBES in file.keys() else b"[]"
+                probes = [_probes(**one) for one in json.loads(kept)]
+                return cls(fingerprint, Reference(**json.loads(metadata["reference"])), sets, {s.name: s for s in probes})
         except CannotTell:
             raise
         except Exception as error:  # safetensors raises its own kinds, not exported in all versions
             raise CannotTell(f"baseline: {path.name} cannot be read ({error!r}); {remedy}") from error
+
+
+def _told(probes: ProbeSet) -> dict[str, object]:
+    """A probe set as JSON holds it; what came of the rows is told at step 0."""
+    return asdict(replace(probes, read=None))
+
+
+def _probes(queries: list[dict[str, list[int]]], demo_sets: list[list[int]], **others: Any) -> ProbeSet:
+    made = tuple(Query(**{name: tuple(values) for name, values in query.items()}) for query in queries)  # type: ignore[arg-type]
+    return ProbeSet(queries=made, demo_sets=tuple(map(tuple, demo_sets)), **others)

@@ -32,7 +32,7 @@ class Identity(Record):
     hook_name: str
     """Where the SAE reads."""
     probes: str
-    """SHA-256 of all probe tokens and of how they are counted."""
+    """SHA-256 of the texts that probes are made of, as they were written, and of how they are drawn and counted."""
 
 
 @dataclass(frozen=True)

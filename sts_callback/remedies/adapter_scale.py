@@ -17,8 +17,10 @@ import torch
 from tqdm.auto import tqdm
 
 from sts_callback.config import ProbeConfig
-from sts_callback.data.probes import bos_tokens, check_lengths, filler_tokens, make_probe_set
+from sts_callback.data.chat import text_tokenizer
+from sts_callback.data.probes import check_lengths, filler_tokens, make_probe_set
 from sts_callback.data.reader import Source, read_rows
+from sts_callback.data.tokens import bos_tokens
 from sts_callback.errors import ConfigError, ModelError
 from sts_callback.measure import diagnostics, scoring
 from sts_callback.measure.identity import identity_of
@@ -89,6 +91,8 @@ class AdapterScaler:
         """Draw the probes and read them without the adapter. Arguments and errors as for `dial`."""
         if not budgets:
             raise ConfigError("protect: got none; name at least one domain that must not suffer.")
+        tokenizer = text_tokenizer(tokenizer)
+        self._bos = bos_tokens(tokenizer)
         config = replace(config or ProbeConfig(), n_features=1)  # none is selected: any width of SAE will do
         self._model, self._budgets = model, budgets
         with undisturbed(model), _scaled(model, 0.0):
@@ -101,11 +105,12 @@ class AdapterScaler:
                     config,
                     n_demonstrations=config.n_domain_demonstrations,  # so that the queries are those of a forecast
                     field=field,
+                    as_chat=config.chat_template == "always",  # no training data tell what the model is tuned on
                 )
                 for name, field in ((name, f"domains[{name!r}]") for name in budgets)
             ]
-            check_lengths(self._sets, getattr(text_config(model), "max_position_embeddings", None))
-            self._runner, self._bos = ProbeRunner(model, [encoder], config), bos_tokens(tokenizer)
+            check_lengths(self._sets, getattr(text_config(model), "max_position_embeddings", None), len(self._bos))
+            self._runner = ProbeRunner(model, [encoder], config)
             zero_shot = self._bare()
             diagnostics.require_fit(diagnostics.examined_fits(self._runner, self._sets, zero_shot, model_name(model))[1])
             self._step_zero = {s.name: self._runner.read(s, zero_shot, {})[0] for s in self._sets}

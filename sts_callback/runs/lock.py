@@ -181,7 +181,7 @@ def _remedy(name: tuple[str, ...], value: str, locked: Lock) -> str:
             return f"leave out --domain {domain} and --protect {domain}"
         case ("domains", domain):
             return f"give the texts of {domain} and the tokenizer as they were then"
-        case ("probes", setting) if setting in ("n_queries", "n_draws", "n_features", "max_tokens", "seed"):
+        case ("probes", setting) if setting in ("n_queries", "n_draws", "n_features", "max_tokens", "seed", "chat_template"):
             return f"give --{setting.replace('_', '-')} {value}"
         case ("versions", "sts-callback") | ("policy", _) | ("probes", _):
             return f"install sts-callback=={locked.versions.get('sts-callback', 'VERSION')}"

@@ -80,6 +80,9 @@ class STSArguments:
     sts_max_tokens: int = field(default=ProbeConfig.max_tokens, metadata={"help": "longest query and longest answer"})
     sts_batch_tokens: int = field(default=ProbeConfig.batch_tokens, metadata={"help": "tokens in one forward"})
     sts_seed: int = field(default=ProbeConfig.seed, metadata={"help": "of demonstrations and queries"})
+    sts_chat_template: Literal["auto", "always", "never"] = field(
+        default=ProbeConfig.chat_template, metadata={"help": "put plain rows of domains into the model's chat template"}
+    )
     sts_alpha: float = field(default=PolicyConfig.alpha, metadata={"help": "chance of a false alarm in one check"})
     sts_patience: int = field(default=PolicyConfig.patience, metadata={"help": "checks that a threat must hold"})
 
@@ -91,7 +94,7 @@ class STSArguments:
 
         """
         protect = named(self.sts_protect, "sts_protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
-        probes = ("n_queries", "n_draws", "n_features", "max_tokens", "batch_tokens", "seed")
+        probes = ("n_queries", "n_draws", "n_features", "max_tokens", "batch_tokens", "seed", "chat_template")
         return {
             "sae": [self.sts_sae] if isinstance(self.sts_sae, str) else list(self.sts_sae),
             "protect": {name: number(nats, f"sts_protect {name}") for name, nats in protect.items()},

@@ -14,6 +14,7 @@ from sts_callback.records import DriftSnapshot, Forecast, Verdict
 from sts_callback.records.run import RunSettings, TimeSpent
 from sts_callback.report.terminal.forecast import check_lines, forecast_table, layers_table
 from sts_callback.report.terminal.ledger import expectations_table
+from sts_callback.report.terminal.rows import rows_table
 from sts_callback.runs import ledger, track_record
 from sts_callback.runs.directory import RunDirectory
 from sts_callback.training.arguments import Settings
@@ -49,8 +50,9 @@ class RunRecorder:
         assert monitor.step_zero is not None
         monitor.step_zero.save(self._directory.baseline_file)
 
-    def show_forecast(self, forecasts: Sequence[Forecast], verdict: Verdict) -> None:
-        """Print the forecast, and how those of further SAEs agree with it."""
+    def show_forecast(self, monitor: Monitor, forecasts: Sequence[Forecast], verdict: Verdict) -> None:
+        """Print what was read, the forecast, and how those of further SAEs agree with it."""
+        tqdm.write(rows_table(monitor.reads))
         tqdm.write(forecast_table(forecasts[0], verdict))
         if len(forecasts) > 1:
             tqdm.write(layers_table(forecasts, [rank_agreement(forecasts[0], f) for f in forecasts]))

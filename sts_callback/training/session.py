@@ -229,7 +229,6 @@ class Session:
         self, saes: Sequence[SaeSource], probes: ProbeConfig, stand_in: Source | None = None, **kwargs: Any
     ) -> Monitor:
         tokenizer = kwargs.get("processing_class")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if tokenizer is None:
             raise ConfigError("processing_class: the trainer has none; give it the model's tokenizer, which the probes need.")
         monitor = Monitor(
@@ -280,7 +279,7 @@ class Session:
         self._guard.tell(
             state,
             Sink("run log", lambda: self._recorder.write_step_zero(monitor, forecasts, rollouts)),
-            Sink("screen", lambda: self._recorder.show_forecast(forecasts, verdict)),
+            Sink("screen", lambda: self._recorder.show_forecast(monitor, forecasts, verdict)),
             Sink("ledger", lambda: self._recorder.show_expectations(forecasts[0])),
         )
         if verdict.decision == "no-go" and self._settings.on_forecast == "refuse":

@@ -22,10 +22,10 @@ def find_train_data(given: Source | None, datasets: Iterable[Any], rollouts: Seq
         DataError: if there is no data, or a stream that cannot be sampled.
 
     """
+    if isinstance(given, (str, Path)) or (given is not None and not hasattr(given, "__len__")):
+        return given  # of a stream that they give, a sample is read
     for found in (given, *datasets):
         if found is not None:
-            if found is given and isinstance(found, (str, Path)):
-                return found
             if hasattr(found, "__getitem__") and hasattr(found, "__len__"):
                 return rollouts if rollouts and found is not given and are_prompts_only(found) else found
             raise DataError("train_data: the trainer's data set is a stream; give a sample of it as STSCallback(train_data=...).")

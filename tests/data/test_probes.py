@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from sts_callback.config import ProbeConfig
 from sts_callback.data.probes import ProbeSet, Query, batches, bos_tokens, check_lengths, filler_tokens, make_probe_set, segments
 from sts_callback.errors import DataError
-from tiny import rows, tiny_tokenizer
+from tiny import bos_tokenizer, rows, tiny_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = {PAD, BOS, EOS}
@@ -68,7 +68,8 @@ def test_queries_and_demonstrations_are_rows_as_they_stand() -> None:
 
 @pytest.mark.parametrize("n_demonstrations", [1, 2, 5])
 def test_tokens_of_a_query_do_not_depend_on_what_stands_before_it(n_demonstrations: int) -> None:
-    tokenizer, probes = tiny_tokenizer(), made(rows(30), n_demonstrations=n_demonstrations)
+    tokenizer = bos_tokenizer()
+    probes = made(rows(30), tokenizer=tokenizer, n_demonstrations=n_demonstrations)
     assert bos_tokens(tokenizer) == (BOS,)
     for i, q in enumerate(probes.queries):
         draw = probes.demo_sets[probes.group(i)]
@@ -104,7 +105,7 @@ def test_tokenizer_without_bos_has_nothing_in_front() -> None:
     ],
 )
 def test_bos_stands_in_front_only(row: dict[str, Any]) -> None:
-    probes = made([row] * 6)
+    probes = made([row] * 6, tokenizer=bos_tokenizer())
     assert all(BOS not in draw for draw in probes.demo_sets)
     assert all(BOS not in q.tokens for q in probes.queries)
     assert len(probes.queries) == 4
@@ -112,7 +113,7 @@ def test_bos_stands_in_front_only(row: dict[str, Any]) -> None:
 
 
 def test_special_tokens_do_not_count() -> None:
-    probes = made([{"prompt": "<bos>Q<eos><bos>: why<pad>", "completion": " so<eos>"}] * 6)
+    probes = made([{"prompt": "<bos>Q<eos><bos>: why<pad>", "completion": " so<eos>"}] * 6, tokenizer=bos_tokenizer())
     for q in probes.queries:
         assert [token for token, counts in zip(q.query, q.counts, strict=True) if not counts] == [EOS, BOS, PAD]
         assert not any(counts and token in SPECIAL for token, counts in zip(q.query, q.counts, strict=True))
@@ -229,7 +230,7 @@ def test_draw_hangs_on_seed_and_name_alone() -> None:
 
 
 def test_fingerprint_changes_with_anything_that_is_measured_on() -> None:
-    one = made(rows(40))
+    one = replace(made(rows(40)), written="")
     q, *others = one.queries
     changed = [
         replace(one, name="near"),

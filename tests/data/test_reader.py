@@ -70,7 +70,7 @@ TEXT_CASES: dict[str, tuple[Row, TextPair]] = {
 CHAT_CASES: dict[str, tuple[Row, TextPair]] = {
     "conversation and solution": ({"prompt": said("Hi"), "solution": "Ho"}, TextPair(asked("Hi"), answered("Ho"))),
     "messages": ({"messages": said("Hi", "Ho")}, TextPair(asked("Hi"), answered("Ho"))),
-    "messages, several turns": ({"messages": said("a", "b", "c", "d")}, TextPair(asked("a", "b", "c"), answered("d"))),
+    "messages, several turns": ({"messages": said("a", "b", "c", "d")}, TextPair(asked("a"), answered("b"))),
     "messages, last question open": ({"messages": said("a", "b", "c")}, TextPair(asked("a"), answered("b"))),
     "messages before text": ({"messages": said("Hi", "Ho"), "text": "rendered"}, TextPair(asked("Hi"), answered("Ho"))),
     "prompt and completion": (
@@ -164,7 +164,7 @@ TOKEN_CASES: dict[str, tuple[Row, list[TokenPair]]] = {
     "labels on all": ({"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, [TokenPair((5, 6, 7), None)]),
     "labels on none": ({"input_ids": [5, 6], "labels": [-100, -100]}, []),
     "completion mask": ({"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}, [TokenPair((5, 6), (7, 8))]),
-    "assistant masks": ({"input_ids": [5, 6, 7, 8], "assistant_masks": [0, 1, 1, 0]}, [TokenPair((5,), (6, 7, 8))]),
+    "assistant masks": ({"input_ids": [5, 6, 7, 8], "assistant_masks": [0, 1, 1, 0]}, [TokenPair((5,), (6, 7))]),
     "mask of nothing": ({"input_ids": [5, 6], "completion_mask": [0, 0]}, []),
     "preference": ({"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}, [TokenPair((5, 6), (7,))]),
     "implicit prompt": ({"chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 8, 9]}, [TokenPair((5, 6), (7,))]),

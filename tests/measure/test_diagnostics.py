@@ -25,7 +25,7 @@ from sts_callback.metrics.statistics import detectable_rise
 from sts_callback.metrics.sums import SKETCH_WIDTH, SparseActs
 from sts_callback.model.sae import SaeEncoder, load_encoder
 from sts_callback.records import Check, Status
-from tiny import D_MODEL, N_LAYERS, rotated_sae, rows, tiny_model, tiny_tokenizer
+from tiny import D_MODEL, N_LAYERS, bos_tokenizer, rotated_sae, rows, tiny_model
 
 NAN = float("nan")
 GOOD = Fit(n_tokens=200, fvu=0.2, l0=50.0, dead_fraction=0.1)
@@ -284,12 +284,12 @@ def test_processes() -> None:
 @functools.cache
 def fitted_sae(layer: int, hook_layer: int) -> SAE[Any]:
     """An SAE of half the dimensions, those that vary most at one layer of the tiny model, that says it reads `hook_layer`."""
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model, tokenizer = tiny_model(), bos_tokenizer()
     texts = [row["prompt"] for subject in ("sums", "poems") for row in rows(30, subject, seed=100)]  # others than are measured
     with torch.no_grad():
         x = torch.cat(
             [
-                model(torch.tensor([[1, *tokenizer(text)["input_ids"]]]), output_hidden_states=True).hidden_states[layer + 1][0]
+                model(torch.tensor([tokenizer(text)["input_ids"]]), output_hidden_states=True).hidden_states[layer + 1][0]
                 for text in texts
             ]
         )
@@ -317,7 +317,7 @@ def patient(sae: SAE[Any], n_queries: int = 12, model: nn.Module | None = None) 
     config = ProbeConfig(n_queries=n_queries, n_features=8)
     domains = {"poems": rows(40, "poems", seed=50)}
     shared: dict[str, Any] = {"sae": sae, "train_data": rows(40), "domains": domains, "config": config, "progress": False}
-    return Monitor(tiny_model() if model is None else model, tiny_tokenizer(), **shared)
+    return Monitor(tiny_model() if model is None else model, bos_tokenizer(), **shared)
 
 
 PROTECT = PolicyConfig({"poems": 0.1})
@@ -363,7 +363,7 @@ def test_a_random_sae_is_refused(seed: int) -> None:
 def test_an_sae_of_another_model_is_refused() -> None:
     other = Monitor(
         tiny_model(seed=1),
-        tiny_tokenizer(),
+        bos_tokenizer(),
         sae=fitted_sae(1, 1),
         train_data=rows(40),
         domains={"poems": rows(40, "poems", seed=50)},

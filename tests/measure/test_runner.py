@@ -31,7 +31,7 @@ from sts_callback.metrics.sums import SKETCH_WIDTH, sketch
 from sts_callback.model.capture import undisturbed
 from sts_callback.model.sae import SaeEncoder, load_encoder
 from sts_callback.records import DomainDrift, DriftSnapshot, Estimate, Forecast
-from tiny import ARCHITECTURES, rotated_sae, rows, tiny_model, tiny_tokenizer
+from tiny import ARCHITECTURES, bos_tokenizer, rotated_sae, rows, tiny_model
 
 LAYER, BOS = 2, (1,)
 KINDS = ("standard", "jumprelu", "topk")
@@ -50,7 +50,7 @@ def config_of(architecture: str) -> ProbeConfig:
 
 def made_monitor(model: nn.Module, sae: Any, config: ProbeConfig = CONFIG, **options: Any) -> Monitor:
     given = {"sae": sae, "train_data": TRAIN_ROWS, "domains": {"poems": DOMAIN_ROWS}, "config": config, "progress": False}
-    return Monitor(model, tiny_tokenizer(), **{**given, **options})
+    return Monitor(model, bos_tokenizer(), **{**given, **options})
 
 
 def made_sae(kind: str) -> SAE[Any]:
@@ -80,7 +80,7 @@ def in_front(*names: str) -> dict[str, list[Tokens]]:
     everything = {
         ZERO_SHOT: [BOS],
         TRAIN_ICL: [BOS + draw for draw in train.demo_sets],
-        FILLER: [BOS + filler_tokens(tiny_tokenizer(), n_neutral)],
+        FILLER: [BOS + filler_tokens(bos_tokenizer(), n_neutral)],
         DOMAIN_ICL: [BOS + draw for draw in domain.demo_sets],
     }
     return {name: everything[name] for name in names or everything}
@@ -513,7 +513,7 @@ def test_scores_are_those_of_numpy(architecture: str, kind: str) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_words_are_those_around_the_strongest_places(architecture: str) -> None:
     sums, sae = dict(zip(("train", "poems"), expected(architecture, "standard"), strict=False)), rotated_sae()
-    monitor, tokenizer = made_monitor(tiny_model(architecture), sae, config_of(architecture)), tiny_tokenizer()
+    monitor, tokenizer = made_monitor(tiny_model(architecture), sae, config_of(architecture)), bos_tokenizer()
     forecast = monitor.forecast()
     found = monitor.top_activating_examples()
     assert tuple(one.feature for one in found) == forecast.features
@@ -824,7 +824,7 @@ def test_examination_refuses_probes_without_the_power_for_an_alarm() -> None:
 
 # Attention sinks
 
-COMMA = tiny_tokenizer().convert_tokens_to_ids(",")
+COMMA = bos_tokenizer().convert_tokens_to_ids(",")
 
 
 def model_with_sinks(architecture: str = "llama") -> PreTrainedModel:

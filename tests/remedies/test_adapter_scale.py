@@ -23,7 +23,7 @@ from sts_callback.policy import judge_budget
 from sts_callback.records import Estimate
 from sts_callback.records.remedies import AdapterScales, BudgetFinding, ScalePoint
 from sts_callback.remedies.adapter_scale import AdapterScaler, dial, with_adapter
-from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer
+from tiny import bos_tokenizer, rotated_sae, rows, tiny_model
 
 CONFIG = ProbeConfig(n_queries=8, n_domain_demonstrations=2, batch_tokens=200)
 DOMAINS = {"poems": rows(20, "far away poems", seed=40), "sums": rows(20, "sums")}
@@ -45,16 +45,16 @@ def saved_adapter(folder: Path, *, size: float = 0.3, seed: int = 0, of: PreTrai
 
 @pytest.fixture
 def adapted(tmp_path: Path) -> nn.Module:
-    return with_adapter(tiny_model(), tiny_tokenizer(), saved_adapter(tmp_path / "adapter"))
+    return with_adapter(tiny_model(), bos_tokenizer(), saved_adapter(tmp_path / "adapter"))
 
 
 def made_knob(model: nn.Module, budgets: dict[str, float] | None = None) -> AdapterScaler:
-    return AdapterScaler(model, tiny_tokenizer(), sae=rotated_sae(), domains=DOMAINS, budgets=budgets or BUDGETS, config=CONFIG)
+    return AdapterScaler(model, bos_tokenizer(), sae=rotated_sae(), domains=DOMAINS, budgets=budgets or BUDGETS, config=CONFIG)
 
 
 def made_dial(model: nn.Module, scales: tuple[float, ...] = (0.5, 1.0), budgets: dict[str, float] | None = None) -> AdapterScales:
     options: dict[str, Any] = {"domains": DOMAINS, "config": CONFIG, "progress": False, "scales": scales}
-    return dial(model, tiny_tokenizer(), sae=rotated_sae(), budgets=BUDGETS if budgets is None else budgets, **options)
+    return dial(model, bos_tokenizer(), sae=rotated_sae(), budgets=BUDGETS if budgets is None else budgets, **options)
 
 
 def scalings(model: nn.Module) -> list[dict[str, float]]:
@@ -108,7 +108,7 @@ def test_only_protected_domains_are_measured_each_against_its_own_budget(adapted
 
 def test_the_largest_scale_within_budget_is_found(tmp_path: Path) -> None:
     for seed in range(8):  # an adapter that does harm
-        model = with_adapter(tiny_model(), tiny_tokenizer(), saved_adapter(tmp_path / str(seed), seed=seed))
+        model = with_adapter(tiny_model(), bos_tokenizer(), saved_adapter(tmp_path / str(seed), seed=seed))
         change = made_dial(model, (1.0,)).points[0].domains["poems"].nll_change
         if change.low > 0:
             break
@@ -188,7 +188,7 @@ def test_without_a_protected_domain_there_is_nothing_to_dial_for(adapted: nn.Mod
 def put_on(folder: Path) -> None:
     with warnings.catch_warnings():  # PEFT warns of what it finds, too
         warnings.simplefilter("ignore")
-        with_adapter(tiny_model(), tiny_tokenizer(), folder)
+        with_adapter(tiny_model(), bos_tokenizer(), folder)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sts_callback.errors import CannotTell, ConfigError, DataError
 from sts_callback.measure.monitor import Monitor
 from sts_callback.records.remedies import Attribution
 from sts_callback.remedies.attribution import MOST_LEFT_OUT, blame, filter_files, write_filtered
-from tiny import tiny_tokenizer
+from tiny import bos_tokenizer
 
 CONFIG = ProbeConfig(n_queries=12, n_features=16, n_domain_demonstrations=2, max_tokens=64)
 LOWER, UPPER = range(5), (5, 6)
@@ -51,7 +51,7 @@ def mixture(seed: int, n_planted: int = N_PLANTED, share: float = 0.9, config: P
     law = [row_of(draw, UPPER) for _ in range(30)]
     sae = lettered_sae()
     options: dict[str, Any] = {"train_data": rows, "domains": {"law": law}, "config": config, "progress": False}
-    return Mixture(rows, planted, Monitor(lettered_model(), tiny_tokenizer(), sae=sae, **options))
+    return Mixture(rows, planted, Monitor(lettered_model(), bos_tokenizer(), sae=sae, **options))
 
 
 def precision_and_recall(share: float) -> tuple[float, float]:
@@ -101,7 +101,7 @@ def test_scores_are_those_of_a_second_computation_without_sinks() -> None:
             n_masked += int((~kept).sum())
             return torch.cat([torch.relu(x @ sae.W_enc) * kept.unsqueeze(1), kept.unsqueeze(1)], dim=1).double()
 
-    texts = [tiny_tokenizer()(row["prompt"] + row["completion"], add_special_tokens=False)["input_ids"] for row in made.rows]
+    texts = [bos_tokenizer()(row["prompt"] + row["completion"], add_special_tokens=False)["input_ids"] for row in made.rows]
     acts = [read(ids) for ids in texts]
     assert 0 < n_masked < sum(map(len, texts)) / 2
     law = torch.stack([read(query.query).sum(dim=0) for query in made.monitor.domains["law"].queries])
@@ -121,7 +121,7 @@ def test_scores_are_those_of_a_second_computation_without_sinks() -> None:
         assert row.feature == int(fired[int(parts.argmax())])
         activation = acts[row.row][:, row.feature]
         assert row.snippet.activation == pytest.approx(float(activation.max()), rel=1e-5)
-        assert row.snippet.token == tiny_tokenizer().decode([texts[row.row][int(activation.argmax())]])
+        assert row.snippet.token == bos_tokenizer().decode([texts[row.row][int(activation.argmax())]])
 
 
 def test_the_token_that_fires_is_of_the_domains_kind() -> None:

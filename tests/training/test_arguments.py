@@ -33,6 +33,7 @@ EVERYTHING: dict[str, Any] = {
     "sts_max_tokens": 99,
     "sts_batch_tokens": 77,
     "sts_seed": 5,
+    "sts_chat_template": "never",
     "sts_alpha": 0.02,
     "sts_patience": 3,
 }
@@ -48,7 +49,7 @@ WANTED: dict[str, Any] = {
     "on_error": "raise",
     "max_overhead": 0.5,
     "ledger": "past.jsonl",
-    "probes": ProbeConfig(n_queries=16, n_draws=4, n_features=50, max_tokens=99, batch_tokens=77, seed=5),
+    "probes": ProbeConfig(n_queries=16, n_draws=4, n_features=50, max_tokens=99, batch_tokens=77, seed=5, chat_template="never"),
     "policy": PolicyConfig(alpha=0.02, patience=3),
 }
 

@@ -1,0 +1,36 @@
+"""What a row comes to: a prompt and its answer, as texts or as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """A prompt and its answer as texts; `answer` is None where the row is one running text."""
+
+    prompt: str
+    answer: str | None
+    rest: str = field(default="", compare=False)
+    """Later turns of the same conversation."""
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A prompt and its answer as token ids; `answer` is None where the row is one running text."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...] | None
+    rest: tuple[int, ...] = field(default=(), compare=False)
+    """What follows: later turns, or what is not trained on."""
+
+
+Pair = TextPair | TokenPair
+
+
+class NoExampleError(Exception):
+    """Why a row of a known form holds no example."""

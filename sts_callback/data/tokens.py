@@ -1,0 +1,208 @@
+"""Token ids: of texts, and in rows that a trainer has tokenised, padded, masked and packed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby, pairwise
+from typing import TYPE_CHECKING, Any
+
+from sts_callback.data.pairs import NoExampleError, Row, TextPair, TokenPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = tuple[int, ...]
+_IGNORED = -100  # what PyTorch's loss, and so every trainer, leaves out
+
+
+@contextlib.contextmanager
+def untouched(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Put back the padding and truncation that the backend was left with: every plain call clears them."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    padding, truncation = getattr(backend, "padding", None), getattr(backend, "truncation", None)
+    try:
+        yield
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+
+
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """Token ids of a text and nothing else."""
+    with untouched(tokenizer):
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """What the tokenizer itself puts before a text: often BOS, sometimes several tokens or none, whatever `bos_token` says."""
+    with untouched(tokenizer):
+        whole = tuple(tokenizer("a")["input_ids"])
+    zero_shot = text_ids("a", tokenizer)
+    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(zero_shot)] == zero_shot), ())
+
+
+def without_bos(ids: Ids, bos: Ids) -> Ids:
+    """Tokens of a text without what the tokenizer puts before it."""
+    return ids[len(bos) :] if ids[: len(bos)] == bos else ids
+
+
+def pair_ids(pair: TextPair, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids | None, Ids]:
+    """Ids of prompt, answer and rest; the boundaries are common prefixes, as TRL draws them."""
+    prompt = text_ids(pair.prompt, tokenizer)
+    if pair.answer is None:
+        return prompt, None, ()
+    whole = text_ids(pair.prompt + pair.answer, tokenizer)
+    n = n_common(prompt, whole)
+    if not pair.rest:
+        return whole[:n], whole[n:], ()
+    full = text_ids(pair.prompt + pair.answer + pair.rest, tokenizer)
+    end = n_common(whole, full)
+    return full[:n], full[n:end], full[end:]
+
+
+def n_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How far two sequences begin alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def token_pairs(row: Row, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> list[TokenPair]:
+    """The examples in a row of `input_ids`: several if it is packed, without padding, each with the first answer trained on.
+
+    Args:
+        row: its columns as plain lists.
+        tokenizer: the user's; not altered.
+        bos: see `bos_tokens`.
+
+    Raises:
+        NoExampleError: if no token is trained on.
+
+    """
+    special = set(tokenizer.all_special_ids)
+    found = [_pair(ids, trained, bos, special) for ids, trained in _texts(row, tokenizer)]
+    pairs = [pair for pair in found if pair is not None]
+    if not pairs:
+        raise NoExampleError("no token after a prompt is trained on (by labels or masks)" if found else "it is padding only")
+    return pairs
+
+
+def preference_pair(row: Row) -> TokenPair:
+    """The example in a row of preference trainers: `prompt_ids` with `chosen_ids` or `completion_ids`, or two answers alone.
+
+    Raises:
+        NoExampleError: if it holds no answer, or a rejected one.
+
+    """
+    if "prompt_ids" not in row:  # a reward trainer's: both answers still stand behind their prompt
+        chosen, rejected = tuple(row["chosen_ids"]), tuple(row.get("rejected_ids", ()))
+        n = n_common(chosen, rejected)
+        return TokenPair(chosen[:n], chosen[n:]) if n else TokenPair(chosen, None)
+    if "chosen_ids" not in row and not row.get("label", True):  # these columns are those of a trainer that knows what it means
+        raise NoExampleError("its answer is rejected (column label)")
+    return TokenPair(tuple(row["prompt_ids"]), tuple(row.get("chosen_ids") or row.get("completion_ids") or ()))
+
+
+def aligned(whole: Ids, pair: TextPair, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> TokenPair | None:
+    """A trained text cut into prompt and answer by what its row says in words; None if these are not its words.
+
+    Args:
+        whole: the tokens that are trained on, all of them.
+        pair: the row's prompt and answer.
+        tokenizer: the user's; not altered.
+        bos: see `bos_tokens`.
+
+    """
+    prompt, answer, rest = pair_ids(pair, tokenizer)
+    if not answer:
+        return None
+    ids, prompt, special = without_bos(whole, bos), without_bos(prompt, bos), set(tokenizer.all_special_ids)
+    read = (*prompt, *answer)
+    if n_common(ids, read) == min(len(ids), len(read)) and len(ids) > len(prompt):
+        start, end = len(prompt), len(read)
+        if ids[end : end + 1] == (tokenizer.eos_token_id,) and special.issuperset(ids[end:]):
+            end += 1  # a plain answer's end is learnt with it
+    elif ids[: len(prompt)] == prompt:  # some templates render a turn otherwise once others follow
+        return TokenPair(prompt, answer, rest)
+    else:  # the prompt is rendered otherwise: another day's date, another template around it, its beginning cut off
+        tail = _stripped((*answer, *rest), special)
+        start = len(_stripped(ids, special)) - len(tail)
+        if start <= 0 or ids[start : start + len(tail)] != tail:
+            return None
+        end = start + len(answer) if rest else len(ids)
+    return TokenPair(ids[:start], ids[start:end], ids[end:])
+
+
+def _stripped(ids: Ids, special: set[int]) -> Ids:
+    end = len(ids)
+    while end and ids[end - 1] in special:
+        end -= 1
+    return ids[:end]
+
+
+def _pair(ids: Ids, trained: Sequence[bool] | None, bos: Ids, special: set[int]) -> TokenPair | None:
+    """The first answer trained on, and what stands before it; a text trained on from its beginning is one running text."""
+    spans, at = [], 0
+    for is_trained, group in groupby([True] * len(ids) if trained is None else trained):
+        n = len(list(group))
+        spans += [(at, at + n)] if is_trained else []
+        at += n
+    if not spans:
+        return None
+    first, begin = spans[0], 0
+    if not without_bos(ids[: first[0]], bos):  # nothing asks for it
+        if special.issuperset(ids[first[1] :]):
+            return TokenPair(ids[first[0] : first[1]], None)
+        if len(spans) == 1:
+            return None
+        begin, first = first[1], spans[1]  # packing has cut the row that it belongs to
+    start, end = first
+    return TokenPair(ids[begin:start], ids[start:end], ids[end:])
+
+
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ids, list[bool] | None]]:
+    """The texts in a row, each with which of its tokens are trained on, if the row tells."""
+    ids = _flat(row["input_ids"])
+    n = len(ids)
+
+    def column(name: str) -> list[Any] | None:
+        """What a column says of each token, if that is what it does."""
+        values = _flat(row.get(name))
+        return values if isinstance(values, list) and len(values) == n and not any(isinstance(v, list) for v in values) else None
+
+    mask, labels = column("attention_mask"), column("labels")
+    masks = [one for one in (column("completion_mask"), column("assistant_masks")) if one is not None]
+    trained = None
+    if labels is not None:
+        trained = [label != _IGNORED for label in labels]
+    elif masks:
+        trained = [all(bits) for bits in zip(*masks, strict=True)]
+    starts = {0, n}
+    for numbers in (mask if mask and max(mask) > 1 else None, column("seq_idx")):  # which may number the texts of a packed row
+        starts |= {i for i in range(1, n) if numbers is not None and numbers[i] != numbers[i - 1]}
+    lengths = _flat(row.get("seq_lengths"))
+    if lengths and sum(lengths) <= n:
+        starts |= set(accumulate(lengths))
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        starts |= {end for end in _flat(row.get(name) or []) if 0 <= end <= n}
+    if (positions := column("position_ids")) is not None:
+        starts |= {i for i in range(1, n) if positions[i] <= positions[i - 1]}
+    bounds, mask = sorted(starts), mask or _no_padding(ids, tokenizer)
+    for start, end in pairwise(bounds):
+        kept = [i for i in range(start, end) if mask[i]]
+        if kept:
+            yield tuple(ids[i] for i in kept), None if trained is None else [trained[i] for i in kept]
+
+
+def _no_padding(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """A mask for ids that have none: without the padding tokens at both ends, but with one EOS if that is what pads."""
+    pad, n = tokenizer.pad_token_id, len(ids)
+    first = next((i for i in range(n) if ids[i] != pad), n)
+    end = next((i for i in range(n, first, -1) if ids[i - 1] != pad), first)
+    return [first <= i < end + (pad == tokenizer.eos_token_id) for i in range(n)]
+
+
+def _flat(values: Any) -> Any:
+    """The one row of a batch of one."""
+    return values[0] if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list) else values

@@ -1,0 +1,43 @@
+"""What came of the rows of training data and domains, as text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from sts_callback.data.counts import RowsRead
+from sts_callback.report.terminal.text import WIDTH, new_table, rendered
+
+_N_REASONS = 5  # shown of each source
+
+
+def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
+    """Rows read, used, left out and cut: a line a source, and below it why and what else must be known."""
+    table = new_table("rows of", "there", "read", "used", "left out", "cut")
+    for one in reads:
+        numbers = (one.n_rows, one.n_read, one.n_used, sum(one.left_out.values()), one.n_cut)
+        table.add_row(Text("  " + one.name), *(f"{number:,}" for number in numbers))
+    wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
+    lines: list[str] = []
+    for one in reads:
+        reasons = sorted(one.left_out.items(), key=lambda item: -item[1])
+        lines += [f"{one.name}: {n:,} left out: {reason}" for reason, n in reasons[:_N_REASONS]]
+        if others := sum(n for _, n in reasons[_N_REASONS:]):
+            lines.append(f"{one.name}: {others:,} left out for other reasons")
+        if one.unread:
+            lines.append(f"{one.name}: columns not read: {', '.join(one.unread)}")
+        lines += [f"{one.name}: {note}" for note in one.notes]
+    legend = (
+        "read: until there are enough; of several turns, the first is the answer.\n"
+        "cut: prompts or answers longer than max_tokens."
+    )
+    parts: list[Text | Table] = [
+        table,
+        Text(legend, style="dim"),
+        *(Text(part, style="yellow") for line in lines for part in wrap.wrap(line)),
+        Text(""),
+    ]
+    return rendered(parts, colour)
