@@ -122,7 +122,7 @@ class StepZeroReference:
                     )
                     for name in json.loads(metadata["sets"])
                 }
-                kept = bytes(file.get_tensor(_PROBES).tolist()) if _PROBES in file.keys() else b"[]"
+                kept = bytes(file.get_tensor(_PROBES).tolist()) if _PROBES in set(file.keys()) else b"[]"
                 probes = [_probes(**one) for one in json.loads(kept)]
                 return cls(fingerprint, Reference(**json.loads(metadata["reference"])), sets, {s.name: s for s in probes})
         except CannotTell:
