@@ -17,6 +17,7 @@ from sts_callback.measure.stats import ZERO_SHOT, ProbeStats
 from sts_callback.metrics.statistics import detectable_rise, resampled_ratios
 from sts_callback.model.registry import base_name
 from sts_callback.model.sae import SaeEncoder
+from sts_callback.model.self_test import Findings
 from sts_callback.policy import NOISE_MARGIN, fewest_queries, short_of_queries
 from sts_callback.records import Check, Status
 
@@ -47,8 +48,11 @@ def examined_fits(
     """
     fits = runner.calibrate(sets, zero_shot)
     return fits, [
-        fit_checks(
-            sae_reader.encoder, fit, sae_reader.point.layer, runner.fit_by_layer(sets[0], zero_shot, sae_reader), model_name
+        (
+            *fit_checks(
+                sae_reader.encoder, fit, sae_reader.point.layer, runner.fit_by_layer(sets[0], zero_shot, sae_reader), model_name
+            ),
+            *_self_test_checks(runner.findings),
         )
         for sae_reader, fit in zip(runner.sae_readers, fits, strict=True)
     ]
@@ -168,6 +172,18 @@ def process_check(n_processes: int, is_sharded: bool) -> Check:
     if n_processes > 1:
         return Check("processes", "pass", f"{n_processes}, which share the probes", "")
     return Check("processes", "pass", "one", "")
+
+
+def _self_test_checks(findings: Findings) -> tuple[Check, ...]:
+    """What the model itself does not do right, and what is done instead."""
+    checks = []
+    if not findings.cache:
+        found = "with kept keys and values the model gives other activations than without"
+        checks.append(Check("cache", "warn", found, "measured without, which takes longer"))
+    if not findings.gradients:
+        found = "none reach the hook point: sharded, without a head, or a layer (int8 with dynamic activations) passes none"
+        checks.append(Check("gradients", "warn", found, "there is no gradient score; all else is as usual"))
+    return tuple(checks)
 
 
 def _variance(fit: Fit, source: str) -> Check:

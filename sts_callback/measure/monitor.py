@@ -112,8 +112,12 @@ class Monitor:
             self._filler = filler_tokens(tokenizer, sum(map(len, self.train.demo_sets)) // len(self.train.demo_sets))
             self._runner = ProbeRunner(model, encoders, self.config, self._ranks)
         sets = self._sets = [self.train, *self.domains.values()]
-        self._max_positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
+        n_positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
+        self._max_positions = n_positions if n_positions and n_positions > 0 else None  # XLNet says -1: no limit
         check_lengths(sets, self._max_positions, len(self._bos))
+        with undisturbed(model):
+            contexts = [self._filler, *(draw for s in sets for draw in s.demo_sets)]
+            self._runner.self_test(sets, [(*self._bos, *tokens) for tokens in contexts])
         self._identities = [identity_of(model, encoder, self.config, sets) for encoder in encoders]
         self.identity = self._identities[0]
         self._fingerprint = hashlib.sha256(

@@ -31,6 +31,7 @@ from sts_callback.measure.stats import (
 from sts_callback.model.capture import Capture, Prefix, may_differ
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, text_config
 from sts_callback.model.sae import SaeEncoder
+from sts_callback.model.self_test import Findings, self_test
 
 _N_CALIBRATION = 4  # queries of each set that set the median norm
 
@@ -86,10 +87,33 @@ class ProbeRunner:
         self._capture = Capture(
             model, list({sae_reader.point.name: sae_reader.point for sae_reader in self.sae_readers}.values()), self._ranks
         )
+        self.findings = Findings(gradients=self._capture.may_stop)
+        """What the self-test found."""
         self._vocab_size = int(getattr(text_config(model), "vocab_size", 2**16))
         self._has_head = any(
             getattr(m, "get_output_embeddings", lambda: None)() is not None for m in model.modules() if hasattr(m, "config")
         )
+
+    def self_test(self, sets: Sequence[ProbeSet], contexts: Sequence[Sequence[int]]) -> None:
+        """Find out whether the model gives each query what it gives it alone, and go without what does not.
+
+        Args:
+            sets: all probes.
+            contexts: the tokens of all that will stand before them.
+
+        Raises:
+            ModelError: if the model cannot be measured.
+
+        """
+        self.findings = self_test(
+            self._capture,
+            max(contexts, key=len),
+            [query.query for query in sets[0].queries[:2]],
+            max(len(query.tokens) for s in sets for query in s.queries),
+            with_logits=self._has_head,
+            ranks=self._ranks,
+        )
+        self._capture.may_cache = self.findings.cache
 
     def context(self, tokens: Sequence[int], *, with_answers: bool) -> Context:
         """Run what stands before queries, once for all of them; it holds for the weights of this moment.
@@ -141,8 +165,12 @@ class ProbeRunner:
         queries = probes.queries[:_N_CALIBRATION]
         context = Prefix(zero_shot.token_ids, None)  # what is kept of it may end at the SAE's own layer
         captured = Capture(self._model, list(points.values()), self._ranks).run([q.query for q in queries], context)
+        ran = {layer: captured.activations.get(point.name) for layer, point in points.items()}  # those that read images may not
+        width = sae_reader.encoder.d_in
         return {
-            layer: sae_reader.fvu(candidate_rows(captured.activations[point.name], queries)) for layer, point in points.items()
+            layer: sae_reader.fvu(candidate_rows(x, queries))
+            for layer, x in ran.items()
+            if x is not None and x.shape[2:] == (width,)
         }
 
     def read(
@@ -168,7 +196,7 @@ class ProbeRunner:
 
         """
         n_queries = len(probes.queries)
-        differentiable = with_gradients and zero_shot.with_answers and self._capture.may_stop
+        differentiable = with_gradients and zero_shot.with_answers and self.findings.gradients
         sums = [
             ProbeSums(sae_reader, n_queries, list(contexts), with_gradients=differentiable and sae_reader.encoder.reconstructs)
             for sae_reader in self.sae_readers
@@ -349,9 +377,6 @@ class ProbeRunner:
         suffixes = [q.tokens if context.with_answers else q.query for q in queries]
         select = answer_positions(queries) if context.with_answers else None
         captured = self._capture.run(suffixes, context.prefix, select=select)
-        for name, acts in captured.activations.items():
-            if acts.dim() != 3:
-                raise ModelError(f"hook_name: {name} gave shape {tuple(acts.shape)}, not (batch, sequence, width).")
         x = {name: candidate_rows(acts, queries) for name, acts in captured.activations.items()}
         return x, None if captured.logits is None else _by_query(_losses(captured.logits, queries), queries)
 

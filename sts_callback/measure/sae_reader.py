@@ -105,7 +105,7 @@ class SAEReader:
         ever, seen = torch.zeros(self.encoder.d_sae, dtype=torch.bool, device=self.encoder.sae.device), []
         for chunk in self.chunks(len(x)):
             found = self.encoder.reconstruct(x[chunk])
-            active = found.acts > 0
+            active = found.acts != 0
             left += float(found.left.double().square().sum())
             n_active += int(active.sum())
             ever |= active.any(dim=0)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dis
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +21,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sts_callback.distributed import Ranks
+from sts_callback.errors import ModelError
 from sts_callback.model.hooks import HookPoint, text_config
+
+# What a configuration may ask of every forward, and what ours wants of it: logits alone.
+_LOGITS_ALONE = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False, "return_dict": True}
 
 
 class _Captured(Exception):  # noqa: N818  # not an error: it ends a forward whose rest is not needed
@@ -31,7 +38,7 @@ class _Captured(Exception):  # noqa: N818  # not an error: it ends a forward who
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode without gradients; on every exit, mode and random state are as they were.
+    """Inside, the model is in evaluation mode without gradients; on every exit, mode, state and random state are as they were.
 
     Training must be bit-identical with and without us, so the random state of Python, NumPy, the CPU and every GPU is put
     back, and each module's own `training` flag (not `model.train()`: TRL picks its log bucket by it).
@@ -44,7 +51,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, _ in flags:
             module.training = False
         torch.set_default_dtype(torch.float32)  # sums take no less, whatever the user's new tensors are
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with _state_aside(model), _logits_alone(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, flag in flags:
@@ -55,6 +62,74 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextlib.contextmanager
+def _state_aside(model: nn.Module) -> Iterator[None]:
+    """Inside, what modules keep from one forward to the next is as in a fresh model; on exit it is as it was.
+
+    Qwen2-VL keeps the place of its last images, Griffin its recurrent state, dynamic RoPE its table: our forwards must neither
+    read what the user's have left nor leave theirs. A tensor that a method assigns is None when the model is made.
+    """
+    named = [(module, _state_names(type(module))) for module in model.modules()]  # type: ignore[arg-type]  # classes are hashable
+    before = [(_state(module, names), dict(module._buffers)) for module, names in named]
+    n_writes = writes_to_weights(model)
+    try:
+        for (module, _), (state, _) in zip(named, before, strict=True):
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    vars(module)[name] = None
+        yield
+    finally:
+        if writes_to_weights(model) == n_writes:  # else what modules know of their weights belongs to those of now
+            for (module, names), (state, buffers) in zip(named, before, strict=True):
+                for name in (names & vars(module).keys()) - state.keys():
+                    del vars(module)[name]
+                vars(module).update(state)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+
+
+def _state(module: nn.Module, names: frozenset[str]) -> dict[str, Any]:
+    """Attributes of these names, and numbers beside buffers, which tell what is in them (the length of a table)."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name in names or (module._buffers and isinstance(value, (int, float)))
+    }
+
+
+@functools.cache
+def _state_names(kind: type[nn.Module]) -> frozenset[str]:
+    """Attributes that methods of a module's class assign, other than the one that makes it."""
+    methods = [
+        inspect.unwrap(method).__code__
+        for cls in kind.__mro__
+        if not cls.__module__.startswith(("torch.", "builtins"))
+        for name, method in vars(cls).items()
+        if name != "__init__" and inspect.isfunction(inspect.unwrap(method))
+    ]
+    return frozenset(i.argval for code in methods for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
+
+
+def writes_to_weights(model: nn.Module) -> int:
+    """How often weights have been written to in place, whoever did it: the same before and after a forward that leaves them."""
+    return sum(p._version for p in model.parameters() if not p.is_inference())
+
+
+@contextlib.contextmanager
+def _logits_alone(model: nn.Module) -> Iterator[None]:
+    """Inside, the configurations of a model ask its forward for logits alone: no attentions, no losses of routers."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): vars(config) for config in found if isinstance(config, PreTrainedConfig)}.values()
+    before = [{name: config[name] for name in _LOGITS_ALONE if name in config} for config in configs]
+    try:
+        for config, asked in zip(configs, before, strict=True):
+            config.update((name, _LOGITS_ALONE[name]) for name in asked)
+        yield
+    finally:
+        for config, asked in zip(configs, before, strict=True):
+            config.update(asked)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -139,20 +214,47 @@ class _Inputs:
     mask: torch.Tensor
     cache: DynamicCache | None
     select: torch.Tensor | None
-    skip: int
-    """Leading positions that are prefix, where it has no cache."""
+    n_suffix: int
+    """Positions of the suffixes, the last ones: before them stand a prefix that has no cache, and what a wrapper adds (PEFT's
+    virtual tokens)."""
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """Places of the logits to compute, counted from the end: all that any row wants, or just the last.
+
+        A mask of rows and columns would compute fewer, but transformers takes one only from 5.21 on, and Liger never.
+        """
+        if self.select is None:
+            return torch.tensor([-1])  # the integer 1 would drop hidden states in Gemma 4's shared layers
+        return self.select.any(dim=0).nonzero()[:, 0] - self.n_suffix
+
+    def logits(self, out: Any) -> torch.Tensor:
+        """Those at the selected positions, row by row, of a forward that may not have been able to compute them alone."""
+        assert self.select is not None
+        logits: torch.Tensor = out.logits
+        if logits.shape[1] != len(self.columns):
+            logits = logits[:, self.columns]
+        return logits[self.select[:, self.columns]]
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """What a hook point gave, `(n_rows, n_suffix, d)`; OPT flattens rows and tokens before its MLP."""
+        if x.dim() == 2:
+            x = x.reshape(len(self.ids), -1, x.shape[-1])
+        return x[:, -self.n_suffix :] if x.shape[1] >= self.ids.shape[1] else x  # fewer positions than tokens are not theirs
 
 
 class Capture:
     """Reads hook points of one model. Use it inside `undisturbed(model)`."""
 
     def __init__(self, model: nn.Module, points: Sequence[HookPoint], ranks: Ranks | None = None) -> None:
-        self._model, self._ranks = model, ranks or Ranks()
-        self._points = tuple(points)
+        self.model, self._ranks = model, ranks or Ranks()
+        self.points = tuple(points)
         self.may_stop = not is_sharded(model)
         """Whether a forward may end early; if not, only whole ones are safe, and no backward."""
         self.device = next(model.parameters()).device
         """Where batches go."""
+        self.may_cache = True
+        """Whether `prefix` may keep anything; the self-test finds out."""
         self._takes_selection = _takes_selection(model)
 
     def prefix(self, token_ids: Sequence[int], *, whole: bool) -> Prefix:
@@ -164,13 +266,13 @@ class Capture:
 
         """
         ids = tuple(token_ids)
-        if not ids:
+        if not ids or not self.may_cache:
             return Prefix(ids, None)
-        cache = DynamicCache(config=text_config(self._model))  # type: ignore[arg-type]
+        cache = DynamicCache(config=text_config(self.model))  # type: ignore[arg-type]
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             return Prefix(ids, None)  # recurrent or chunked state cannot be forked by expanding
         row = torch.tensor([ids], device=self.device)
-        self._forward(_Inputs(row, torch.ones_like(row), cache, None, 0), whole=whole)
+        self._forward(_Inputs(row, torch.ones_like(row), cache, None, len(ids)), whole=whole)
         return Prefix(ids, cache if cache.get_seq_length() == len(ids) else None)
 
     def run(self, suffixes: Sequence[Sequence[int]], prefix: Prefix, *, select: torch.Tensor | None = None) -> Captured:
@@ -179,12 +281,12 @@ class Capture:
         Args:
             suffixes: token ids of each row, not padded.
             prefix: from `prefix`, with `whole=True` if `select` is given.
-            select: `(n_rows, n_suffix)` booleans on the model's device, the positions whose logits are wanted.
+            select: `(n_rows, n_suffix)` booleans on the CPU, the positions whose logits are wanted.
 
         """
         inputs = self._inputs(suffixes, prefix, select)
         found = self._forward(inputs, whole=select is not None)
-        return Captured({name: acts[:, inputs.skip :] for name, acts in found.activations.items()}, found.logits)
+        return Captured({name: inputs.rows(x) for name, x in found.activations.items()}, found.logits)
 
     def gradient(
         self,
@@ -214,28 +316,24 @@ class Capture:
                 leaf = found[point.name] = x.detach().requires_grad_()
                 torch.set_grad_enabled(True)  # from here up; below, weights that train would record a graph nobody needs
                 if point.side == "output":
-                    return (leaf, *output[0][1:]) if isinstance(output[0], tuple) else leaf
+                    return leaf if isinstance(output[0], torch.Tensor) else type(output[0])((leaf, *output[0][1:]))
                 return ((leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf})
 
             return cut
 
         try:
-            for point in self._points:
+            for point in self.points:
                 handles.append(_hooked(point, cutting(point)))
             with torch.no_grad():
-                out = self._model(**self._arguments(inputs))
-                losses = loss(out.logits if self._takes_selection else out.logits[inputs.select])
+                out = self.model(**self._arguments(inputs))
+                losses = loss(inputs.logits(out))
                 gradients = torch.autograd.grad(losses.sum(), list(found.values()))
         finally:
             for handle in handles:
                 handle.remove()
-
-        def rows(x: torch.Tensor) -> torch.Tensor:
-            return x.detach().reshape(*inputs.ids.shape, -1)[:, inputs.skip :]
-
         return Differentiated(
-            {name: rows(x) for name, x in found.items()},
-            {name: rows(x) for name, x in zip(found, gradients, strict=True)},
+            {name: inputs.rows(x.detach()) for name, x in found.items()},
+            {name: inputs.rows(x) for name, x in zip(found, gradients, strict=True)},
             losses.detach(),
         )
 
@@ -248,7 +346,7 @@ class Capture:
 
         """
         if not self.may_stop:  # a forward with gradients would leave a sharded model waiting for its backward
-            return any(p.requires_grad for p in self._model.parameters())
+            return any(p.requires_grad for p in self.model.parameters())
         with torch.enable_grad():
             found = self._forward(self._inputs([suffix], Prefix((), None), None), whole=False)
         return _has_parameter(found.activations[name].grad_fn)
@@ -262,14 +360,10 @@ class Capture:
             mask[row, : len(suffix)] = 1
         head = torch.tensor(prefix.token_ids, dtype=torch.long).expand(n_rows, -1)
         mask = torch.cat([torch.ones_like(head), mask], dim=1)
-        cache, skip = None, 0
-        if prefix.cache is not None:
-            cache = prefix.fork(n_rows)
-        else:
-            ids, skip = torch.cat([head, ids], dim=1), len(prefix.token_ids)
-            if select is not None:
-                select = nn.functional.pad(select, (skip, 0))
-        return _Inputs(ids.to(self.device), mask.to(self.device), cache, select, skip)
+        cache = None if prefix.cache is None else prefix.fork(n_rows)
+        if cache is None:
+            ids = torch.cat([head, ids], dim=1)
+        return _Inputs(ids.to(self.device), mask.to(self.device), cache, select, n_suffix)
 
     def _arguments(self, inputs: _Inputs) -> dict[str, Any]:
         """What the model is called with."""
@@ -280,7 +374,7 @@ class Capture:
             "use_cache": inputs.cache is not None,
         }
         if self._takes_selection:
-            arguments["logits_to_keep"] = 1 if inputs.select is None else inputs.select
+            arguments["logits_to_keep"] = inputs.columns
         return arguments
 
     def _forward(self, inputs: _Inputs, *, whole: bool) -> Captured:
@@ -289,24 +383,17 @@ class Capture:
         activations: dict[str, torch.Tensor] = {}
         stop = self.may_stop and not whole
         handles = []
-        for point in self._points:
-            reader = _reader(point, activations, len(self._points) if stop else 0)
+        for point in self.points:
+            reader = _reader(point, activations, len(self.points) if stop else 0)
             handles.append(_hooked(point, reader))
         try:
-            out = self._model(**self._arguments(inputs))
+            out = self.model(**self._arguments(inputs))
         except _Captured:
             out = None
         finally:
             for handle in handles:
                 handle.remove()
-        # OPT flattens rows and tokens before its MLP.
-        for name, x in activations.items():
-            if x.dim() == 2 and len(x) == inputs.ids.numel():
-                activations[name] = x.reshape(*inputs.ids.shape, -1)
-        if out is None or inputs.select is None:
-            return Captured(activations, None)
-        logits = out.logits if self._takes_selection else out.logits[inputs.select]
-        return Captured(activations, logits)
+        return Captured(activations, None if out is None or inputs.select is None else inputs.logits(out))
 
 
 def _hooked(point: HookPoint, hook: Callable[..., Any]) -> RemovableHandle:
@@ -320,6 +407,11 @@ def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> C
     """A forward (pre-)hook that stores the point's tensor and ends the forward once `n_wanted` are there (0: never)."""
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        if point.name in into:
+            raise ModelError(
+                f"hook_name: {point.name} runs more than once in a forward of {type(module).__name__}; which time its SAE means "
+                "cannot be told. Models that loop over their layers are not supported."
+            )
         into[point.name] = _tensor_at(point, args, kwargs, *output)
         if len(into) == n_wanted:
             raise _Captured
@@ -329,7 +421,7 @@ def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> C
 
 def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> torch.Tensor:
     value = (args[0] if args else kwargs["hidden_states"]) if point.side == "input" else output[0]
-    tensor: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    tensor: torch.Tensor = value if isinstance(value, torch.Tensor) else value[0]  # blocks return tuples, GPT-1's lists
     return tensor
 
 

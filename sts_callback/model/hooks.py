@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from sts_callback.errors import ModelError
 
@@ -105,6 +106,12 @@ def model_name(model: nn.Module) -> str:
     return str(getattr(text_config(model), "_name_or_path", "") or type(model).__name__.removeprefix("FSDP"))
 
 
+def architecture(model: nn.Module) -> str:
+    """What a model is called in messages: its class and its type, whatever wraps it."""
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+    return f"{type(inner).__name__} (model type {getattr(text_config(model), 'model_type', 'unknown')})"
+
+
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers: the `ModuleList` as long as the text config says, outside any vision or audio tower.
 
@@ -116,7 +123,8 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == n_layers and not any(t in name for t in _OTHER_TOWERS):
             return module
     raise ModelError(
-        f"model: no list of {n_layers} decoder layers was found in {type(model).__name__}; it must be a decoder-only transformer."
+        f"model: {architecture(model)} is not supported: it holds no list of {n_layers} decoder layers. What can be measured is "
+        "a decoder-only language model, with one layer after another."
     )
 
 
@@ -170,7 +178,7 @@ def resolve(model: nn.Module, hook_name: str) -> HookPoint:
         found = None if module is None else (module, "input" if match[3] == "input" else "output")
     if found is None:
         raise ModelError(
-            f"hook_name: {hook_name!r} has no counterpart in {type(layers[index]).__name__}; "
+            f"hook_name: {hook_name!r} has no counterpart in {type(layers[index]).__name__} of {architecture(model)}; "
             f"allowed are blocks.N.<{' | '.join(_SITES)}> where the architecture has them."
         )
     return HookPoint(hook_name, found[0], found[1], index)

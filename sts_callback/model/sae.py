@@ -27,8 +27,11 @@ SaeSource: TypeAlias = "str | Path | SAE[Any]"
 
 _LINEAR = {"standard", "jumprelu", "gated", "topk"}  # decode by one product, a bias and what undoes the input's normalisation
 _SPARSE = 0.05  # a share of active features above which the whole product is faster
-_NOT_PER_TOKEN = {"temporal"}  # attends over the sequence, so tokens cannot be encoded one by one
 _WEIGHTS = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag", "b_dec", "W_dec")
+# Files by which the SAEs of other libraries are known.
+_FOREIGN = {"sae.safetensors": "EleutherAI's sparsify", "ae.pt": "dictionary_learning"}
+_WANTED = "must hold cfg.json and sae_weights.safetensors of an SAE saved for inference (save_inference_model)"
+_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".json", ".npz"}
 # Of the configuration, what changes an answer.
 _ENCODES = ("d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "k", "rescale_acts_by_decoder_norm")
 
@@ -136,7 +139,7 @@ class SaeEncoder:
     def feature_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient with respect to feature activations, from that with respect to activations at the hook point.
 
-        An inactive feature has none: a small change of its input leaves it inactive.
+        An inactive feature has none: a small change of its input leaves it inactive. Active ones may be negative.
 
         Args:
             x: activations at the hook point, `(n_tokens, d_in)`.
@@ -152,7 +155,7 @@ class SaeEncoder:
             with torch.enable_grad():
                 decoded = self.sae.decode(acts)
             (through_decoder,) = torch.autograd.grad(decoded, acts, gradient.to(decoded))
-        through_features: torch.Tensor = through_decoder * (acts > 0)
+        through_features: torch.Tensor = through_decoder * (acts != 0)
         return through_features
 
     def _prepared(self, x: torch.Tensor) -> torch.Tensor:
@@ -199,14 +202,17 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
             loaded._setup_activation_normalization()  # its functions write to the SAE they were made for: the user's
     if any(p.is_meta or not bool(torch.isfinite(p).all()) for p in loaded.parameters()):
         raise SaeError(f"sae: weights of {name} are on the meta device, or not all finite numbers; load the SAE anew.")
-    architecture, metadata = loaded.cfg.architecture(), loaded.cfg.metadata
-    if architecture in _NOT_PER_TOKEN or not hasattr(loaded, "encode"):
-        raise SaeError(f"sae: {name} is a {architecture} SAE, which cannot encode tokens one by one; take another kind.")
+    metadata = loaded.cfg.metadata
     hook_name = metadata.get("hf_hook_name") or metadata.get("hook_name")
     if not hook_name:
         raise SaeError(f"sae: {name} does not say which hook point it was trained on; set metadata.hook_name in its cfg.json.")
     loaded.turn_off_forward_pass_hook_z_reshaping()  # transformers gives heads flat already
     loaded.requires_grad_(False).eval()
+    if not _is_per_token(loaded):
+        raise SaeError(
+            f"sae: {name} is a {loaded.cfg.architecture()} SAE, which does not encode a token by itself as it does among others; "
+            "take another kind."
+        )
     lens_options = metadata.get("model_from_pretrained_kwargs") or {}
     centred = bool(lens_options.get("center_writing_weights"))
     entry = registry.find(name) if "/" in name else None  # a folder is not in the registry
@@ -223,6 +229,21 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
     )
 
 
+def _is_per_token(sae: SAE[Any]) -> bool:
+    """Whether tokens can be encoded one by one: most of a few give alone what they give among others.
+
+    All of them would be too much to ask: a threshold that rounding crosses makes a difference too.
+    """
+    x = torch.randn(8, sae.cfg.d_in, generator=torch.Generator().manual_seed(0)).to(sae.device)
+    try:
+        with torch.no_grad(), torch.autocast(sae.device.type, enabled=False):
+            together, alone = sae.encode(x), torch.cat([sae.encode(x[i : i + 1]) for i in range(len(x))])
+    except (AttributeError, RuntimeError, ValueError):
+        return False
+    errors = torch.linalg.vector_norm(together - alone, dim=1) / torch.linalg.vector_norm(together, dim=1).clamp_min(1e-30)
+    return float(errors.median()) < 1e-4
+
+
 def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
     from sae_lens import SAE
 
@@ -230,14 +251,15 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
         try:
             return Path(spec).resolve().name, SAE.load_from_disk(spec, dtype="float32")
         except Exception as error:  # of SAELens, torch, json and safetensors, which does not export its own in all versions
-            raise SaeError(
-                f"sae: the folder {spec} cannot be read as an SAE ({error!r}); it must hold cfg.json and sae_weights.safetensors "
-                "of an SAE saved for inference (save_inference_model)."
-            ) from error
+            raise SaeError(f"sae: the folder {spec} cannot be read as an SAE ({error!r}); it {_held_by(Path(spec))}.") from error
+    if Path(spec).is_file():
+        raise SaeError(f"sae: {spec} is a file; give its folder, if that is one of an SAE: it {_held_by(Path(spec).parent)}.")
     if spec == "auto":
         spec = registry.best_for(model_id, n_layers).spec
     if registry.find(spec):
         release, _, sae_id = spec.partition("/")
+    elif spec.startswith((".", "/", "~")) or "\\" in spec or Path(spec).suffix in _SUFFIXES:
+        raise SaeError(f"sae: {spec} is not there; correct the path. A folder {_WANTED}.")
     elif spec.count("/") >= 2 and not registry.near_names(spec):  # a hub repository and a folder in it
         owner, repository, sae_id = spec.split("/", 2)
         release = f"{owner}/{repository}"
@@ -249,10 +271,37 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
         )
     try:
         return spec, SAE.from_pretrained(release, sae_id, dtype="float32")
-    except (OSError, ValueError, KeyError) as error:
-        raise SaeError(
-            f"sae: {spec} could not be loaded from the hub ({error!r}); check the connection, or give a folder."
-        ) from error
+    except Exception as error:  # as above, and of the hub's client
+        raise SaeError(f"sae: {spec} could not be loaded from the hub ({error!r}); {_remedy(error)}.") from error
+
+
+def _held_by(folder: Path) -> str:
+    """What a folder holds that should hold an SAE, and what to do with it."""
+    for file, maker in _FOREIGN.items():
+        if found := sorted([*folder.glob(file), *folder.glob(f"*/{file}")]):
+            return (
+                f"holds {found[0].relative_to(folder)}, an SAE as {maker} saves it; put its weights in an SAELens SAE and pass "
+                f"that object, or save it: a folder {_WANTED}"
+            )
+    if inner := sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/cfg.json")):
+        return f"holds several, give one of {', '.join(inner[:3])}; a folder {_WANTED}"
+    return _WANTED
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an SAE that could not be had; the hub's client tells a missing one from a missing connection by class."""
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    if "GatedRepoError" in kinds:
+        return "accept its conditions on the hub and log in (`hf auth login`)"
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TimeoutException"}:
+        return "check the connection (it is not in the cache), or give a folder"
+    if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"}:
+        return "the hub has no such repository or file; correct the name"
+    if isinstance(error, (KeyError, NotImplementedError)):
+        return "this SAELens does not know its architecture or format; `pip install --upgrade sae-lens`, or convert it"
+    if isinstance(error, OSError):
+        return "check the connection, or give a folder"
+    return "its files are cut off, damaged, or not in SAELens' format; delete them from the hub's cache and load them again"
 
 
 def _fingerprint(sae: SAE[Any], centred: bool) -> str:

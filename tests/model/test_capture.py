@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sts_callback.model.capture import Capture, Prefix, is_sharded, may_differ, undisturbed
 from sts_callback.model.hooks import find_layers, resolve
-from tiny import ARCHITECTURES, N_LAYERS, tiny_model
+from tiny import _SHAPE, ARCHITECTURES, N_LAYERS, tiny_model
 
 LAYER = 2
 POST = f"blocks.{LAYER}.hook_resid_post"
@@ -170,6 +170,60 @@ def test_model_that_cannot_select_logits_gives_the_same() -> None:
         found = capture(model).run(SUFFIXES, Prefix(SHORT, None), select=select)
     assert found.logits is not None
     assert_close(found.logits, torch.stack([truth("llama", SHORT + s)[1][len(SHORT) + 1] for s in SUFFIXES]))
+
+
+def test_the_positions_of_logits_are_asked_for_by_one_row_of_places() -> None:
+    """From the end, since wrappers lengthen the front; a mask of rows and columns is taken from transformers 5.21 on only."""
+    model, asked = tiny_model(), list[torch.Tensor]()
+    model.register_forward_pre_hook(lambda module, args, kwargs: asked.append(kwargs["logits_to_keep"]), with_kwargs=True)
+    with undisturbed(model):
+        reader = capture(model)
+        reader.run(SUFFIXES, reader.prefix(SHORT, whole=True), select=chosen())
+    assert [places.tolist() for places in asked] == [[-1], [-12, -11, -10, -7, -6, -1]]
+
+
+@pytest.mark.parametrize("kind", ["prompt tuning", "p-tuning", "prefix tuning"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_virtual_tokens_of_a_wrapper_are_cut_off(kind: str, cached: bool) -> None:
+    config: PeftConfig = {
+        "prompt tuning": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        "p-tuning": lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16),
+        "prefix tuning": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    }[kind]()
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), config).eval()
+    with undisturbed(model):
+        reader = capture(model)
+        kept = reader.prefix(LONG, whole=True) if cached else Prefix(LONG, None)
+        found = reader.run(SUFFIXES, kept, select=chosen())
+        gradient = reader.gradient(SUFFIXES, kept, select=chosen(), loss=score)
+    layer, states = resolve(model, POST).module, list[torch.Tensor]()
+    handle = layer.register_forward_hook(lambda module, args, output: states.append(output))
+    logits = []
+    with torch.no_grad():
+        for suffix, positions in zip(SUFFIXES, POSITIONS, strict=True):
+            ids = torch.tensor([LONG + suffix])
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -len(suffix) :]
+            logits.append(out[list(positions)])
+    handle.remove()
+    assert found.logits is not None
+    assert_close(found.logits, torch.cat(logits))
+    for row, suffix, state in zip(found.activations[POST], SUFFIXES, states, strict=True):
+        assert_close(row[: len(suffix)], state[0, -len(suffix) :])
+    assert_close(gradient.activations[POST], found.activations[POST])
+    assert gradient.gradients[POST].shape == gradient.activations[POST].shape
+
+
+@pytest.mark.parametrize("kept_as", [list, tuple])
+def test_blocks_that_return_several_things_are_read_and_differentiated(kept_as: type) -> None:
+    model = tiny_model()
+    find_layers(model)[LAYER].register_forward_hook(lambda module, args, output: kept_as([output, None]))
+    find_layers(model)[LAYER + 1].register_forward_pre_hook(lambda module, args: (args[0][0], *args[1:]))
+    with undisturbed(model):
+        found = capture(model).gradient(SUFFIXES, Prefix(LONG, None), select=chosen(), loss=score)
+    wanted = gradient_of(subject("llama"), POST, cached=False)
+    assert_close(found.activations[POST], wanted[0])
+    assert_close(found.gradients[POST], wanted[1])
 
 
 @pytest.mark.parametrize("architecture", ["lfm2"])
@@ -551,6 +605,92 @@ def test_modes_gradients_and_random_state_are_as_found(fails: bool, fixed_random
     assert model.config.to_dict() == config
     assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+SWITCHES = {"output_hidden_states": True, "output_router_logits": True, "return_dict": False}
+
+
+def test_switches_of_a_configuration_do_not_reach_our_forward_and_stay() -> None:
+    torch.manual_seed(0)
+    shape = {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **shape), attn_implementation="eager").eval()
+
+    def read() -> torch.Tensor:
+        with undisturbed(model):
+            reader = capture(model)
+            logits = reader.run(SUFFIXES, reader.prefix(LONG, whole=True), select=chosen()).logits
+        assert logits is not None
+        return logits
+
+    plain, before = read(), n_hooks(model)
+    for name, value in {**SWITCHES, "output_attentions": True}.items():
+        setattr(model.config, name, value)
+    assert torch.equal(read(), plain)
+    assert {name: getattr(model.config, name) for name in SWITCHES} == SWITCHES
+    assert model.config.output_attentions
+    assert n_hooks(model) == before  # `output_hidden_states` would leave some for good
+
+
+class Remembering(nn.Module):
+    """Adds what the last forward has left, as recurrent states are, and keeps a table that grows with the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: torch.Tensor | None = None
+        self.scale = torch.tensor(2.0)
+        self.length = 0
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > self.length:
+            self.length = x.shape[1]
+            self.register_buffer("table", torch.arange(x.shape[1]), persistent=False)
+        x = x * self.scale if self.last is None else x + self.last
+        self.last, self.added = x.mean(), x
+        return x
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_state_between_forwards_is_neither_read_nor_left(used: bool) -> None:
+    model = tiny_model()
+    keeper = model.model.layers[1].mlp.act_fn = Remembering()
+    with undisturbed(model):
+        fresh = capture(model).run(SUFFIXES, Prefix(LONG, None)).activations[POST]
+    assert set(vars(keeper)) == set(vars(Remembering()))
+    if used:
+        model(input_ids=torch.tensor([LONG]))
+    before = {**vars(keeper), **keeper._buffers}
+    with undisturbed(model):
+        found = capture(model).run(SUFFIXES, Prefix(LONG, None)).activations[POST]
+    assert torch.equal(found, fresh)
+    assert (keeper.last is not None) == used
+    after = {**vars(keeper), **keeper._buffers}
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before if name != "training")
+
+
+def test_what_modules_know_of_their_weights_stays_with_the_weights() -> None:
+    """RWKV halves weights for evaluation, notes it, and doubles them in the next training step."""
+
+    class Halving(nn.Linear):
+        is_halved = False
+
+        def halve(self) -> None:
+            if self.is_halved == self.training:
+                self.weight.data.div_(0.5 if self.is_halved else 2.0)
+                torch._C._increment_version([self.weight])
+                self.is_halved = not self.is_halved
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.halve()
+            return super().forward(x)
+
+    model = nn.Sequential(Halving(2, 2)).train()
+    weight = model[0].weight.clone()
+    with undisturbed(model):
+        model(torch.ones(1, 2))
+    model(torch.ones(1, 2))
+    assert torch.equal(model[0].weight, weight)
 
 
 def test_gradients_stay_off_where_they_were_off() -> None:

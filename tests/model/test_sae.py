@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from sae_lens import (
     SAE,
+    AbsTopKSAE,
+    AbsTopKSAEConfig,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
     GatedSAE,
@@ -34,6 +37,7 @@ from sae_lens import (
     Transcoder,
     TranscoderConfig,
 )
+from safetensors import SafetensorError
 
 from sts_callback.errors import SaeError
 from sts_callback.model import registry
@@ -542,7 +546,93 @@ def test_sae_of_unknown_hook_point_is_refused(hook_name: str | None) -> None:
         encoder(sae)
 
 
-def test_temporal_sae_is_refused() -> None:
+def of_the_sequence() -> SAE[Any]:
     sae = TemporalSAE(TemporalSAEConfig(d_in=4, d_sae=64, n_heads=1, kval_topk=4))
-    with pytest.raises(SaeError, match="sae: SAE object is a temporal SAE, which cannot encode tokens one by one"):
-        encoder(sae)
+    sae.cfg.metadata.hook_name = HOOK
+    return sae
+
+
+def of_the_batch() -> SAE[Any]:
+    """Keeps what is above the mean of the batch, as top-k over a batch does in training."""
+    sae = rotated_sae()
+    encode = sae.encode
+    sae.encode = lambda x: encode(x) * (encode(x) > encode(x).mean())  # type: ignore[method-assign]
+    return sae
+
+
+@pytest.mark.parametrize("make", [of_the_sequence, of_the_batch])
+def test_sae_that_does_not_encode_token_by_token_is_refused(make: Callable[[], SAE[Any]]) -> None:
+    with pytest.raises(SaeError, match=r"sae: SAE object is a \w+ SAE, which does not encode a token by itself as it does among"):
+        encoder(make())
+
+
+def test_negative_activations_are_active() -> None:
+    sae = AbsTopKSAE(AbsTopKSAEConfig(d_in=32, d_sae=64, k=8, apply_b_dec_to_input=False))
+    sae.load_state_dict({name: p for name, p in rotated_sae(kind="topk").state_dict().items() if name in sae.state_dict()})
+    x, gradient = torch.randn(20, 32), torch.randn(20, 32)
+    sae.cfg.metadata.hook_name = HOOK
+    reader = encoder(sae)
+    acts = reader.encode(x)
+    assert (acts < 0).any()
+    by_feature = reader.feature_gradient(x, gradient)
+    assert torch.equal(by_feature != 0, acts != 0)
+    assert torch.allclose(by_feature, gradient @ sae.W_dec.T * (acts != 0), atol=1e-6)
+
+
+def of_sparsify(folder: Path) -> None:
+    (folder / "layers.5").mkdir()
+    (folder / "layers.5" / "cfg.json").write_text("{}")
+    (folder / "layers.5" / "sae.safetensors").write_bytes(b"")
+
+
+def of_dictionary_learning(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    (folder / "ae.pt").write_bytes(b"")
+
+
+def of_several(folder: Path) -> None:
+    saved_sae(folder / "layer_1")
+    saved_sae(folder / "layer_2")
+
+
+@pytest.mark.parametrize(
+    ("fill", "named"),
+    [
+        (of_sparsify, r"layers.5/sae.safetensors, an SAE as EleutherAI's sparsify saves it"),
+        (of_dictionary_learning, r"ae.pt, an SAE as dictionary_learning saves it"),
+        (of_several, "several, give one of layer_1, layer_2"),
+    ],
+)
+def test_the_folder_of_another_library_is_named(tmp_path: Path, fill: Callable[[Path], None], named: str) -> None:
+    fill(tmp_path)
+    with pytest.raises(SaeError, match=named):
+        load_encoder(tmp_path, "any", 4)
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    of_dictionary_learning(tmp_path)
+    with pytest.raises(SaeError, match=r"ae.pt is a file; give its folder.*dictionary_learning"):
+        load_encoder(tmp_path / "ae.pt", "any", 4)
+    for spec in ("sae.pt", "./there", str(tmp_path / "there")):
+        with pytest.raises(SaeError, match="is not there; correct the path"):
+            load_encoder(spec, "any", 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (LocalEntryNotFoundError("no connection"), "check the connection"),
+        (OfflineModeIsEnabled("offline"), "check the connection"),
+        (EntryNotFoundError("404"), "the hub has no such repository or file"),
+        (KeyError("of the future"), "does not know its architecture"),
+        (SafetensorError("incomplete"), "cut off, damaged"),
+        (RuntimeError("size mismatch for W_enc"), "cut off, damaged"),
+    ],
+)
+def test_what_went_wrong_on_the_hub_is_told_apart(monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(SAE, "from_pretrained", fail)
+    with pytest.raises(SaeError, match=rf"could not be loaded from the hub .*{remedy}"):
+        load_encoder("gpt2-small-res-jb/blocks.8.hook_resid_pre", "gpt2", 12)

@@ -1,0 +1,245 @@
+"""Does a model give a query what it gives it alone? Asked of the model itself, before anything is measured.
+
+All that we measure rests on it: queries stand behind kept keys and values, in padded batches, their answers after them, and the
+forward ends early. Which architectures, caches, masks and wrappers break that is not listed anywhere: it is found out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+from sts_callback.distributed import Ranks
+from sts_callback.errors import ModelError, StsError
+from sts_callback.model.capture import Capture, Captured, Prefix, writes_to_weights
+from sts_callback.model.hooks import architecture
+
+# Measured on random models of 16 layers and six families, three of them with routed experts, a query alone against one in a batch
+# behind a cache: in float32 at most 2e-6 for any token; in bfloat16, float16 and under autocast at most 0.017 for the median
+# token, but 0.66 for one whose router rounding had tipped over. Twice the depth makes about 1.4 times as much.
+_EXACT = 1e-4
+"""Relative error that rounding may make of any token, in float32 arithmetic."""
+_COARSE = 0.1
+"""Of the median token, in coarser arithmetic."""
+_MOST_TOKENS, _N_AFTER = 32, 4
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What can be relied on beside the plain forward."""
+
+    cache: bool = True
+    """Whether keys and values that were kept give what computing them anew gives."""
+    gradients: bool = True
+    """Whether a backward sees all that the forward does above the hook points."""
+
+
+def self_test(
+    capture: Capture,
+    prefix: Sequence[int],
+    queries: Sequence[Sequence[int]],
+    n_tokens: int,
+    *,
+    with_logits: bool,
+    ranks: Ranks,
+) -> Findings:
+    """Compare queries alone with the same in a padded batch, followed by something, behind a cache.
+
+    What fails for all queries is a fault; a router that rounding tips over does so for one. Each process makes the same number of
+    forwards. Use it inside `undisturbed(model)`.
+
+    Args:
+        capture: of the model.
+        prefix: what stands before, as long as any that will, so that it passes every window that will be passed.
+        queries: to try one after the other.
+        n_tokens: of the longest row that will be run behind the prefix: no positions beyond are touched.
+        with_logits: whether logits are wanted.
+        ranks: the processes that do the same.
+
+    Raises:
+        ModelError: if the model cannot be measured, with the cause.
+
+    """
+    model, n_writes = capture.model, writes_to_weights(capture.model)
+    trials = [_Trial(capture, tuple(prefix), query, n_tokens, with_logits) for query in queries]
+
+    def holds(error: Callable[[_Trial], float]) -> bool:
+        """Whether a comparison holds for any query, in all processes."""
+        return any(max(ranks.gathered(lambda trial=trial: error(trial))) <= 1 for trial in trials)  # type: ignore[misc]
+
+    together = holds(_Trial.together)
+    if capture.may_stop and writes_to_weights(model) != n_writes:  # sharding may write to what holds the shards
+        raise ModelError(f"model: {architecture(model)} rewrites its own weights in a forward, so that none can be watched.")
+    if not together and not holds(_Trial.followed):
+        raise ModelError(
+            f"model: {architecture(model)} is not causal: a query's activations depend on what stands after it. Only models that "
+            "read from left to right can be measured; see is_decoder and use_bidirectional_attention in its configuration."
+        )
+    if not together:
+        raise ModelError(
+            f"model: {architecture(model)} gives a query other activations beside a longer row than alone: it takes padding for "
+            "text, or mixes rows. It cannot be measured in batches."
+        )
+    return Findings(holds(_Trial.cached), with_logits and capture.may_stop and _passes_gradients(capture, queries[0]))
+
+
+class _Trial:
+    """One query; errors are multiples of what rounding may make, against what the query gives alone."""
+
+    def __init__(self, capture: Capture, prefix: tuple[int, ...], query: Sequence[int], n_tokens: int, with_logits: bool) -> None:
+        n_row = min(n_tokens, _MOST_TOKENS + 2 * _N_AFTER)
+        self._query = tuple(query)[: max(1, n_row - 2 * _N_AFTER)]
+        self._followed = self._query + self._query[:1] * max(0, min(_N_AFTER, n_row - 1 - len(self._query)))
+        self._longer = (tuple(reversed(query)) * n_row)[:n_row]
+        self._capture, self._prefix, self._with_logits = capture, Prefix(prefix, None), with_logits
+        self._truth: Captured | None = None
+        self._exact = False
+
+    def together(self) -> float:
+        """Followed by something, in a padded batch."""
+        return self._error([self._followed, self._longer], self._prefix)
+
+    def followed(self) -> float:
+        """Followed by something, alone."""
+        return self._error([self._followed], self._prefix)
+
+    def cached(self) -> float:
+        """As `together`, behind keys and values that were kept: for all layers, and up to the hook points."""
+        errors = list[float]()
+        for whole in (True, False) if self._with_logits and self._capture.may_stop else (self._with_logits,):
+            try:
+                prefix = self._capture.prefix(self._prefix.token_ids, whole=whole)
+                errors.append(self._error([self._followed, self._longer], prefix, whole=whole))
+            except Exception as error:
+                if not _is_of_the_model(error):
+                    raise
+                errors.append(math.inf)  # it takes no cache, or one of its own kind
+        return max(errors)
+
+    def _error(self, rows: Sequence[Sequence[int]], prefix: Prefix, *, whole: bool = True) -> float:
+        truth = self._truth = self._truth or self._alone()
+        found = self._run(rows, prefix, whole=whole)
+        pairs = [(x, found.activations[name]) for name, x in truth.activations.items()]
+        errors = [_relative(y[0, : len(self._query)], x[0]) for x, y in pairs]
+        if truth.logits is not None and found.logits is not None:
+            errors.append(_relative(found.logits, truth.logits))
+        worst = [float(e.max()) / _EXACT if self._exact else float(e.median()) / _COARSE for e in errors]
+        return max((math.inf if math.isnan(e) else e for e in worst), default=0.0)
+
+    def _alone(self) -> Captured:
+        """The query alone, plainly; nothing but the forward's own rounding stands between this and the truth."""
+        point, under_autocast = self._capture.points[0], list[bool]()
+        handle = point.module.register_forward_pre_hook(
+            lambda module, args: under_autocast.append(torch.is_autocast_enabled(self._capture.device.type))
+        )
+        try:
+            found = self._run([self._query], self._prefix)
+        except Exception as error:
+            if not _is_of_the_model(error):
+                raise
+            raise ModelError(
+                f"model: the forward of {architecture(self._capture.model)} fails on plain text ({error!r}); what can be "
+                "measured is a decoder-only language model, by input_ids and attention_mask alone."
+            ) from error
+        finally:
+            handle.remove()
+        for point in self._capture.points:
+            self._check(point.name, found.activations.get(point.name))
+        if not all(x.isfinite().all() for x in found.activations.values()):
+            return Captured({}, None)  # whoever measures will tell
+        self._exact = _is_exact(self._capture.model, found) and not any(under_autocast)
+        return found
+
+    def _check(self, name: str, x: torch.Tensor | None) -> None:
+        model = architecture(self._capture.model)
+        if x is None:
+            raise ModelError(f"hook_name: {name} does not run in {model} when it reads text; take an SAE of another layer.")
+        if x.dim() != 3 or x.shape[1] != len(self._query):
+            raise ModelError(
+                f"hook_name: {name} of {model} gives shape {tuple(x.shape)} for 1 row of {len(self._query)} tokens, not (rows, "
+                "tokens, width): this architecture is not supported there. Take an SAE that reads inside a layer, such as "
+                "blocks.N.hook_mlp_out."
+            )
+
+    def _run(self, rows: Sequence[Sequence[int]], prefix: Prefix, *, whole: bool = True) -> Captured:
+        select = None
+        if whole and self._with_logits:
+            select = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)
+            select[0, : len(self._query)] = True
+        return self._capture.run(rows, prefix, select=select)
+
+
+def _relative(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Error of each token, beside the norm of its own or of the median token, if that is more."""
+    norms: torch.Tensor = torch.linalg.vector_norm(truth.float(), dim=-1)
+    errors: torch.Tensor = torch.linalg.vector_norm(found.float() - truth.float(), dim=-1)
+    relative: torch.Tensor = errors / norms.clamp_min(max(float(norms.median()), 1e-30))
+    return relative
+
+
+def _is_exact(model: nn.Module, found: Captured) -> bool:
+    """Whether nothing on the way is narrower than float32, as far as can be seen."""
+    try:
+        multiplies_exactly = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by backend
+        multiplies_exactly = False
+    tensors = [*model.parameters(), *found.activations.values()]
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype in (torch.float32, torch.float64) for t in tensors)
+    return multiplies_exactly and plain
+
+
+def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:
+    """Whether each module above the lowest hook point hands a gradient to an input that its output depends on.
+
+    Layers that compute with integers (int8 with dynamic activations) hand on none: what would come out is the gradient of the
+    rest of the network.
+    """
+    cut: list[nn.Module] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not args or not isinstance(args[0], torch.Tensor) or not args[0].requires_grad:
+            return
+        x = args[0].detach().requires_grad_()
+        found = _first(module.forward(x.clone(), *args[1:], **kwargs))
+        with torch.no_grad():
+            change = _first(module.forward(x.roll(1, dims=-1), *args[1:], **kwargs)) - found
+        if change.any() and not (found.requires_grad and torch.autograd.grad(found, x, change)[0].any()):
+            cut.append(module)
+
+    leaves = [module for module in capture.model.modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_hook(look, with_kwargs=True) for module in leaves]
+    tokens = tuple(query)[:_MOST_TOKENS]
+    try:
+        capture.gradient(
+            [tokens],
+            Prefix((), None),
+            select=torch.ones(1, len(tokens), dtype=torch.bool),
+            loss=lambda logits: logits.float().logsumexp(dim=-1),
+        )
+    except RuntimeError as error:  # there is no way down, or none that can be differentiated
+        if not _is_of_the_model(error):
+            raise
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return not cut
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The first floating-point tensor of what a module gives."""
+    for x in output if isinstance(output, (tuple, list)) else [output]:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            return x
+    return torch.zeros(())
+
+
+def _is_of_the_model(error: Exception) -> bool:
+    """Whether an error says something of the model, rather than of memory or of another process."""
+    return not isinstance(error, (StsError, MemoryError)) and not should_reduce_batch_size(error)
