@@ -17,10 +17,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check format bench
+.PHONY: help demo test test-all test-lowest check format bench
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "The first run makes .venv; PYTHON=python3.12 chooses its Python (3.10 or newer)."
 
 demo: $(INSTALLED)  ## run examples/demo.py; ARGS="..." are passed on
@@ -31,6 +31,11 @@ test: $(INSTALLED)  ## run the tests that take seconds, and the one on Gemma 3 2
 
 test-all: $(INSTALLED)  ## run all tests
 	$(PYTEST) $(ARGS)
+
+test-lowest:  ## run some of the tests on the lowest versions of transformers and TRL that are supported, in .venv-lowest
+	@test -x .venv-lowest/bin/pip || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install -q -c tests/lowest.txt -e '.[dev]'
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "versions and not slow" $(ARGS)
 
 bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 1 3" for some settings
 	$(BIN)/python examples/benchmark.py $(ARGS)

@@ -26,6 +26,8 @@ from sts_callback.records import DriftSnapshot, Verdict
 from sts_callback.runs.ledger import append, read
 from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
+pytestmark = pytest.mark.versions
+
 
 def made_callback(**options: Any) -> STSCallback:
     defaults: dict[str, Any] = {

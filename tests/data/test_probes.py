@@ -17,6 +17,8 @@ from sts_callback.data.probes import ProbeSet, Query, batches, bos_tokens, check
 from sts_callback.errors import DataError
 from tiny import bos_tokenizer, rows, tiny_tokenizer
 
+pytestmark = pytest.mark.versions
+
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = {PAD, BOS, EOS}
 CONFIG = ProbeConfig(n_queries=6)

@@ -18,6 +18,8 @@ from sts_callback.data.reader import Row, TextPair, TokenPair, are_prompts_only,
 from sts_callback.errors import DataError
 from tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.versions
+
 CHATML = (
     "{% if tools %}{{ '<|tools|>' + tools[0]['function']['name'] + '\\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"

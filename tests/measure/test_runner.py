@@ -33,6 +33,8 @@ from sts_callback.model.sae import SaeEncoder, load_encoder
 from sts_callback.records import DomainDrift, DriftSnapshot, Estimate, Forecast
 from tiny import ARCHITECTURES, bos_tokenizer, rotated_sae, rows, tiny_model
 
+pytestmark = pytest.mark.versions
+
 LAYER, BOS = 2, (1,)
 KINDS = ("standard", "jumprelu", "topk")
 # A multiple so small that ordinary tokens of these random models are masked too, a few batches per set, and groups of

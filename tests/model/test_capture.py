@@ -18,6 +18,8 @@ from sts_callback.model.capture import Capture, Prefix, is_sharded, may_differ, 
 from sts_callback.model.hooks import find_layers, resolve
 from tiny import _SHAPE, ARCHITECTURES, N_LAYERS, tiny_model
 
+pytestmark = pytest.mark.versions
+
 LAYER = 2
 POST = f"blocks.{LAYER}.hook_resid_post"
 LONG = (1, *range(40, 59))  # more tokens than Gemma's window of 8
