@@ -44,7 +44,7 @@ class Words:
         return json.dumps(content, sort_keys=True, default=str, ensure_ascii=False)
 
 
-def top_activating_examples(row: Row) -> Words:
+def in_words(row: Row) -> Words:
     """What a row says.
 
     Args:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sts_callback.data.chat import ChatTemplate
-from sts_callback.data.formats import FORMATS, Words, is_empty, reference, top_activating_examples
+from sts_callback.data.formats import FORMATS, Words, in_words, is_empty, reference
 from sts_callback.data.pairs import NoExampleError, Pair, Row, TextPair, TokenPair
 from sts_callback.data.tokens import aligned, bos_tokens, preference_pair, token_pairs
 from sts_callback.errors import DataError
@@ -215,7 +215,7 @@ class RowReader:
                 raise NoExampleError(f"it holds {name}, which we do not read (column {name})")
         row = {name: plain for name, value in raw.items() if (plain := _plain(value)) is not None}
         if all(name not in row for name in _IDS):
-            words = top_activating_examples(row)
+            words = in_words(row)
             self._read_columns |= words.columns
             return [Example(_told(self._rendered(words)), words.written(as_chat=self._as_chat))]
         self._read_columns |= _OF_TRAINERS
@@ -233,7 +233,7 @@ class RowReader:
     def _in_words(self, row: dict[str, Any]) -> tuple[Words, TextPair] | None:
         """What a tokenised row says in words, if a trainer has left them beside its tokens."""
         try:
-            words = top_activating_examples({name: value for name, value in row.items() if name not in _OF_TRAINERS})
+            words = in_words({name: value for name, value in row.items() if name not in _OF_TRAINERS})
             text = self._rendered(words, as_chat=False)
         except (NoExampleError, DataError):
             return None

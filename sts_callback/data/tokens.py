@@ -40,8 +40,8 @@ def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> Ids:
     """What the tokenizer itself puts before a text: often BOS, sometimes several tokens or none, whatever `bos_token` says."""
     with untouched(tokenizer):
         whole = tuple(tokenizer("a")["input_ids"])
-    zero_shot = text_ids("a", tokenizer)
-    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(zero_shot)] == zero_shot), ())
+    bare = text_ids("a", tokenizer)
+    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), ())
 
 
 def without_bos(ids: Ids, bos: Ids) -> Ids:

@@ -56,7 +56,7 @@ def said(row: dict[str, str]) -> tuple[list[dict[str, str]], list[dict[str, str]
     return [{"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": row["completion"]}]
 
 
-def top_activating_examples(template: str) -> list[Row]:
+def in_words(template: str) -> list[Row]:
     """Prompt and completion, plain, with the end that a trainer puts, or as messages."""
     if template == "plain":
         return [{"prompt": row["prompt"], "completion": row["completion"] + "<eos>"} for row in ROWS]
@@ -67,7 +67,7 @@ def in_tokens(template: str) -> list[tuple[list[int], list[int]]]:
     """Prompt and answer ids as a trainer makes them, written here once more: a text's own start, then text or template."""
     tokenizer = tokenizer_of(template)
     made = []
-    for row in top_activating_examples(template):
+    for row in in_words(template):
         if template == "plain":
             asked, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["completion"]))
         else:
@@ -91,7 +91,7 @@ def asked(found: ProbeSet) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
 def wanted(template: str) -> frozenset[tuple[tuple[int, ...], tuple[int, ...]]]:
     """All examples, by two draws of which each leaves out some for demonstrations."""
     found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    some = top_activating_examples(template)
+    some = in_words(template)
     for begin in (0, N_DEMONSTRATIONS):
         found |= asked(probes(some[begin:] + some[:begin], template))
     assert len(found) == N_ROWS
@@ -183,7 +183,7 @@ def unmasked(template: str) -> list[Row]:
     """Trained on from beginning to end, with what the row says in words beside its tokens."""
     return [
         {"input_ids": p + a, "labels": p + a, **words}
-        for (p, a), words in zip(in_tokens(template), top_activating_examples(template), strict=True)
+        for (p, a), words in zip(in_tokens(template), in_words(template), strict=True)
     ]
 
 
@@ -246,15 +246,13 @@ def sft(words: list[Row], template: str, out: Path, **options: Any) -> Dataset:
 )
 @pytest.mark.parametrize("template", ["plain", "ChatML", "Mistral"])
 def test_what_sft_trains_on(template: str, options: dict[str, Any], tmp_path: Path) -> None:
-    data = sft(top_activating_examples(template), template, tmp_path, **options)
+    data = sft(in_words(template), template, tmp_path, **options)
     assert asked(probes(data, template)) <= wanted(template)
 
 
 @pytest.mark.parametrize("template", ["plain", "ChatML", "Mistral"])
 def test_rows_that_packing_has_cut_anywhere(template: str, tmp_path: Path) -> None:
-    data = sft(
-        top_activating_examples(template) * 3, template, tmp_path, packing=True, packing_strategy="wrapped", max_length=190
-    )
+    data = sft(in_words(template) * 3, template, tmp_path, packing=True, packing_strategy="wrapped", max_length=190)
     for query, answer in asked(probes(data, template)):  # a prompt may lack its beginning, an answer its end
         whole = query + answer  # what holds nothing but the end of an answer cannot be told from running text
         assert any(
@@ -274,7 +272,7 @@ def test_what_sft_trains_on_of_conversations(template: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("template", ["plain", "ChatML"])
 def test_what_preference_trainers_train_on(template: str, tmp_path: Path) -> None:
-    tokenizer, words = tokenizer_of(template), top_activating_examples(template)
+    tokenizer, words = tokenizer_of(template), in_words(template)
     no: Any = "No.<eos>" if template == "plain" else [{"role": "assistant", "content": "No."}]
     pairs = Dataset.from_list([{"prompt": w["prompt"], "chosen": w["completion"], "rejected": no} for w in words])
     labelled_rows = Dataset.from_list([{**w, "label": i % 2 == 0} for i, w in enumerate([w for w in words for _ in "ab"])])
