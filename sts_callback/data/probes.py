@@ -303,8 +303,9 @@ def batches(
 ) -> Iterator[list[int]]:
     """Indices of queries in batches of like length, the same at every visit.
 
-    A batch has at most `batch_tokens` padded tokens, at most as many answer tokens as 256 MiB of float32 logits hold, and at most
-    16 times `batch_tokens` keys together with those of the prefix, which each of its rows attends to.
+    A batch has at most `batch_tokens` padded tokens, at most as many logits as 256 MiB of float32 hold (those of all places that
+    any row wants are computed for every row), and at most 16 times `batch_tokens` keys together with those of the prefix, which
+    each of its rows attends to.
 
     Args:
         queries: of a set.
@@ -314,18 +315,17 @@ def batches(
         n_prefix: tokens that stand before each.
 
     """
-    most_answer_tokens, most_keys = 2**28 // (4 * vocab_size), 16 * batch_tokens
+    most_logits, most_keys = 2**28 // (4 * vocab_size), 16 * batch_tokens
     order = sorted(members, key=lambda i: (len(queries[i].tokens), i))
     batch: list[int] = []
-    n_answer = 0
     for i in order:
         n_rows, length = len(batch) + 1, len(queries[i].tokens)
-        full = n_rows * length > batch_tokens or n_rows * (n_prefix + length) > most_keys
-        if batch and (full or n_answer + len(queries[i].answer) > most_answer_tokens):
+        places = length - min(len(queries[j].query) for j in (*batch, i))
+        full = n_rows * length > batch_tokens or n_rows * (n_prefix + length) > most_keys or n_rows * places > most_logits
+        if batch and full:
             yield batch
-            batch, n_answer = [], 0
+            batch = []
         batch.append(i)
-        n_answer += len(queries[i].answer)
     if batch:
         yield batch
 

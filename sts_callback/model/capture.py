@@ -421,8 +421,14 @@ def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> C
 
 def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> torch.Tensor:
     value = (args[0] if args else kwargs["hidden_states"]) if point.side == "input" else output[0]
-    tensor: torch.Tensor = value if isinstance(value, torch.Tensor) else value[0]  # blocks return tuples, GPT-1's lists
-    return tensor
+    if isinstance(value, (tuple, list)):  # GPT-1's blocks return lists
+        value = value[0]
+    if not isinstance(value, torch.Tensor):
+        raise ModelError(
+            f"hook_name: {point.name} gives a {type(value).__name__}, not a tensor; take an SAE that reads inside a layer, such "
+            "as blocks.N.hook_mlp_out."
+        )
+    return value
 
 
 def _has_parameter(node: Any) -> bool:

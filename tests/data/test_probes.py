@@ -332,11 +332,12 @@ def test_batches_hold_every_member_once_and_no_more_tokens_than_allowed(batch_to
 
 @pytest.mark.parametrize("most", [1, 7, 30])
 def test_batches_bound_the_memory_of_logits(most: int) -> None:
-    vocab_size = 2**28 // 4 // most  # as many answer tokens as 256 MiB of float32 hold
+    vocab_size = 2**28 // 4 // most  # as many places as 256 MiB of float32 hold
     found = list(batches(MIXED, EVERYONE, 10_000, vocab_size, n_prefix=1))
     assert sorted(i for batch in found for i in batch) == list(EVERYONE)
     for batch in found:
-        assert sum(len(MIXED[i].answer) for i in batch) <= most or len(batch) == 1
+        columns = {column for i in batch for column in range(len(MIXED[i].query) - 1, len(MIXED[i].tokens) - 1)}
+        assert len(batch) * len(columns) <= most or len(batch) == 1
     assert len(found) > 1
 
 

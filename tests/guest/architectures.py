@@ -72,10 +72,14 @@ SIZES = (
     (r"num_kv_shared_layers", 1),
     (r"num_codebooks", 2),
     (r"rotary_dim", 4),
-    (r"index_topk", 16),
+    (
+        r"index_topk",
+        512,
+    ),  # as in real ones, more than there are tokens: among fewer, exact ties of so few heads are cut at random
     (r"num_nextn_predict_layers|num_mtp_modules", 0),
 )
 DERIVED = ("head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id")  # which may be None by default
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 MORE: dict[str, dict[str, Any]] = {  # what single types need beside
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
@@ -88,6 +92,9 @@ MORE: dict[str, dict[str, Any]] = {  # what single types need beside
     "reformer": {"is_decoder": True},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 8},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "mistral4": {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+    "paddleocr_vl": {"text_config": {"rope_parameters": MROPE}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}}},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "zaya": {"num_experts_per_tok": 1},
@@ -113,7 +120,9 @@ def tiny_options(default: PreTrainedConfig) -> dict[str, Any]:
             options[name] = [kinds[i % len(kinds)] for i in range(4)]
         elif name == "rope_parameters" and "mrope_section" in getattr(default, "ignore_keys_at_rope_validation", ()):
             half = int(4 * (value or {}).get("partial_rotary_factor", 1))  # of a head's 8 dimensions
-            options[name] = {**(value or {}), "mrope_section": [half - 2, 1, 1]}
+            section = {"mrope_section": [half - 2, 1, 1]}
+            kinds = {kind: {**rope, **section} for kind, rope in (value or {}).items() if isinstance(rope, dict)}
+            options[name] = kinds or {**(value or {}), **section}
         elif small is not None and (isinstance(value, int) or name in DERIVED) and not isinstance(value, bool):
             options[name] = small
     if getattr(default, "num_key_value_heads", None) == getattr(default, "num_attention_heads", 0):

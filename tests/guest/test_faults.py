@@ -151,6 +151,17 @@ def infinite(x: torch.Tensor) -> torch.Tensor:
     return torch.full_like(x, float("inf"))
 
 
+def raising_in_batches(error: BaseException) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The self-test of a new monitor runs no more than two rows at once."""
+
+    def spoil(x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 2:
+            raise error
+        return x
+
+    return spoil
+
+
 def raising(error: BaseException, n_times: int = 10**9) -> Callable[[torch.Tensor], torch.Tensor]:
     left = [n_times]
 
@@ -525,16 +536,22 @@ FAULTS = [
         raises=ZeroDivisionError,
     ),
     Fault(
-        "an error in the forecast",
+        "an error in every forward of ours",
         lambda s: s.on_probe(raising(ZeroDivisionError("in layer 0")), steps={0}),
+        "refused",
+        refused=(ModelError, "in layer 0"),
+    ),
+    Fault(
+        "an error in batches of the forecast",
+        lambda s: s.on_probe(raising_in_batches(ZeroDivisionError("in layer 0")), steps={0}),
         "refused",
         refused=(CannotTell, "failed before the first step with ZeroDivisionError.*train unwatched"),
         raises=ZeroDivisionError,
     ),
     Fault(
-        "an error in the forecast, to be trained unwatched",
+        "an error in batches of the forecast, to be trained unwatched",
         lambda s: (
-            s.on_probe(raising(ZeroDivisionError("in layer 0")), steps={0}),
+            s.on_probe(raising_in_batches(ZeroDivisionError("in layer 0")), steps={0}),
             s.options.update(on_forecast_error="train unwatched"),
         ),
         "the run is not watched",
