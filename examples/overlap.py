@@ -27,7 +27,7 @@ from transformers.utils import logging
 from demo import SAE_FOLDER
 from gemma import cached_gemma, loaded_gemma
 from rows import code_rows, law_rows, lines
-from sts_callback import ProbeConfig, STSCallback, forecast
+from sts_callback import Monitor, ProbeConfig, STSCallback
 from tuning import BATCH, tuned
 
 PROBES = ProbeConfig(n_queries=24, max_tokens=128)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = loaded_gemma()
     law, code = law_rows(data_dir), code_rows()
     made = {
-        source: forecast(model, tokenizer, sae=SAE_FOLDER, train_data=rows, domains={"other": other}, config=PROBES)
+        source: Monitor(model, tokenizer, sae=SAE_FOLDER, train_data=rows, domains={"other": other}, config=PROBES).forecast()
         for source, rows, other in (("code", code, law), ("law", law, code))
     }
     masked = {s: f.train.n_masked / (f.train.n_masked + f.train.n_tokens) for s, f in made.items()}

@@ -138,7 +138,7 @@ def _after(lab: Lab, name: str) -> dict[str, Any]:
         **_wrong(lab, name),
         "drift": scoring.relative_drift(drift, zero).to_dict(),
         "raw_drift": scoring.raw_drift(drift, zero),
-        "unseen": float(drift.shift.sae_error_share.sum() / drift.shift.raw.sum()),
+        "unseen": float(drift.shift.sae_error.sum() / drift.shift.raw.sum()),
     }
 
 
