@@ -38,9 +38,10 @@ from sts_callback.measure.stats import MaxActivations, ProbeStats
 from sts_callback.measure.step_zero import StepZeroReference, StepZeroStats
 from sts_callback.measure.top_examples import top_activating_examples
 from sts_callback.metrics import scores
-from sts_callback.model.capture import is_sharded, undisturbed
+from sts_callback.model.capture import is_sharded
 from sts_callback.model.hooks import model_name, text_config
 from sts_callback.model.sae import SaeSource, encoder_for
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.model.weights import Weights, weights_of
 from sts_callback.records import TRAIN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
 

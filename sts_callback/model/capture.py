@@ -1,4 +1,4 @@
-"""Run a model up to its hook points and leave it as it was found.
+"""Run a model up to its hook points.
 
 The forward stops at the deepest hook point (no upper layers, no head, no logits) unless logits are asked for or the model is
 sharded, where an early stop would leave collective state behind. Keys and values of a shared prefix are computed once and forked,
@@ -7,129 +7,25 @@ without copies, for every batch of suffixes.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dis
-import functools
 import inspect
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
 from sts_callback.model.hooks import HookPoint, text_config
-
-# What a configuration may ask of every forward, and what ours wants of it: logits alone.
-_LOGITS_ALONE = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False, "return_dict": True}
+from sts_callback.model.undisturbed import undisturbed as undisturbed
 
 
 class _Captured(Exception):  # noqa: N818  # not an error: it ends a forward whose rest is not needed
     """All hook points have been read."""
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode without gradients; on every exit, mode, state and random state are as they were.
-
-    Training must be bit-identical with and without us, so the random state of Python, NumPy, the CPU and every GPU is put
-    back, and each module's own `training` flag (not `model.train()`: TRL picks its log bucket by it).
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state, cpu_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    default_dtype = torch.get_default_dtype()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    try:
-        for module, _ in flags:
-            module.training = False
-        torch.set_default_dtype(torch.float32)  # sums take no less, whatever the user's new tensors are
-        with _state_aside(model), _logits_alone(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        torch.set_default_dtype(default_dtype)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-
-
-@contextlib.contextmanager
-def _state_aside(model: nn.Module) -> Iterator[None]:
-    """Inside, what modules keep from one forward to the next is as in a fresh model; on exit it is as it was.
-
-    Qwen2-VL keeps the place of its last images, Griffin its recurrent state, dynamic RoPE its table: our forwards must neither
-    read what the user's have left nor leave theirs. A tensor that a method assigns is None when the model is made.
-    """
-    named = [(module, _state_names(type(module))) for module in model.modules()]  # type: ignore[arg-type]  # classes are hashable
-    before = [(_state(module, names), dict(module._buffers)) for module, names in named]
-    n_writes = writes_to_weights(model)
-    try:
-        for (module, _), (state, _) in zip(named, before, strict=True):
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    vars(module)[name] = None
-        yield
-    finally:
-        if writes_to_weights(model) == n_writes:  # else what modules know of their weights belongs to those of now
-            for (module, names), (state, buffers) in zip(named, before, strict=True):
-                for name in (names & vars(module).keys()) - state.keys():
-                    del vars(module)[name]
-                vars(module).update(state)
-                module._buffers.clear()
-                module._buffers.update(buffers)
-
-
-def _state(module: nn.Module, names: frozenset[str]) -> dict[str, Any]:
-    """Attributes of these names, and numbers beside buffers, which tell what is in them (the length of a table)."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name in names or (module._buffers and isinstance(value, (int, float)))
-    }
-
-
-@functools.cache
-def _state_names(kind: type[nn.Module]) -> frozenset[str]:
-    """Attributes that methods of a module's class assign, other than the one that makes it."""
-    methods = [
-        inspect.unwrap(method).__code__
-        for cls in kind.__mro__
-        if not cls.__module__.startswith(("torch.", "builtins"))
-        for name, method in vars(cls).items()
-        if name != "__init__" and inspect.isfunction(inspect.unwrap(method))
-    ]
-    return frozenset(i.argval for code in methods for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
-
-
-def writes_to_weights(model: nn.Module) -> int:
-    """How often weights have been written to in place, whoever did it: the same before and after a forward that leaves them."""
-    return sum(p._version for p in model.parameters() if not p.is_inference())
-
-
-@contextlib.contextmanager
-def _logits_alone(model: nn.Module) -> Iterator[None]:
-    """Inside, the configurations of a model ask its forward for logits alone: no attentions, no losses of routers."""
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): vars(config) for config in found if isinstance(config, PreTrainedConfig)}.values()
-    before = [{name: config[name] for name in _LOGITS_ALONE if name in config} for config in configs]
-    try:
-        for config, asked in zip(configs, before, strict=True):
-            config.update((name, _LOGITS_ALONE[name]) for name in asked)
-        yield
-    finally:
-        for config, asked in zip(configs, before, strict=True):
-            config.update(asked)
 
 
 def is_sharded(model: nn.Module) -> bool:

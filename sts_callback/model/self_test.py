@@ -17,8 +17,9 @@ from torch import nn
 
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError, StsError
-from sts_callback.model.capture import Capture, Captured, Prefix, writes_to_weights
+from sts_callback.model.capture import Capture, Captured, Prefix
 from sts_callback.model.hooks import architecture
+from sts_callback.model.undisturbed import writes_to_weights
 
 # Measured on random models of 16 layers and six families, three of them with routed experts, a query alone against one in a batch
 # behind a cache: in float32 at most 2e-6 for any token; in bfloat16, float16 and under autocast at most 0.017 for the median

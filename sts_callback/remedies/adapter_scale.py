@@ -25,9 +25,9 @@ from sts_callback.errors import ConfigError, ModelError
 from sts_callback.measure import diagnostics, scoring
 from sts_callback.measure.identity import identity_of
 from sts_callback.measure.runner import Context, ProbeRunner
-from sts_callback.model.capture import undisturbed
 from sts_callback.model.hooks import model_name, text_config
 from sts_callback.model.sae import SaeSource, encoder_for
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.policy import judge_budget
 from sts_callback.records.remedies import AdapterScales, ScaledDomain, ScalePoint, gravest
 

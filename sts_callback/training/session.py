@@ -16,7 +16,7 @@ from sts_callback.data.reader import Source, are_prompts_only
 from sts_callback.distributed import Ranks
 from sts_callback.errors import CannotTell, ConfigError, NoGo
 from sts_callback.measure.monitor import Monitor
-from sts_callback.model.capture import undisturbed
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.policy import judge_drift, judge_forecast, require_power
 from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
 from sts_callback.records.run import TimeSpent
