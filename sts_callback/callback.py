@@ -69,7 +69,7 @@ class STSCallback(TrainerCallback):
         Args:
             sae: SAELens `release/sae_id`, a folder in SAELens format, a `sae_lens.SAE`, or `"auto"`; or several, of which each
                 makes a forecast and the first is the one that decides and watches drift. Without any argument at all, settings
-                are read from a file, see `settings.STSArguments.of_environment`.
+                are read from a file, see `training.arguments.STSArguments.of_environment`.
             protect: names of domains that training must not harm, or names with budgets: the rise of answer NLL that each may
                 suffer, in nats per token (default 0.1).
             domains: own domains, name to file, data set or rows, in any format that TRL accepts. A protected name that is not

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.measure import scoring
-from sts_callback.measure.stats import ProbeStats
+from sts_callback.measure.accumulators import ProbeStats
 from sts_callback.measure.step_zero import StepZeroStats
 from sts_callback.metrics.scores import n_shared
 from sts_callback.model.capture import undisturbed

@@ -90,7 +90,7 @@ def make_probe_set(
 
     Args:
         name: the domain's name, or `train`.
-        rows: in any format of `domains.reader`.
+        rows: in any format of `data.reader`.
         tokenizer: the user's; not altered.
         config: numbers, limits and seed.
         n_demonstrations: answered examples to put in each context.

@@ -1,6 +1,6 @@
 """From rows of any source to pairs of prompt and answer; rows that cannot be used are left out and counted.
 
-What rows say in words is read by `domains.formats`, what a trainer has made of them by `domains.tokens`. Where a row has both,
+What rows say in words is read by `data.formats`, what a trainer has made of them by `data.tokens`. Where a row has both,
 its tokens are what is trained on, and its words tell where the answer begins if the tokens do not.
 """
 

@@ -12,7 +12,7 @@ from sts_callback.errors import ConfigError
 
 ALL = "all"
 """Stands for every shipped domain."""
-_FOLDER = Path(__file__).parent / "texts"
+_FOLDER = Path(__file__).parent / "domains"
 
 
 def starter_domains() -> dict[str, Path]:

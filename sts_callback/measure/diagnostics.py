@@ -10,10 +10,10 @@ import torch
 from sts_callback.config import PolicyConfig
 from sts_callback.data.probes import ProbeSet
 from sts_callback.errors import CannotTell, ModelError
+from sts_callback.measure.accumulators import ZERO_SHOT, ProbeStats
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.sae_reader import Fit
 from sts_callback.measure.scoring import FILLER
-from sts_callback.measure.stats import ZERO_SHOT, ProbeStats
 from sts_callback.metrics.statistics import detectable_rise, resampled_ratios
 from sts_callback.model.registry import base_name
 from sts_callback.model.sae import SaeEncoder

@@ -30,19 +30,19 @@ from sts_callback.data.tokens import bos_tokens
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError
 from sts_callback.measure import diagnostics, scoring
+from sts_callback.measure.accumulators import MaxActivations, ProbeStats
 from sts_callback.measure.identity import identity_of
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.sae_reader import Fit
 from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, ForecastScorer
-from sts_callback.measure.stats import MaxActivations, ProbeStats
 from sts_callback.measure.step_zero import StepZeroReference, StepZeroStats
 from sts_callback.measure.top_examples import top_activating_examples
 from sts_callback.metrics import scores
 from sts_callback.model.capture import is_sharded
+from sts_callback.model.fingerprint import Weights, weights_of
 from sts_callback.model.hooks import model_name, text_config
 from sts_callback.model.sae import SaeSource, encoder_for
 from sts_callback.model.undisturbed import undisturbed
-from sts_callback.model.weights import Weights, weights_of
 from sts_callback.records import TRAIN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Monitor:
             model: a decoder-only transformers model, wrapped or not.
             tokenizer: its tokenizer or processor; not altered.
             sae: see `model.encoder.SaeSource`; of several, each makes a forecast, and the first watches drift.
-            train_data: answered training examples, see `domains.reader`.
+            train_data: answered training examples, see `data.reader`.
             domains: name to source; at least one.
             config: numbers, limits and seed.
             progress: whether to show progress bars.
@@ -323,7 +323,7 @@ class Monitor:
         Needs `read_domains`, `forecast` or `restore` before.
 
         Args:
-            rows: training examples, see `domains.reader`.
+            rows: training examples, see `data.reader`.
             features: indices.
 
         Returns:

@@ -16,8 +16,7 @@ from sts_callback.config import ProbeConfig
 from sts_callback.data.probes import Candidates, ProbeSet, Query, answer_positions, batches, candidate_rows, segments
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError, SaeError
-from sts_callback.measure.sae_reader import Fit, SAEReader
-from sts_callback.measure.stats import (
+from sts_callback.measure.accumulators import (
     ZERO_SHOT,
     ActivitySums,
     DriftStats,
@@ -28,6 +27,7 @@ from sts_callback.measure.stats import (
     ProbeSums,
     StepZero,
 )
+from sts_callback.measure.sae_reader import Fit, SAEReader
 from sts_callback.model.capture import Capture, Prefix, may_differ
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, text_config
 from sts_callback.model.sae import SaeEncoder

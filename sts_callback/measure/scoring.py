@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from sts_callback.data.probes import ProbeSet
-from sts_callback.measure.stats import ZERO_SHOT, DriftStats, ProbeStats
+from sts_callback.measure.accumulators import ZERO_SHOT, DriftStats, ProbeStats
 from sts_callback.measure.step_zero import StepZeroStats
 from sts_callback.metrics import scores, statistics
 from sts_callback.metrics.statistics import interval, p_of_rise, rank_ranges, resampled_ratios

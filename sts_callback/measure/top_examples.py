@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sts_callback.data.probes import ProbeSet
-from sts_callback.measure.stats import StepZero
+from sts_callback.measure.accumulators import StepZero
 from sts_callback.records import Snippet, TopActivatingExamples
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ class AttributedRow(Record):
     row: int
     """Its number in the training data, counted from 0."""
     score: float
-    """In [-1, 1]: 1 departs from an average row as the domain does, 0 is an average row (see `metrics.rows`)."""
+    """In [-1, 1]: 1 departs from an average row as the domain does, 0 is an average row (see `metrics.attribution`)."""
     feature: int
     """The feature that contributes most to it, of those that the row activates more than an average one."""
     snippet: Snippet
@@ -48,7 +48,7 @@ class DomainAttribution(Record):
     median: float
     """Of all rows' scores."""
     threshold: float
-    """Above it a row's score stands out (see `metrics.rows`)."""
+    """Above it a row's score stands out (see `metrics.attribution`)."""
     n_standing_out: int
     rows: tuple[AttributedRow, ...]
     """The rows with the highest scores, highest first."""

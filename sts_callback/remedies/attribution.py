@@ -19,10 +19,10 @@ import torch
 from sts_callback.config import ROWS_READ, ROWS_SHOWN
 from sts_callback.data.reader import Row
 from sts_callback.errors import CannotTell, ConfigError
+from sts_callback.measure.accumulators import MaxActivations
 from sts_callback.measure.monitor import Monitor
-from sts_callback.measure.stats import MaxActivations
 from sts_callback.measure.top_examples import snippet
-from sts_callback.metrics.rows import contributions, limit_of_scores, roots
+from sts_callback.metrics.attribution import contributions, limit_of_scores, roots
 from sts_callback.records import Snippet
 from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttribution
 from sts_callback.runs.files import write_whole
@@ -43,13 +43,13 @@ def blame(
 ) -> Attribution:
     """Rank training rows by how far they activate protected domains' features.
 
-    Each row, prompt and answer, is compared with the domain by how both depart from an average row (see `metrics.rows`), on the
+    Each row, prompt and answer, is compared with the domain by how both depart from an average row (see `metrics.attribution`), on the
     features that the domain activates most. Those of the forecast would not do: they are what the bulk of the training data
     shifts, and a few rows of another kind do not activate them.
 
     Args:
         monitor: of the untrained model, the training data and the protected domains.
-        rows: the training data, see `domains.reader`.
+        rows: the training data, see `data.reader`.
         protected: names of domains that the monitor measures.
         n_rows: how many rows to read; of more, a sample drawn by the settings' seed.
         n_top: how many rows to name for each domain.

@@ -17,10 +17,10 @@ from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.errors import CannotTell, SaeError
 from sts_callback.measure import diagnostics
+from sts_callback.measure.accumulators import ZERO_SHOT, ProbeStats
 from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.sae_reader import Fit
 from sts_callback.measure.scoring import FILLER
-from sts_callback.measure.stats import ZERO_SHOT, ProbeStats
 from sts_callback.metrics.statistics import detectable_rise
 from sts_callback.metrics.sums import SKETCH_WIDTH, SparseActs
 from sts_callback.model.sae import SaeEncoder, load_encoder

@@ -23,10 +23,10 @@ from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.data.probes import ProbeSet, Query, filler_tokens
 from sts_callback.errors import CannotTell, ConfigError, ModelError, SaeError
 from sts_callback.measure import sae_reader
+from sts_callback.measure.accumulators import ZERO_SHOT, DriftStats, ProbeStats
 from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, step_zero_stats
-from sts_callback.measure.stats import ZERO_SHOT, DriftStats, ProbeStats
 from sts_callback.metrics.sums import SKETCH_WIDTH, sketch
 from sts_callback.model.capture import undisturbed
 from sts_callback.model.sae import SaeEncoder, load_encoder

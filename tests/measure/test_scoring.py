@@ -16,8 +16,8 @@ from scipy import stats
 import samples
 from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.measure import scoring
+from sts_callback.measure.accumulators import ZERO_SHOT, DriftStats, ProbeStats, Shift
 from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, ForecastScorer, rank_agreement
-from sts_callback.measure.stats import ZERO_SHOT, DriftStats, ProbeStats, Shift
 from sts_callback.measure.step_zero import StepZeroStats
 from sts_callback.metrics.scores import matched_sets
 from sts_callback.metrics.sums import SKETCH_WIDTH, SparseActs

@@ -29,7 +29,7 @@ def drift_section(story: ReportData) -> Html:
     else:
         thresholds = (
             f"Dashed: drift counts as movement from {formatting.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
-            f"domain's budget on. An alarm needs both, at {formatting.in_a_row(policy.patience)}."
+            f"domain's budget on. Harm alarms, whether or not there is movement, at {formatting.in_a_row(policy.patience)}."
         )
     train = drift.latest.train.name
     names = [name for name in story.domains if name in drift.series]

@@ -83,7 +83,7 @@ def _top(story: ReportData) -> list[Html]:
 
 
 def _two_questions(story: ReportData) -> Html:
-    """Movement and harm, each as expected and as found: only both together are a threat."""
+    """Movement and harm, each as expected and as found."""
     then = dict(story.forecast.domains) if story.forecast else {}
     now = dict(story.drift.latest.domains) if story.drift else {}
     if not (then or now):
@@ -105,8 +105,8 @@ def _two_questions(story: ReportData) -> Html:
     return join(
         table(titles, rows, groups=[("", 1), ("Does it move?", 2), ("Does it get worse?", 3)]),
         say(
-            "Only both together are a threat. Transfer and drift say how much, never in which direction. \u25b2: reaches its "
-            "threshold. NLL change: in nats a token, above 0 is worse."
+            "A verdict is about harm. Transfer and drift say how much a domain moves, never in which direction. \u25b2: reaches "
+            "its threshold. NLL change: in nats a token, above 0 is worse."
         ),
     )
 

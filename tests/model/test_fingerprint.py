@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sts_callback.model import weights
-from sts_callback.model.weights import weights_of
+from sts_callback.model.fingerprint import weights_of
 from tiny import ARCHITECTURES, tiny_model
 
 

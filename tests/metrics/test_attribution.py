@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sts_callback.metrics.rows import LEAST_LIKENESS, LEAST_SCORE, contributions, limit_of_scores, roots
+from sts_callback.metrics.attribution import LEAST_LIKENESS, LEAST_SCORE, contributions, limit_of_scores, roots
 
 AVERAGE = torch.tensor([1.0, 2.0, 1.0]).double()  # of roots
 DOMAIN = torch.tensor([16.0, 0.0, 1.0])  # departs by 3, -2, 0
