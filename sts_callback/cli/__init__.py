@@ -1,4 +1,4 @@
-"""The command line of `sts-callback`, a module for each command. Only it prints.
+"""The command line of `sts-callback`, a module for each command.
 
 Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
 """
