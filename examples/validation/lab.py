@@ -19,10 +19,10 @@ from gemma import loaded_gemma
 from sts_callback import ProbeConfig
 from sts_callback.data.probes import ProbeSet, Query, filler_tokens, make_completion_set, make_probe_set
 from sts_callback.data.tokens import bos_tokens
+from sts_callback.measure.accumulators import ProbeStats
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.sae_reader import Reference
 from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL
-from sts_callback.measure.accumulators import ProbeStats
 from sts_callback.model.capture import undisturbed
 from sts_callback.model.sae import encoder_for
 from sts_callback.records import TRAIN

@@ -43,7 +43,7 @@ def blame(
 ) -> Attribution:
     """Rank training rows by how far they activate protected domains' features.
 
-    Each row, prompt and answer, is compared with the domain by how both depart from an average row (see `metrics.attribution`), on
+    Each row, prompt and answer, is compared with the domain by how both depart from an average row (`metrics.attribution`), on
     the features that the domain activates most. Those of the forecast would not do: they are what the bulk of the training data
     shifts, and a few rows of another kind do not activate them.
 
