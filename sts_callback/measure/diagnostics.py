@@ -181,7 +181,7 @@ def _self_test_checks(findings: Findings) -> tuple[Check, ...]:
         found = "with kept keys and values the model gives other activations than without"
         checks.append(Check("cache", "warn", found, "measured without, which takes longer"))
     if not findings.gradients:
-        found = "none reach the hook point: sharded, without a head, or a layer (int8 with dynamic activations) passes none"
+        found = "a layer above the hook point passes none on, as int8 layers with dynamic activations do"
         checks.append(Check("gradients", "warn", found, "there is no gradient score; all else is as usual"))
     return tuple(checks)
 

@@ -87,7 +87,7 @@ class ProbeRunner:
         self._capture = Capture(
             model, list({sae_reader.point.name: sae_reader.point for sae_reader in self.sae_readers}.values()), self._ranks
         )
-        self.findings = Findings(gradients=self._capture.may_stop)
+        self.findings = Findings()
         """What the self-test found."""
         self._vocab_size = int(getattr(text_config(model), "vocab_size", 2**16))
         self._has_head = any(
@@ -196,7 +196,7 @@ class ProbeRunner:
 
         """
         n_queries = len(probes.queries)
-        differentiable = with_gradients and zero_shot.with_answers and self.findings.gradients
+        differentiable = with_gradients and zero_shot.with_answers and self._capture.may_stop and self.findings.gradients
         sums = [
             ProbeSums(sae_reader, n_queries, list(contexts), with_gradients=differentiable and sae_reader.encoder.reconstructs)
             for sae_reader in self.sae_readers

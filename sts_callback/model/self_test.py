@@ -87,7 +87,10 @@ def self_test(
             f"model: {architecture(model)} gives a query other activations beside a longer row than alone: it takes padding for "
             "text, or mixes rows. It cannot be measured in batches."
         )
-    return Findings(holds(_Trial.cached), with_logits and capture.may_stop and _passes_gradients(capture, queries[0]))
+    cache = holds(_Trial.cached)
+    if not (with_logits and capture.may_stop):  # no backward will be made
+        return Findings(cache)
+    return Findings(cache, all(ranks.gathered(lambda: _passes_gradients(capture, queries[0]))))
 
 
 class _Trial:

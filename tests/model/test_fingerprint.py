@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sts_callback.model import weights
+from sts_callback.errors import ModelError
 from sts_callback.model.fingerprint import weights_of
 from tiny import ARCHITECTURES, tiny_model
 
@@ -57,7 +59,7 @@ def test_neither_chunks_nor_layout_in_memory_count(monkeypatch: pytest.MonkeyPat
     for tensor in model.parameters():
         if tensor.dim() == 2:
             tensor.data = tensor.data.T.contiguous().T
-    monkeypatch.setattr(weights, "_CHUNK", 100)  # of which most tensors are no multiple
+    monkeypatch.setattr(fingerprint, "_CHUNK", 100)  # of which most tensors are no multiple
     assert weights_of(model) == whole
 
 
@@ -67,3 +69,62 @@ def test_the_model_is_left_as_it_is() -> None:
     weights_of(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(tensor.requires_grad and tensor.grad is None for tensor in model.parameters())
+
+
+class Packed(torch.Tensor):
+    """A weight kept as whole numbers and a scale, as torchao keeps them; it can do nothing else."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        self.values, self.scale, self.zero_point = values, scale, None
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values", "scale", "zero_point"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        raise NotImplementedError(f"{func} of a packed weight")
+
+
+class Opaque(Packed):
+    """One that does not say what it packs."""
+
+    __tensor_flatten__ = property()  # type: ignore[assignment]  # so that it has none
+
+
+def with_weight(weight: torch.Tensor) -> nn.Module:
+    model = nn.Linear(3, 2, bias=False)
+    model.weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def packed(value: int = 2, scale: float = 0.5, kind: type[Packed] = Packed) -> nn.Module:
+    values = torch.tensor([[value, 2, 3], [4, 5, 6]], dtype=torch.int8)
+    return with_weight(kind(values, torch.tensor([scale, 1.0])))
+
+
+def test_packed_weights_count_by_what_they_pack() -> None:
+    assert weights_of(packed()) == weights_of(packed())
+    assert len({weights_of(packed(*changed)).fingerprint for changed in ((), (3,), (2, 0.25))}) == 3
+
+
+def test_all_bits_of_whole_numbers_count() -> None:
+    model = nn.Module()
+    seen = set()
+    for value in (2**30, 2**30 + 1):  # the same in float32
+        model.register_buffer("packed", torch.tensor([value, 7], dtype=torch.int32))
+        model.register_parameter("scale", nn.Parameter(torch.ones(1)))
+        seen.add(weights_of(model).fingerprint)
+    assert len(seen) == 2
+
+
+def test_weights_that_cannot_be_read_are_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"model: weight is a .*Opaque, which cannot be fingerprinted .*dequantise the model"):
+        weights_of(packed(kind=Opaque))
+    with pytest.raises(ModelError, match="model: weight is not whole on this process"):
+        weights_of(nn.Linear(3, 2, bias=False, device="meta"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MoshiConfig, MoshiForCausalLM, PreTrainedModel
 
+from sts_callback import Monitor, ProbeConfig
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
 from sts_callback.model.capture import Capture, Prefix, undisturbed
 from sts_callback.model.hooks import find_layers, resolve
 from sts_callback.model.self_test import Findings, self_test
-from tiny import _SHAPE, ARCHITECTURES, tiny_model
+from sts_callback.records import Forecast
+from tiny import _SHAPE, ARCHITECTURES, rotated_sae, rows, tiny_model, tiny_tokenizer
 
 POST = "blocks.2.hook_resid_post"
 PREFIX = (1, *range(40, 70))  # longer than the windows of 8
@@ -234,3 +237,51 @@ def test_a_prefix_that_may_not_be_kept_is_not() -> None:
     capture.may_cache = False
     with undisturbed(model):
         assert capture.prefix(PREFIX, whole=True) == Prefix(PREFIX, None)
+
+
+# What a forecast says of it
+
+
+def forecast_of(model: nn.Module) -> Forecast:
+    monitor = Monitor(
+        model,
+        tiny_tokenizer(),
+        sae=rotated_sae(POST),
+        train_data=rows(30),
+        domains={"near": rows(16, seed=50)},
+        config=ProbeConfig(n_queries=8, n_features=8),
+        progress=False,
+    )
+    return monitor.forecast()
+
+
+def warnings_of(forecast: Forecast) -> list[str]:
+    return [check.name for check in forecast.checks if check.name in ("cache", "gradients")]
+
+
+def test_a_forecast_without_gradients_says_so_and_is_otherwise_the_same() -> None:
+    model = tiny_model()
+    usual = forecast_of(model)
+    linear = mlp(model, 3).up_proj
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight).detach()
+    cut = forecast_of(model)
+    assert (warnings_of(usual), warnings_of(cut)) == ([], ["gradients"])
+    assert not math.isnan(usual.domains["near"].gradient_change.value)
+    assert math.isnan(cut.domains["near"].gradient_change.value)
+    assert cut.domains["near"].sts_icl == usual.domains["near"].sts_icl
+
+
+def test_a_forecast_without_the_cache_says_so() -> None:
+    model = tiny_model()
+    usual = forecast_of(model)
+    forward = model.model.forward
+
+    def forgetful(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None and past_key_values.get_seq_length():
+            past_key_values.crop(past_key_values.get_seq_length() - 1)
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    model.model.forward = forgetful
+    without = forecast_of(model)
+    assert warnings_of(without) == ["cache"]
+    assert without.domains["near"].sts_icl.value == pytest.approx(usual.domains["near"].sts_icl.value, rel=1e-4)

@@ -198,7 +198,10 @@ def test_the_comparison_of_scores_can_fail() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_processes_share_the_probes(mode: str, runs: Runs) -> None:
-    """Under tensor parallelism there is nothing to share: all compute parts of every batch."""
+    """Under tensor parallelism there is nothing to share: all compute parts of every batch.
+
+    Each runs the self-test whole, less its backward where the model is sharded.
+    """
     model = made_model(lora=False)
     alone = forwards_of(model)
     monitor = made_monitor(model)
@@ -207,7 +210,7 @@ def test_processes_share_the_probes(mode: str, runs: Runs) -> None:
         monitor.check(step)
     for rank in seen(runs(mode, "plain"), "with"):
         share = n_tokens(rank["forwards"]) / n_tokens(alone)
-        low, high = {"ddp": (0.4, 0.6), "tp": (1.0, 1.0)}.get(mode, (0.5, 0.75))  # sharded models: each runs all contexts
+        low, high = {"ddp": (0.4, 0.7), "tp": (0.95, 1.0)}.get(mode, (0.5, 0.8))  # sharded models: each runs all contexts
         assert low <= share <= high
 
 
