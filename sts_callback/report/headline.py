@@ -12,16 +12,15 @@ from sts_callback.report.formatting import counted, listing
 _BEFORE: dict[Decision, str] = {
     "go": "Nothing measured before training points to harm in {protected}.",
     "watch": "Training is expected to threaten {threatened}.",
-    "no-go": "Training is expected to move {threatened} and to make it worse.",
+    "no-go": "Training is expected to make {threatened} worse.",
     "not covered": "Nothing speaks against {threatened}, but most of the change there lies outside the SAE.",
     "cannot tell": "The evidence does not suffice to say what training will do to {threatened}.",
 }
 _DURING: dict[Decision, str] = {
-    "go": "At step {step}, no protected domain has both moved and got worse ({protected}).",
-    "watch": "At step {step}, {threatened} {have} moved and got worse, not yet for long enough to alarm.",
-    "no-go": "At step {step}, {threatened} {have} moved and got worse.",
-    "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there lies outside the SAE "
-    "express.",
+    "go": "At step {step}, no protected domain has been found worse by its budget ({protected}).",
+    "watch": "At step {step}, {threatened} {have} got worse, not yet for long enough to alarm.",
+    "no-go": "At step {step}, {threatened} {have} got worse.",
+    "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there lies outside the SAE.",
     "cannot tell": "At step {step}, the evidence does not suffice for {threatened}.",
 }
 _NOTHING_PROTECTED = "No domain was protected, so there is nothing to judge; the numbers below are for reading."

@@ -80,7 +80,7 @@ class STSArguments:
     sts_max_tokens: int = field(default=ProbeConfig.max_tokens, metadata={"help": "longest query and longest answer"})
     sts_batch_tokens: int = field(default=ProbeConfig.batch_tokens, metadata={"help": "tokens in one forward"})
     sts_seed: int = field(default=ProbeConfig.seed, metadata={"help": "of demonstrations and queries"})
-    sts_alpha: float = field(default=PolicyConfig.alpha, metadata={"help": "chance of a false alarm in one check"})
+    sts_alpha: float = field(default=PolicyConfig.alpha, metadata={"help": "level of the test of a rise, at one check"})
     sts_patience: int = field(default=PolicyConfig.patience, metadata={"help": "checks that a threat must hold"})
 
     def options(self) -> dict[str, Any]:

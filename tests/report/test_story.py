@@ -22,7 +22,7 @@ NAN = math.nan
     ("decision", "threatened", "sentence"),
     [
         ("go", (), "Nothing measured before training points to harm in law and code."),
-        ("no-go", ("law",), "Training is expected to move law and to make it worse."),
+        ("no-go", ("law",), "Training is expected to make law worse."),
         (
             "not covered",
             ("code",),
@@ -40,9 +40,9 @@ def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...
 @pytest.mark.parametrize(
     ("decision", "threatened", "sentence"),
     [
-        ("go", (), "At step 7, no protected domain has both moved and got worse (law and code)."),
-        ("watch", ("law",), "At step 7, law has moved and got worse, not yet for long enough to alarm."),
-        ("no-go", ("law", "code"), "At step 7, law and code have moved and got worse."),
+        ("go", (), "At step 7, no protected domain has been found worse by its budget (law and code)."),
+        ("watch", ("law",), "At step 7, law has got worse, not yet for long enough to alarm."),
+        ("no-go", ("law", "code"), "At step 7, law and code have got worse."),
         (
             "not covered",
             ("law",),
