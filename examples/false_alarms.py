@@ -1,15 +1,19 @@
-"""How often does the alarm go off when nothing is wrong?
+"""How often does the alarm go off without harm?
 
     python examples/false_alarms.py
 
-Four nulls on Gemma 3 270M, settings fixed beforehand, the policy at its defaults:
+No model: the noise is real, taken from the validation's 24 runs (`validation/stored`), 60 questions in each of 20 domains. A
+domain's changes of NLL by the end of a run are centred, so that its questions as a whole have not changed, and 12 of them are
+drawn for a check, with replacement, each with its answer's tokens. Asked are
 
-- a fine-tune with learning rate 0, checked at every step;
-- the same weights in other batch layouts;
-- the same weights rounded to bfloat16, as a checkpoint saved in it would be;
-- weights that have really moved, but with no mean effect: random noise is added, each domain's per-query NLL changes are centred,
-  scaled so that their spread is what a budget's worth of change would be hidden in, and get random signs, anew for each of many
-  checks. Drift stays as measured, so only the test of harm stands between the null and an alarm.
+- the size of the test: how often it passes for one domain at one check, by how skewed the changes are;
+- false runs: how often any of 20 protected domains alarms within so many checks, the policy at its defaults, where nothing has
+  truly changed, and where every domain is truly worse by half its budget, which it may be.
+
+A run reads the same queries at each check, and what a query says at one check it partly says at the next: how far, the three
+checks of these runs tell. What becomes of it over 50 checks they do not. So two extremes are simulated. Queries that *forget*
+pass on their change from check to check with a fixed probability and else take another question's, so that correlation dies
+away. Queries that *remember* come back to their own, so that any two checks correlate as the first and the last stored one do.
 
 Results go to `false_alarms.json` beside this file.
 """
@@ -18,128 +22,195 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils import logging
+from scipy import stats
+from tqdm import tqdm
 
-from demo import PROTECTED, SAE_FOLDER
-from gemma import cached_gemma
-from sts_callback import Monitor, PolicyConfig, ProbeConfig, STSCallback, judge_drift
-from sts_callback.config import DEFAULT_BUDGET
-from sts_callback.data.starter import starter_domains
+from sts_callback.config import DEFAULT_BUDGET, PolicyConfig
 from sts_callback.measure.scoring import estimate
-from sts_callback.metrics.statistics import p_of_rise
-from sts_callback.records import DriftSnapshot
-from tuning import tuned
-from word_problems import word_problems
+from sts_callback.policy import judge_drift
+from sts_callback.records import DriftSnapshot, Estimate
+from validation.data import DOMAINS
+from validation.plan import RUNS, SETTINGS, STEP_ZERO, stored
 
-PROBES = ProbeConfig(n_queries=12, max_tokens=40, n_domain_demonstrations=3)
-POLICY = PolicyConfig(budgets=dict.fromkeys(PROTECTED, DEFAULT_BUDGET))
-N_STEPS, LAYOUTS, N_CHECKS = 4, (64, 128, 256, 512), 2000
-NOISE = 0.03  # standard deviation of the noise on each weight matrix, in multiples of its own
+POLICY = PolicyConfig(budgets=dict.fromkeys(DOMAINS, DEFAULT_BUDGET))
+CHECKS = (1, 10, 50)
+RISES = (0.0, DEFAULT_BUDGET / 2)
+N_QUERIES: int = SETTINGS["n_checked"]
+N_RUNS, N_SAMPLES = 480, 500  # simulated runs of each kind; draws of each domain's questions in each run
 
-
-def tally(checks: Sequence[DriftSnapshot]) -> dict[str, float]:
-    alarms = [name for s in checks for name in alarmed(s)]
-    return {
-        "checks": len(checks),
-        "domain_checks": len(checks) * len(PROTECTED),
-        "alarms": len(alarms),
-        "largest_drift": max(d.relative_drift.value for s in checks for d in s.domains.values()),
-        "largest_nll_change": max(abs(d.nll_change.value) for s in checks for d in s.domains.values()),
-    }
+Shape = tuple[int, ...]
 
 
-def alarmed(check: DriftSnapshot) -> tuple[str, ...]:
-    return judge_drift([check], POLICY).alarmed
+def centred(changes: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+    """Changes of NLL without their mean per token; sums and tokens per query, queries on the last axis."""
+    left: np.ndarray = changes - changes.sum(axis=-1, keepdims=True) / n_tokens.sum(axis=-1, keepdims=True) * n_tokens
+    return left
 
 
-def learning_rate_0(name: str) -> list[DriftSnapshot]:
-    callback = STSCallback(sae=SAE_FOLDER, protect=PROTECTED, check_on=1, max_overhead=None, probes=PROBES, on_error="raise")
-    lora = LoraConfig(r=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-    return tuned(name, word_problems(400), callback, lora, steps=N_STEPS, learning_rate=0.0)
+def p_values(changes: np.ndarray) -> np.ndarray:
+    """What `p_of_rise` gives for each row by all patterns of signs, many rows at once.
+
+    Args:
+        changes: `(n_rows, n_queries)`.
+
+    Returns:
+        `(n_rows,)`.
+
+    """
+    n = changes.shape[1]
+    signs = 1.0 - 2.0 * (np.arange(2**n) >> np.arange(n)[:, None] & 1)
+    parts = np.array_split(changes, math.ceil(len(changes) / 256))
+    return np.concatenate([(p @ signs >= p.sum(axis=1, keepdims=True) - 1e-9).mean(axis=1) for p in parts])
 
 
-def with_random_signs(moved: DriftSnapshot, generator: np.random.Generator) -> DriftSnapshot:
-    """The same drift, but per-query NLL changes without a mean effect, as large as can hide one of the budget's size."""
+def sizes(changes: np.ndarray, rng: np.random.Generator) -> list[float]:
+    """How often the test passes for one domain whose queries as a whole have not changed.
+
+    Args:
+        changes: centred, `(n_sets, n_questions)`.
+        rng: draws them.
+
+    Returns:
+        For each tenth of the sets, the most left-skewed first.
+
+    """
+    n_sets, n_questions = changes.shape
+    drawn = changes[np.arange(n_sets)[:, None, None], rng.integers(n_questions, size=(n_sets, N_SAMPLES, N_QUERIES))]
+    passed = (p_values(drawn.reshape(-1, N_QUERIES)) <= POLICY.alpha).reshape(n_sets, N_SAMPLES).mean(axis=1)
+    return [float(passed[tenth].mean()) for tenth in np.array_split(np.argsort(stats.skew(changes, axis=1)), 10)]
+
+
+def forgetting(correlation: float, n_questions: int, shape: Shape, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Which question each query shows, check after check, where neighbouring checks correlate so and others ever less."""
+    shown = rng.integers(n_questions, size=shape)
+    while True:
+        yield shown
+        shown = np.where(rng.random(shape) < correlation, shown, rng.integers(n_questions, size=shape))
+
+
+def remembering(correlation: float, n_questions: int, shape: Shape, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """The same where any two checks correlate so."""
+    own = rng.integers(n_questions, size=shape)
+    while True:
+        yield np.where(rng.random(shape) < math.sqrt(correlation), own, rng.integers(n_questions, size=shape))
+
+
+def could_alarm(changes: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+    """Checks in which some domain reaches its budget and some p-value may stand Holm's correction; the others need no test.
+
+    Turning the signs of changes that are no rise lowers no sum, so that with m of them p is at least 2^m in 2^n.
+
+    Args:
+        changes: `(n_checks, n_domains, n_queries)`.
+        n_tokens: likewise.
+
+    """
+    least_p = 2.0 ** ((changes <= 0).sum(axis=-1) - changes.shape[-1])
+    possible: np.ndarray = (least_p * changes.shape[1] <= POLICY.alpha).any(axis=1) & (
+        changes.sum(axis=-1) >= DEFAULT_BUDGET * n_tokens.sum(axis=-1)
+    ).any(axis=1)
+    return possible
+
+
+def alarms(check: DriftSnapshot, changes: np.ndarray, n_tokens: np.ndarray) -> bool:
+    """Whether a check alarms.
+
+    Args:
+        check: all of it but what follows.
+        changes: sums of NLL per domain and query, `(n_domains, n_queries)`.
+        n_tokens: likewise.
+
+    """
     domains = {}
-    for name, domain in moved.domains.items():
-        changes = torch.tensor(domain.query_changes, dtype=torch.float64)
-        n_answer = torch.tensor(domain.query_answer_tokens)
-        centred = changes - changes.sum() / n_answer.sum() * n_answer
-        signed = centred * torch.from_numpy(generator.choice([-1.0, 1.0], size=len(centred)))
-        # A spread at which one check in six is beyond the budget by chance.
-        per_token = float(signed.square().sum().sqrt() / n_answer.sum())
-        signed = signed * (DEFAULT_BUDGET / per_token)
-        domains[name] = dataclasses.replace(
-            domain,
-            nll_change=estimate(signed, n_answer, torch.arange(len(signed))),
-            p_worse=p_of_rise(signed),
-        )
-    return dataclasses.replace(moved, domains=domains)
+    for i, (name, p_value) in enumerate(zip(POLICY.budgets, p_values(changes).tolist(), strict=True)):
+        change = Estimate(math.nan, math.nan, math.nan)
+        if p_value <= POLICY.alpha:  # an interval takes long, and no other domain can alarm
+            sums, n = torch.from_numpy(changes[i]), torch.from_numpy(n_tokens[i])
+            change = estimate(sums, n, torch.arange(len(n)))
+        domains[name] = dataclasses.replace(check.domains[name], nll_change=change, p_worse=p_value)
+    return bool(judge_drift([dataclasses.replace(check, domains=domains)], POLICY).alarmed)
+
+
+def first_alarms(
+    checks: list[DriftSnapshot], changes: np.ndarray, n_tokens: np.ndarray, shown: Iterator[np.ndarray], n_checks: int
+) -> np.ndarray:
+    """At which check each of some runs alarms first, counted from 1; infinite where none does.
+
+    Args:
+        checks: of each run, what stands in for all of its checks but the changes.
+        changes: of all questions, `(n_runs, n_domains, n_questions)`.
+        n_tokens: likewise.
+        shown: which of them each query shows, for check after check, `(n_runs, n_domains, n_queries)`.
+        n_checks: in each run.
+
+    """
+    first = np.full(len(checks), math.inf)
+    for number, places in zip(range(1, n_checks + 1), shown, strict=False):
+        now, n = (np.take_along_axis(each, places, axis=-1) for each in (changes, n_tokens))
+        for run in np.flatnonzero(np.isinf(first) & could_alarm(now, n)):
+            if alarms(checks[run], now[run], n[run]):
+                first[run] = number
+    return first
+
+
+def correlations(runs: list[list[DriftSnapshot]]) -> tuple[float, float]:
+    """How far a domain's queries agree, in mean over domains and runs: at neighbouring checks, and at the first and the last."""
+    changes, n_tokens = (
+        np.array([[[getattr(check.domains[d], field) for d in DOMAINS] for check in run] for run in runs], dtype=float)
+        for field in ("query_changes", "query_answer_tokens")
+    )
+    left = centred(changes, n_tokens)
+    left /= np.linalg.norm(left, axis=-1, keepdims=True)
+    between = [float((left[:, a] * left[:, b]).sum(axis=-1).mean()) for a, b in ((slice(1, None), slice(-1)), (0, -1))]
+    return between[0], between[1]
+
+
+WALKS = {"forget": forgetting, "remember": remembering}
 
 
 def main() -> None:
-    logging.set_verbosity_error()
-    set_seed(0)
-    started = time.monotonic()
-    name = cached_gemma()
-    results: dict[str, object] = {"n_queries": PROBES.n_queries, "domains": PROTECTED}
-
-    results["learning_rate_0"] = tally(learning_rate_0(name))
-    print(json.dumps(results, indent=1), flush=True)
-
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    files = starter_domains()
-    monitor = Monitor(
-        model,
-        AutoTokenizer.from_pretrained(name),
-        sae=SAE_FOLDER,
-        train_data=word_problems(400),
-        domains={domain: files[domain] for domain in PROTECTED},
-        config=PROBES,
-    )
-    monitor.forecast()
-    results["other_batches"] = {tokens: tally([monitor.check(0, batch_tokens=tokens)]) for tokens in LAYOUTS}
-
-    weights = {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict({key: value.bfloat16().float() for key, value in weights.items()})
-    results["rounded_to_bfloat16"] = tally([monitor.check(0)])
-    print(json.dumps(results, indent=1), flush=True)
-
-    torch.manual_seed(0)
-    model.load_state_dict(
-        {k: v + NOISE * v.std() * torch.randn_like(v) if v.dim() == 2 and "layers" in k else v for k, v in weights.items()}
-    )
-    moved, generator = monitor.check(0), np.random.default_rng(0)
-    checks = tqdm(range(N_CHECKS), desc="Checks without harm")
-    n_alarms = sum(bool(alarmed(with_random_signs(moved, generator))) for _ in checks)
-    results["random_signs"] = {
-        "checks": N_CHECKS,
-        "smallest_drift": min(d.relative_drift.value for d in moved.domains.values()),
-        "checks_with_alarms": n_alarms,
-        "budget_passed_by_chance_share": float(
-            np.mean(
-                [with_random_signs(moved, generator).domains[PROTECTED[0]].nll_change.value >= DEFAULT_BUDGET for _ in range(300)]
-            )
-        ),
-    }
-    results["seconds"] = time.monotonic() - started
+    started = time.process_time()
+    zero = json.loads(STEP_ZERO.read_text())
+    n_tokens = np.array([zero[name]["n"] for name in DOMAINS], dtype=float)
+    before = np.array([zero[name]["nll"] for name in DOMAINS])
+    results: dict[str, Any] = {"n_queries": N_QUERIES, "n_domains": len(DOMAINS), "simulated_runs": N_RUNS, "false_runs": []}
+    everything = []
+    for setting in SETTINGS["learning_rates"]:
+        runs = [run for run in stored(RUNS) if run["setting"] == setting]
+        checks = [[DriftSnapshot.from_dict(check) for check in run["checks"]] for run in runs]
+        after = np.array([[run["after"][name]["nll"] for name in DOMAINS] for run in runs])
+        still = centred(after - before, n_tokens)
+        everything.append(still.reshape(-1, still.shape[-1]))
+        which = np.arange(N_RUNS) % len(runs)
+        n = np.broadcast_to(n_tokens, (N_RUNS, *n_tokens.shape))
+        for (name, walk), correlation in zip(WALKS.items(), correlations(checks), strict=True):
+            for rise in tqdm(RISES, desc=f"{setting}, queries {name}"):
+                shown = walk(correlation, still.shape[-1], (N_RUNS, len(DOMAINS), N_QUERIES), np.random.default_rng(0))
+                worse = still[which] + rise * n
+                first = first_alarms([checks[i][-1] for i in which], worse, n, shown, max(CHECKS))
+                within = {str(k): float((first <= k).mean()) for k in CHECKS}
+                line = {
+                    "rate": setting,
+                    "true_change": rise,
+                    "queries": name,
+                    "correlation": correlation,
+                    "within_checks": within,
+                }
+                results["false_runs"].append(line)
+    by_tenth = sizes(np.concatenate(everything), np.random.default_rng(0))
+    results["size"] = {"alpha": POLICY.alpha, "all": float(np.mean(by_tenth)), "by_tenth": by_tenth}
+    results["processor_seconds"] = round(time.process_time() - started)
     (Path(__file__).parent / "false_alarms.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

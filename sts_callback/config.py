@@ -82,7 +82,9 @@ class PolicyConfig:
     """Successive checks that a threat must hold before it alarms. One was chosen on the validation's development half; in the
     other, 1 of 94 domains without harm alarmed, and of 146 with it 78 did instead of 53 (examples/validation/RESULTS.md)."""
     alpha: float = 0.01
-    """Of one check without any harm, the chance that some protected domain's NLL passes the test of a rise."""
+    """Of one check without any change, the chance that some protected domain's NLL passes the test of a rise, if each query's
+    change is as likely up as down. Real changes are skewed, a small rise within the budget is a rise too, and the checks of a run
+    add up: `examples/false_alarms.py` has what becomes of it."""
     max_unseen: float = 0.5
     """Where more than this share of a change lies outside the SAE, a domain is not covered."""
     max_masked_share: float = 0.05

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,10 @@ def first_alarms(run: Mapping[str, Any], policy: PolicyConfig) -> dict[str, int]
 
 
 def last_evidence(run: Mapping[str, Any]) -> np.ndarray:
-    """Of each domain, the last check's corrected p-value, negative; -1 where it has not moved."""
+    """Of each domain, the last check's corrected p-value, negative."""
     last = DriftSnapshot.from_dict(run["checks"][-1])
     p_values = holm({name: last.domains[name].p_worse for name in DOMAINS})
-    moved = {name: last.domains[name].relative_drift.value >= PolicyConfig().min_drift for name in DOMAINS}
-    return np.array([-p_values[name] if moved[name] else -1.0 for name in DOMAINS])
+    return np.array([-p_values[name] for name in DOMAINS])
 
 
 def harmed_at(run: Mapping[str, Any], zero: Mapping[str, Any], name: str) -> int:
@@ -73,11 +73,32 @@ def auroc(evidence: np.ndarray, harmed: np.ndarray) -> float:
     return float((ranks[harmed].sum() - n * (n + 1) / 2) / (n * (len(harmed) - n)))
 
 
-def auroc_of_evidence(runs: list[dict[str, Any]], changed: Mapping[str, Any]) -> float:
-    """How well the last checks' evidence tells harmed domains from others; NaN where all or none are harmed."""
+def over_all(
+    runs: list[dict[str, Any]], changed: Mapping[str, Any], evidence: Callable[[Mapping[str, Any]], np.ndarray]
+) -> float:
+    """How well evidence tells harmed domains from others, those of all runs together; NaN where all or none are harmed.
+
+    Args:
+        runs: all that count.
+        changed: by run, change of NLL and its error.
+        evidence: of a run, one number for each domain.
+
+    """
     harmed = np.concatenate([is_harmed(*changed[run["run"]]) for run in runs])
-    evidence = np.concatenate([last_evidence(run) for run in runs])
-    return auroc(evidence, harmed) if 0 < harmed.sum() < len(harmed) else float("nan")
+    return auroc(np.concatenate([evidence(run) for run in runs]), harmed) if 0 < harmed.sum() < len(harmed) else math.nan
+
+
+def within_runs(
+    runs: list[dict[str, Any]], changed: Mapping[str, Any], evidence: Callable[[Mapping[str, Any]], np.ndarray]
+) -> dict[str, float]:
+    """The same for each run that has domains of both kinds."""
+    found = {run["run"]: over_all([run], changed, evidence) for run in runs}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def rate(run: Mapping[str, Any]) -> np.ndarray:
+    """Evidence that knows nothing but the learning rate."""
+    return np.full(len(DOMAINS), SETTINGS["learning_rates"][run["setting"]])
 
 
 def share(n: int, of: int) -> str:

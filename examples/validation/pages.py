@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 
-from validation.alarms import Table, auroc_of_evidence, monitor
+from validation.alarms import Table, last_evidence, monitor, over_all, rate, within_runs
 from validation.data import DOMAINS
 from validation.mixtures import additivity
 from validation.plan import (
@@ -38,13 +39,11 @@ from validation.scores import (
     expected,
     harm,
     movement,
-    movement_error,
     recorded,
     signed_orders,
     spearman,
 )
 from validation.tables import (
-    N_BOOT,
     above_chance,
     by_fine_tune,
     by_layer,
@@ -69,6 +68,10 @@ LOOKS = {
     for seed, marker in ((0, "o"), (1, "x"))
 }
 """Of the runs in a plot."""
+INTERVALS = (
+    "Intervals: 95 % by Student's t over fine-tunes. Errors of measurement that fine-tunes have each for itself are part of "
+    "their spread; what they share, the 20 domains and the questions asked there, is not."
+)
 
 
 def write_report(*, opened: bool) -> None:
@@ -94,10 +97,13 @@ def write_report(*, opened: bool) -> None:
             + ("" if opened else "The held-out half has not been opened.")
         ),
     ]
+    orders = {name: signed_orders(line, scores[name]) for name, line in forecasts.items()}
     for title, key in halves:
-        own = [run for run in runs if run["fine_tune"] in SETTINGS["fine_tunes"][key]]
-        if own:
-            lines += ["", f"## {title}: {len(own)} runs", *half(own, scores, forecasts, zero, means, key)]
+        own = Happened.of([run for run in runs if run["fine_tune"] in SETTINGS["fine_tunes"][key]], zero)
+        if own.runs:
+            lines += ["", f"## {title}: {len(own.runs)} runs", *half(own, scores, orders, forecasts, zero, means, key)]
+    if opened:
+        lines += ["", f"## Both halves: {len(runs)} runs", *both(Happened.of(runs, zero), scores, orders, forecasts, zero)]
     if COSTS.exists():
         lines += ["", "## What the scores cost", *costs(json.loads(COSTS.read_text()))]
     mixed = stored(MIXTURES)
@@ -106,24 +112,47 @@ def write_report(*, opened: bool) -> None:
     (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
 
 
+@dataclass(frozen=True)
+class Happened:
+    """What some runs did, by run."""
+
+    runs: list[dict[str, Any]]
+    moved: dict[str, np.ndarray]
+    changed: dict[str, tuple[np.ndarray, np.ndarray]]
+    """Change of answer NLL and its error."""
+
+    @classmethod
+    def of(cls, runs: list[dict[str, Any]], zero: Mapping[str, Any]) -> Happened:
+        """Read runs."""
+        return cls(runs, {run["run"]: movement(run) for run in runs}, {run["run"]: harm(run, zero) for run in runs})
+
+    @property
+    def value(self) -> dict[str, np.ndarray]:
+        """Change of answer NLL."""
+        return {name: change for name, (change, _) in self.changed.items()}
+
+    @property
+    def absolute(self) -> dict[str, np.ndarray]:
+        """How large that is."""
+        return {name: np.abs(change) for name, change in self.value.items()}
+
+    @property
+    def clear(self) -> list[dict[str, Any]]:
+        """Runs whose changes spread clearly farther than their errors."""
+        return [run for run in self.runs if np.std(self.changed[run["run"]][0]) >= CLEAR * self.changed[run["run"]][1].mean()]
+
+
 def half(
-    runs: list[dict[str, Any]],
+    happened: Happened,
     scores: Mapping[str, Scores],
+    orders: Mapping[str, Scores],
     forecasts: Mapping[str, Any],
     zero: Mapping[str, Any],
     means: Means,
     key: str,
 ) -> list[str]:
     """Tables and plots of one half."""
-    moved = {run["run"]: movement(run) for run in runs}
-    changed = {run["run"]: harm(run, zero) for run in runs}
-    value = {name: change for name, (change, _) in changed.items()}
-    clear = [run for run in runs if np.std(changed[run["run"]][0]) >= CLEAR * changed[run["run"]][1].mean()]
-    absolute = {name: np.abs(change) for name, change in value.items()}
-    chance = np.random.default_rng(0)
-    drawn_moved = {r["run"]: with_errors(moved[r["run"]], movement_error(r, SETTINGS["n_measured"]), chance) for r in runs}
-    drawn = {name: with_errors(*change, chance) for name, change in changed.items()}
-    orders = {name: signed_orders(forecasts[name], scores[name]) for name in {run["fine_tune"] for run in runs}}
+    runs, moved, absolute, clear = happened.runs, happened.moved, happened.absolute, happened.clear
     plot_pairs(runs, scores, moved, absolute, HERE / f"{key}.svg")
     return [
         "",
@@ -131,11 +160,10 @@ def half(
         "",
         *wrapped(
             "Correlation over the 20 domains of each score with the relative feature drift at the end; given NLL at step 0: "
-            "Spearman's, with the ranks of that taken out of both. Intervals are a bootstrap over fine-tunes; in the three "
-            "tables of scores, what happened is drawn with its standard error over questions each time."
+            f"Spearman's, with the ranks of that taken out of both. {INTERVALS}"
         ),
         "",
-        *table(ranking(runs, scores, moved, drawn_moved)),
+        *table(ranking(runs, scores, moved)),
         "",
         "### Harm: which domains' loss changes most?",
         "",
@@ -144,7 +172,7 @@ def half(
             "least twice as far as their mean standard error."
         ),
         "",
-        *table(ranking(clear, scores, absolute, {name: np.abs(draws) for name, draws in drawn.items()})),
+        *table(ranking(clear, scores, absolute)),
         "",
         *wrapped(
             "What moved against what changed, after the fact: Spearman "
@@ -161,7 +189,7 @@ def half(
             "alignment keep their signs here; the others have none, so that large says worse."
         ),
         "",
-        *table(ranking(clear, orders, value, drawn)),
+        *table(ranking(clear, orders, happened.value)),
         "",
         "### What any forecast could reach",
         "",
@@ -171,7 +199,7 @@ def half(
             "about sqrt((1 + r) / 2) on average and no more."
         ),
         "",
-        *table(reach(runs, {"movement": moved, "absolute change": absolute, "change with its sign": value})),
+        *table(reach(runs, {"movement": moved, "absolute change": absolute, "change with its sign": happened.value})),
         "",
         "### Other measures of change",
         "",
@@ -194,9 +222,52 @@ def half(
         *table(by_size(runs, means, moved, absolute)),
         *layers(runs, forecasts, moved, absolute),
         "",
+        "### Run by run",
+        "",
+        *wrapped(
+            "Overlap: of the 100 features that moved most on the training data, how many its forecast had named, and how many "
+            "the forecasts of the other fine-tunes on average."
+        ),
+        "",
+        *table(run_by_run(runs, forecasts, zero, moved, happened.changed)),
+        *outcome(happened, forecasts, zero),
+        "",
+        f"![Scores against what happened]({key}.svg)",
+    ]
+
+
+def both(
+    happened: Happened,
+    scores: Mapping[str, Scores],
+    orders: Mapping[str, Scores],
+    forecasts: Mapping[str, Any],
+    zero: Mapping[str, Any],
+) -> list[str]:
+    """All fine-tunes in small tables."""
+    lines = [
+        "",
+        *wrapped(
+            f"All {len(scores)} fine-tunes. Choices were made on half of them, so that figures may be too good. {INTERVALS}"
+        ),
+    ]
+    for title, runs, said, realised in (
+        ("Movement", happened.runs, scores, happened.moved),
+        ("Harm: absolute change of answer NLL", happened.clear, scores, happened.absolute),
+        ("Harm with its sign", happened.clear, orders, happened.value),
+    ):
+        lines += ["", f"### {title}", "", *table([row[:4] for row in ranking(runs, said, realised)])]
+    return [*lines, *outcome(happened, forecasts, zero)]
+
+
+def outcome(happened: Happened, forecasts: Mapping[str, Any], zero: Mapping[str, Any]) -> list[str]:
+    """What forecasts, verdicts, checks and alarms said of domains, and what came of them."""
+    runs, within = happened.runs, within_runs(happened.runs, happened.changed, last_evidence)
+    mixed = [run for run in runs if run["run"] in within]
+    return [
+        "",
         "### Direction",
         "",
-        *table(directions(runs, forecasts, changed)),
+        *table(directions(runs, forecasts, happened.changed)),
         "",
         "### The verdict before training",
         "",
@@ -205,11 +276,7 @@ def half(
             "how many of these domains training harmed."
         ),
         "",
-        *table(verdicts(runs, forecasts, changed)),
-        "",
-        "### Run by run",
-        "",
-        *table(run_by_run(runs, zero, moved, changed)),
+        *table(verdicts(runs, forecasts, happened.changed)),
         "",
         "### Early in the run",
         "",
@@ -219,26 +286,21 @@ def half(
             "Made anew: STS_net of step 0 with the features that have moved by then, the paper's late forecast."
         ),
         "",
-        *table(early(runs, moved, absolute, changed)),
+        *table(early(runs, happened.moved, happened.absolute, happened.changed)),
         "",
         "### The monitor",
         "",
         *wrapped(
             "An alarm for one of the 20 domains, all protected, by the checks after 5, 20 and 40 steps of 12 queries each. Lead: "
             f"steps between the alarm and the first checkpoint at which the measured NLL was up by {HARM}; the first checkpoint "
-            f"is itself after 5 steps. AUROC of the last check's evidence: {auroc_of_evidence(runs, changed):.3f}."
+            "is itself after 5 steps. AUROC of the last check's evidence over all runs together: "
+            f"{over_all(runs, happened.changed, last_evidence):.3f}; knowing only a run's learning rate gives "
+            f"{over_all(runs, happened.changed, rate):.3f}. Within runs, over the {len(within)} of {len(runs)} that have harmed "
+            f"domains and others: {pooled(mixed, within)}."
         ),
         "",
-        *table(monitor(runs, zero, changed)),
-        "",
-        f"![Scores against what happened]({key}.svg)",
+        *table(monitor(runs, zero, happened.changed)),
     ]
-
-
-def with_errors(value: np.ndarray, error: np.ndarray, chance: np.random.Generator) -> np.ndarray:
-    """What might as well have been measured, `(N_BOOT, n_domains)`."""
-    draws: np.ndarray = chance.normal(value, error, (N_BOOT, len(value)))
-    return draws
 
 
 def layers(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from sts_callback.records import Estimate
 from validation.data import DOMAINS
 
 Means = Mapping[str, np.ndarray]
@@ -109,13 +111,6 @@ def movement(run: Mapping[str, Any]) -> np.ndarray:
     return np.array([run["after"][name]["drift"]["value"] for name in DOMAINS], dtype=float)
 
 
-def movement_error(run: Mapping[str, Any], n_questions: int) -> np.ndarray:
-    """Standard error over questions of what `movement` gives, from its 95 % interval."""
-    reach = [(drift["high"] - drift["low"]) / 2 for drift in (run["after"][name]["drift"] for name in DOMAINS)]
-    error: np.ndarray = np.array(reach) / stats.t.ppf(0.975, n_questions - 1)
-    return error
-
-
 def harm(run: Mapping[str, Any], zero: Mapping[str, Any], kind: str = "nll") -> tuple[np.ndarray, np.ndarray]:
     """Change of the answers' NLL in nats per token for each of `DOMAINS`, and its standard error over questions.
 
@@ -181,25 +176,6 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
     return _correlation(one, other, stats.spearmanr)
 
 
-def spearman_by_draw(one: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Spearman's correlation with each draw of an outcome; NaN where the first is the same for all.
-
-    Args:
-        one: `(n_domains,)`.
-        draws: `(n_draws, n_domains)`.
-
-    Returns:
-        `(n_draws,)`.
-
-    """
-    if len(set(one.tolist())) == 1:
-        return np.full(len(draws), np.nan)
-    mine, theirs = stats.rankdata(one), stats.rankdata(draws, axis=1)
-    mine, theirs = mine - mine.mean(), theirs - theirs.mean(axis=1, keepdims=True)
-    found: np.ndarray = theirs @ mine / (np.linalg.norm(theirs, axis=1) * np.linalg.norm(mine))
-    return found
-
-
 def pearson(one: np.ndarray, other: np.ndarray) -> float:
     """Pearson's correlation; NaN where the first is the same for all."""
     return _correlation(one, other, stats.pearsonr)
@@ -210,6 +186,23 @@ def partial_spearman(one: np.ndarray, other: np.ndarray, given: np.ndarray) -> f
     r, one_given, other_given = (spearman(*pair) for pair in ((one, other), (one, given), (other, given)))
     left = (1 - one_given**2) * (1 - other_given**2)
     return (r - one_given * other_given) / float(np.sqrt(left)) if left > 1e-12 else float("nan")
+
+
+def student(values: np.ndarray) -> Estimate:
+    """Mean of correlations with its 95 % interval by Student's t, cut off where no correlation can be.
+
+    Args:
+        values: independent ones, `(n,)`; errors of measurement that each has for itself are part of their spread.
+
+    Returns:
+        With fewer than two values an interval of NaN.
+
+    """
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    reach = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return Estimate(mean, max(-1.0, mean - reach), min(1.0, mean + reach))
 
 
 def _of_domains(means: Means, key: str) -> np.ndarray:

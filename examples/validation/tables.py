@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,9 @@ from validation.scores import (
     right_signs,
     signed,
     spearman,
-    spearman_by_draw,
+    student,
 )
 
-N_BOOT = 2000
 OTHERS = ("STS_net", "STS_cross", "gradient alignment", "NLL change in context", *RIVALS)
 """Scores that are held against the other measures of change too."""
 SIZES = (25, 50, 100, 200, 400, 800, 1600)
@@ -41,36 +40,28 @@ LAYER_SCORES = ("STS_net", "STS_cross", "STS_rel", "STS_ICL", "STS_act", "raw sh
 """Scores that depend on the layer; those by NLL do not."""
 
 
-def ranking(
-    runs: list[dict[str, Any]],
-    scores: Mapping[str, Scores],
-    realised: Mapping[str, np.ndarray],
-    draws: Mapping[str, np.ndarray],
-) -> Table:
-    """Scores by how well they rank, best first.
+def ranking(runs: list[dict[str, Any]], scores: Mapping[str, Scores], realised: Mapping[str, np.ndarray]) -> Table:
+    """Scores that all fine-tunes have, by how well they rank, best first.
 
     Args:
         runs: all that count.
         scores: by fine-tune.
         realised: what happened, by run.
-        draws: the same by run, `N_BOOT` times with errors of measurement, which so enter the interval.
 
     """
     if not runs:
         return [["no run"]]
     found = []
-    for name in scores[runs[0]["fine_tune"]]:
+    for name in (n for n in scores[runs[0]["fine_tune"]] if all(n in scores[run["fine_tune"]] for run in runs)):
         ranks, lines, given = ({} for _ in range(3))
-        by_draw: dict[str, np.ndarray] = {}
         for run in runs:
             score, outcome = scores[run["fine_tune"]][name], realised[run["run"]]
             ranks[run["run"]], lines[run["run"]] = spearman(score, outcome), pearson(score, outcome)
-            by_draw[run["run"]] = spearman_by_draw(score, draws[run["run"]])
             given[run["run"]] = partial_spearman(score, outcome, scores[run["fine_tune"]]["NLL at step 0"])
         by_tune, lines_by_tune = by_fine_tune(runs, ranks), by_fine_tune(runs, lines)
         row = [
             f"*{name}*" if name in RIVALS else name,
-            pooled(runs, ranks, by_draw),
+            pooled(runs, ranks),
             *(f"{np.mean(list(by_fine_tune(runs, values).values())):.2f}".replace("nan", "-") for values in (lines, given)),
         ]
         both = (f"{value:.2f} ({lines_by_tune[tune]:.2f})" for tune, value in by_tune.items())
@@ -93,26 +84,13 @@ def by_fine_tune(runs: Iterable[Mapping[str, Any]], values: Mapping[str, Any]) -
     return {name: np.mean(group, axis=0) for name, group in groups.items()}
 
 
-def pooled(
-    runs: Sequence[Mapping[str, Any]], values: Mapping[str, float], by_draw: Mapping[str, np.ndarray] | None = None
-) -> str:
-    """Mean over fine-tunes, with a bootstrap interval over them.
-
-    Args:
-        runs: all that count.
-        values: by run.
-        by_draw: values by run that errors of measurement would give, `(N_BOOT,)`, to be part of the interval.
-
-    """
+def pooled(runs: Iterable[Mapping[str, Any]], values: Mapping[str, float]) -> str:
+    """Mean over fine-tunes of correlations by run, with its interval over them."""
     means = np.array(list(by_fine_tune(runs, values).values()))
     if len(means) == 0:
         return "-"
-    chosen = np.random.default_rng(0).choice(len(means), (N_BOOT, len(means)))
-    draws = means[chosen]
-    if by_draw is not None:
-        draws = np.stack(list(by_fine_tune(runs, by_draw).values()), axis=1)[np.arange(N_BOOT)[:, None], chosen]
-    low, high = np.nanquantile(draws.mean(axis=1), [0.025, 0.975])
-    return f"{means.mean():.2f} [{low:.2f}, {high:.2f}]"
+    found = student(means)
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]".replace("nan", "-")
 
 
 def reach(runs: list[dict[str, Any]], realised: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
@@ -256,12 +234,16 @@ def verdicts(runs: list[dict[str, Any]], forecasts: Mapping[str, Any], changed: 
 
 
 def run_by_run(
-    runs: list[dict[str, Any]], zero: Mapping[str, Any], moved: Mapping[str, np.ndarray], changed: Mapping[str, Any]
+    runs: list[dict[str, Any]],
+    forecasts: Mapping[str, Any],
+    zero: Mapping[str, Any],
+    moved: Mapping[str, np.ndarray],
+    changed: Mapping[str, Any],
 ) -> Table:
     head = [
         "run",
         "loss, first and last 5 steps",
-        "overlap",
+        "overlap (by others)",
         "drift, median (most)",
         "NLL change, median (worst)",
         "error",
@@ -277,7 +259,7 @@ def run_by_run(
             [
                 run["run"],
                 f"{first:.2f}, {last:.2f}",
-                str(run["checks"][-1]["n_shared"]),
+                f"{run['checks'][-1]['n_shared']} ({overlap_of_others(run, forecasts):.0f})",
                 f"{np.median(drift):.1%} ({DOMAINS[most]} {drift[most]:.1%})",
                 f"{np.median(value):+.2f} ({DOMAINS[worst]} {value[worst]:+.2f})",
                 f"{error.mean():.2f}",
@@ -285,6 +267,12 @@ def run_by_run(
             ]
         )
     return rows
+
+
+def overlap_of_others(run: Mapping[str, Any], forecasts: Mapping[str, Any]) -> float:
+    """How many of the features that moved most in a run the forecasts of the other fine-tunes named, on average."""
+    moved = set(run["checks"][-1]["realised_features"])
+    return float(np.mean([len(moved & set(f["features"])) for name, f in forecasts.items() if name != run["fine_tune"]]))
 
 
 def early(
@@ -301,12 +289,13 @@ def early(
             "made anew, with harm",
             "change so far, with harm",
             "sign right",
+            *(f"sign right, {setting}" for setting in settings),
             *kept,
         ]
     ]
     for i, step in enumerate(SETTINGS["training"]["checks"]):
         anew_moved, anew_harmed, drifts, losses = ({} for _ in range(4))
-        signs: list[bool] = []
+        signs: dict[str, list[bool]] = {setting: [] for setting in settings}
         harmed: dict[str, list[bool]] = {setting: [] for setting in settings}
         for run in runs:
             domains = [run["checks"][i]["domains"][name] for name in DOMAINS]
@@ -316,12 +305,15 @@ def early(
             anew = np.array([d["sts_net"] for d in domains])
             anew_moved[run["run"]], anew_harmed[run["run"]] = (spearman(anew, w[run["run"]]) for w in (moved, absolute))
             value, error = changed[run["run"]]
-            signs += right_signs(so_far, value, error)
+            signs[run["setting"]] += right_signs(so_far, value, error)
             is_kept = [judge_budget(Estimate(**d["nll_change"]), HARM) == "within" for d in domains]
             harmed[run["setting"]] += is_harmed(value, error)[is_kept].tolist()
         shares = (share(sum(hits), len(hits)) for hits in harmed.values())
         found = (pooled(runs, values) for values in (anew_moved, drifts, anew_harmed, losses))
-        rows.append([str(step), *found, f"{np.mean(signs):.0%} of {len(signs)}", *shares])
+        told = (
+            f"{np.mean(right):.0%} of {len(right)}" for right in ([r for each in signs.values() for r in each], *signs.values())
+        )
+        rows.append([str(step), *found, *told, *shares])
     return rows
 
 

@@ -78,7 +78,8 @@ def p_of_rise(change: torch.Tensor, *, seed: int = 0) -> float:
         seed: of the sign flips, where there are too many to try all.
 
     Returns:
-        In (0, 1]; NaN if a change is not known.
+        In (0, 1]; NaN if a change is not known. Exact where each change is as likely up as down; too small where many small rises
+        stand against few large falls.
 
     Source: R. A. Fisher, The Design of Experiments, 1935, section 21; computed by `scipy.stats.permutation_test`.
 

@@ -78,7 +78,7 @@ class Score(Estimate):
 
 @dataclass(frozen=True)
 class DomainForecast(Record):
-    """What is expected of one domain. Scores tell how much it will move, never in which direction."""
+    """What is expected of one domain. Scores tell how much it is expected to move, never in which direction."""
 
     name: str
     """The domain, or `train` for the training data against itself."""

@@ -31,8 +31,8 @@ BEGIN, END = "<!-- sts-callback: begin -->", "<!-- sts-callback: end -->"
 
 _MEANINGS: dict[Decision, str] = {
     "go": "none of the protected domains was found to be threatened",
-    "watch": "a protected domain's representation has drifted and its NLL risen, not yet for long enough to alarm",
-    "no-go": "a protected domain moves and becomes worse by more than its budget",
+    "watch": "a protected domain has become worse by more than its budget, not yet for long enough to alarm",
+    "no-go": "a protected domain becomes worse by more than its budget",
     "not covered": "nothing speaks against it, but most of the change lies outside the SAE",
     "cannot tell": "the evidence does not suffice",
 }
@@ -225,8 +225,9 @@ def _how(story: ReportData) -> Iterator[str]:
     if story.settings is not None:
         policy = story.settings.policy
         yield (
-            f"An alarm takes drift of at least {percent(policy.min_drift)}, a rise of NLL of at least the budget, a permutation "
-            f"test at {policy.alpha:g} over all protected domains together, and all that at {in_a_row(policy.patience)}."
+            "An alarm takes a rise of NLL of at least the budget, its interval above 0, and a permutation test at "
+            f"{policy.alpha:g} over all protected domains of a check together, all that at {in_a_row(policy.patience)}. "
+            "Each check is one more chance of a false alarm."
         )
         yield f"Versions: {', '.join(f'{name} {number}' for name, number in story.settings.versions.items())}."
 

@@ -17,7 +17,7 @@ _BEFORE: dict[Decision, str] = {
     "cannot tell": "The evidence does not suffice to say what training will do to {threatened}.",
 }
 _DURING: dict[Decision, str] = {
-    "go": "At step {step}, no protected domain has got worse beyond its budget ({protected}).",
+    "go": "At step {step}, no protected domain has been found worse by its budget ({protected}).",
     "watch": "At step {step}, {threatened} {have} got worse, not yet for long enough to alarm.",
     "no-go": "At step {step}, {threatened} {have} got worse.",
     "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there lies outside the SAE.",

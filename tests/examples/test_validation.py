@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import rankdata
+from scipy.stats import rankdata, ttest_1samp
 
 from samples import domain_forecast, forecast
 from sts_callback.config import ProbeConfig
@@ -21,26 +21,24 @@ from sts_callback.measure.sae_reader import SAEReader
 from sts_callback.model.capture import undisturbed
 from sts_callback.model.hooks import resolve
 from sts_callback.model.sae import load_encoder
-from sts_callback.records import DomainForecast, Estimate
+from sts_callback.records import DomainForecast
 from sts_callback.report.validated import WHAT_HOLDS
 from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model
 from validation import measure
-from validation.alarms import auroc, harmed_at
+from validation.alarms import auroc, harmed_at, over_all, rate, within_runs
 from validation.data import CATEGORIES, DOMAINS, deal
 from validation.lab import require_untuned
 from validation.mixtures import additivity, planned
 from validation.plan import FORECASTS, HERE, SUMS, stored
 from validation.scores import (
     margins,
-    movement_error,
     net_by_size,
     partial_spearman,
     ratio,
     signed_orders,
-    spearman,
-    spearman_by_draw,
+    student,
 )
-from validation.tables import N_BOOT, above_chance, by_layer, elsewhere, ranking, reach
+from validation.tables import above_chance, by_layer, elsewhere, overlap_of_others, pooled, ranking, reach
 from validation.train import tune
 
 BOS = (1,)
@@ -222,38 +220,51 @@ def test_a_domains_past_is_that_of_other_fine_tunes_at_the_same_rate() -> None:
     assert found["b/harsh"] == pytest.approx(-3 / (4.5 * 5) ** 0.5)  # 2.5, 3, 2, 2.5 against 1, 2, 4, 3
 
 
-def test_errors_of_measurement_widen_an_interval_and_never_touch_its_middle() -> None:
-    draw = np.random.default_rng(0)
-    runs = [{"run": name, "fine_tune": name} for name in "abcd"]
-    score, outcome = np.arange(20.0), np.arange(20.0) + draw.normal(0, 4, 20)
-    realised = {name: outcome for name in "abcd"}
-
-    def interval(error: float) -> tuple[float, float, float]:
-        draws = {name: draw.normal(outcome, error, (N_BOOT, 20)) for name in "abcd"}
-        (cell,) = (
-            row[1]
-            for row in ranking(runs, {n: {"s": score, "NLL at step 0": -score} for n in "abcd"}, realised, draws)
-            if row[0] == "s"
-        )
-        middle, low, high = map(float, re.findall(r"-?[0-9.]+", cell))
-        return middle, low, high
-
-    exact, noisy = interval(0), interval(3)
-    assert exact[0] == exact[1] == exact[2] == noisy[0] == pytest.approx(spearman(score, outcome), abs=0.01)
-    assert noisy[1] < noisy[2] - 0.02
+def test_the_interval_over_fine_tunes_is_students() -> None:
+    values = np.array([0.42, 0.64, 0.66, 0.84])
+    found, scipys = student(values), ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.value, found.low, found.high) == pytest.approx((0.64, scipys.low, scipys.high))
+    # By hand: the spread is 0.172, Student's quantile with three degrees of freedom 3.182.
+    assert (found.low, found.high) == pytest.approx((0.64 - 3.182 * 0.172 / 2, 0.64 + 3.182 * 0.172 / 2), abs=1e-3)
 
 
-def test_correlations_by_draw_are_those_of_each_draw() -> None:
-    draw = np.random.default_rng(0)
-    score, draws = draw.integers(0, 5, 20).astype(float), draw.normal(size=(7, 20))
-    assert spearman_by_draw(score, draws).tolist() == pytest.approx([spearman(score, one) for one in draws])
-    assert np.isnan(spearman_by_draw(np.ones(20), draws)).all()
+def test_no_interval_reaches_where_no_correlation_can_be_and_one_fine_tune_has_none() -> None:
+    wide = student(np.array([-0.9, 0.9, 0.95]))
+    assert (wide.low, wide.high) == (-1.0, 1.0)
+    alone = student(np.array([0.5]))
+    assert alone.value == 0.5 and np.isnan([alone.low, alone.high]).all()
 
 
-def test_the_error_of_movement_is_that_behind_its_interval() -> None:
-    drift = Estimate(0.2, 0.2 - 2.0010, 0.2 + 2.0010).to_dict()  # Student's quantile with 59 degrees of freedom
-    found = movement_error({"after": {name: {"drift": drift} for name in DOMAINS}}, 60)
-    assert found.tolist() == pytest.approx([1.0] * len(DOMAINS), abs=1e-4)
+def test_runs_of_one_fine_tune_count_once() -> None:
+    runs = [{"run": f"{name}{seed}", "fine_tune": name} for name in "abc" for seed in range(3)]
+    values = {run["run"]: {"a": 0.1, "b": 0.3, "c": 0.5}[str(run["fine_tune"])] for run in runs}
+    assert pooled(runs, values) == "0.30 [-0.20, 0.80]"  # 0.2 times 4.303 over the square root of three
+    assert pooled(runs[:3], values) == "0.10 [-, -]"
+    assert pooled([], {}) == "-"
+
+
+def test_scores_of_only_some_fine_tunes_are_not_ranked_together() -> None:
+    runs = [{"run": name, "fine_tune": name} for name in "ab"]
+    up = np.arange(5.0)
+    scores = {"a": {"s": up, "NLL at step 0": -up, "tried on a alone": up}, "b": {"s": up, "NLL at step 0": -up}}
+    _, *rows = ranking(runs, scores, dict.fromkeys("ab", up))
+    assert [row[:2] for row in rows] == [["s", "1.00 [1.00, 1.00]"], ["*NLL at step 0*", "-1.00 [-1.00, -1.00]"]]
+
+
+def test_what_tells_runs_apart_may_tell_nothing_within_them() -> None:
+    """Of two runs one is harmed nearly everywhere: to know the run alone is much over both and nothing in each."""
+    mild, bad = np.zeros(20), np.ones(20)
+    mild[0], bad[0] = 1.0, 0.0
+    runs = [{"run": "mild", "setting": "gentle"}, {"run": "bad", "setting": "harsh"}, {"run": "none", "setting": "gentle"}]
+    changed = {"mild": (mild, np.full(20, 0.01)), "bad": (bad, np.full(20, 0.01)), "none": (np.zeros(20), np.full(20, 0.01))}
+    assert over_all(runs[:2], changed, rate) == pytest.approx(0.95)
+    assert within_runs(runs, changed, rate) == {"mild": 0.5, "bad": 0.5}
+
+
+def test_features_that_other_forecasts_name_too_are_counted() -> None:
+    run = {"fine_tune": "a", "checks": [{"realised_features": [9]}, {"realised_features": [1, 2, 3]}]}
+    forecasts = {"a": {"features": [1, 2, 3]}, "b": {"features": [1, 7, 8]}, "c": {"features": [1, 2, 8]}}
+    assert overlap_of_others(run, forecasts) == 1.5
 
 
 def test_a_correlation_that_a_third_number_makes_is_gone_without_it() -> None:
@@ -292,17 +303,18 @@ def test_the_score_by_size_is_the_forecasts_own_at_its_own_number_of_features() 
 
 def test_each_layers_forecast_is_held_against_what_moved_at_either() -> None:
     n = len(DOMAINS)
-    runs = [{"run": "a/harsh/0", "fine_tune": "a"}]
+    runs = [{"run": f"{name}/harsh/0", "fine_tune": name} for name in "ab"]
 
     def expects(order: np.ndarray) -> dict[str, dict[str, object]]:
         scores = ("sts_act", "sts_icl", "sts_rel", "sts_cross", "sts_net", "raw_shift", "raw_over_prose")
         places = dict(zip(DOMAINS, order.tolist(), strict=True))
         found = {name: domain_forecast(name, **dict.fromkeys(scores, x)).to_dict() for name, x in places.items()}
-        return {"a": {"fine_tune": "a", "domains": found}}
+        return {name: {"fine_tune": name, "domains": found} for name in "ab"}
 
     up = np.arange(n) / n
-    moved = {"early": {"a/harsh/0": up}, "late": {"a/harsh/0": -up}}
-    head, *rows = by_layer(runs, {"early": expects(up), "late": expects(-up)}, moved, {"a/harsh/0": up})
+    upwards, downwards = ({run["run"]: order for run in runs} for order in (up, -up))
+    moved = {"early": upwards, "late": downwards}
+    head, *rows = by_layer(runs, {"early": expects(up), "late": expects(-up)}, moved, upwards)
     assert head[2:] == ["movement in early", "movement in late", "absolute change"]
     one, other = "1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"
     for layer, name, *found in rows:
@@ -349,17 +361,19 @@ def test_the_order_that_is_shown_as_harm_is_the_one_that_was_validated() -> None
 def test_what_is_told_with_a_forecast_is_what_came_out() -> None:
     results = (HERE / "RESULTS.md").read_text()
     n_runs = sum(int(n) for n in re.findall(r"^## .* half: (\d+) runs$", results, re.MULTILINE))
-    held_out = results[results.index("## Held-out half") : results.index("## Mixtures")]
-    (movement,) = re.findall(r"^\| STS_net \| (\S+) \[.*$", held_out[: held_out.index("### Harm")], re.MULTILINE)
-    (rival,) = re.findall(
-        r"^\| \*raw shift over that by plain prose\* \| (\S+) \[.*$", held_out[: held_out.index("### Harm")], re.MULTILINE
+    held_out = results[results.index("## Held-out half") : results.index("## Both halves")]
+    movement = held_out[: held_out.index("### Harm")]
+    ((value, low, high),) = re.findall(r"^\| STS_net \| (\S+) \[(\S+), (\S+)\] \|", movement, re.MULTILINE)
+    (rival,) = re.findall(r"^\| \*raw shift over that by plain prose\* \| (\S+) \[.*$", movement, re.MULTILINE)
+    ((fared, worst, best),) = re.findall(
+        r"^\| ranks of NLL change in context and gradient alignment \| (\S+) \[(\S+), (\S+)\] \|", held_out, re.MULTILINE
     )
-    (fared,) = re.findall(r"^\| ranks of NLL change in context and gradient alignment \| (\S+) \[.*$", held_out, re.MULTILINE)
     ((gentle, harsh),) = re.findall(r"^\| go \| .*?\((\S+)%\) \| .*?\((\S+)%\) \|$", held_out, re.MULTILINE)
-    (sign,) = re.findall(r"^\| 5 \| .*? \| (\d+)% of \d+ \|", held_out, re.MULTILINE)
+    (sign,) = re.findall(r"^\| 5 \| .*?\] \| (\d+)% of \d+ \|", held_out, re.MULTILINE)
+    (majority,) = re.findall(r"^\| always worse \(the majority\) \| (\d+)% of \d+ \|", held_out, re.MULTILINE)
     assert f"({n_runs} LoRA runs" in WHAT_HOLDS
-    assert f"Spearman {movement}" in WHAT_HOLDS
-    assert float(rival) >= float(movement) and "raw, without an SAE, did as well" in WHAT_HOLDS
-    assert f"harm by how they then fared ({fared})" in WHAT_HOLDS
+    assert f"Spearman {value}, 95% interval {low} to {high}, on four data sets" in WHAT_HOLDS
+    assert float(rival) >= float(value) and "raw, without an SAE, did as well" in WHAT_HOLDS
+    assert f"harm by how they then fared ({fared}, {worst} to {best})" in WHAT_HOLDS
     assert f"training harmed {float(gentle):.0f}% at a gentle rate and {float(harsh):.0f}% at a harsh one" in WHAT_HOLDS
-    assert f"the direction of {sign}% of clear changes" in WHAT_HOLDS
+    assert f"the direction of {sign}% of clear changes, always saying worse that of {majority}%" in WHAT_HOLDS

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sts_callback.errors import ModelError
+from sts_callback.model import fingerprint
 from sts_callback.model.fingerprint import weights_of
 from tiny import ARCHITECTURES, tiny_model
 

@@ -40,7 +40,7 @@ def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...
 @pytest.mark.parametrize(
     ("decision", "threatened", "sentence"),
     [
-        ("go", (), "At step 7, no protected domain has got worse beyond its budget (law and code)."),
+        ("go", (), "At step 7, no protected domain has been found worse by its budget (law and code)."),
         ("watch", ("law",), "At step 7, law has got worse, not yet for long enough to alarm."),
         ("no-go", ("law", "code"), "At step 7, law and code have got worse."),
         (

@@ -29,7 +29,8 @@ def drift_section(story: ReportData) -> Html:
     else:
         thresholds = (
             f"Dashed: drift counts as movement from {formatting.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
-            f"domain's budget on. Harm alarms, whether or not there is movement, at {formatting.in_a_row(policy.patience)}."
+            f"domain's budget on. An alarm needs such a rise that also passes the test of one check, at "
+            f"{formatting.in_a_row(policy.patience)}."
         )
     train = drift.latest.train.name
     names = [name for name in story.domains if name in drift.series]
@@ -189,7 +190,10 @@ def _latest(story: ReportData, drift: Drift) -> Html:
         meanings(
             ("raw drift", "the same of raw activations, without the SAE: an estimate"),
             ("on forecast", "share of the drift on the features that the forecast had named"),
-            ("p", "chance of such a rise of NLL if nothing got worse, before correcting for the number of domains"),
+            (
+                "p",
+                "chance of such a rise of NLL if each query's change were as likely up as down, not corrected for other domains",
+            ),
         ),
         tag("ul", *reasons),
     )

@@ -56,7 +56,7 @@ def _pictures(story: ReportData, forecast: Forecast) -> Html:
         "div",
         _panel(
             "Does it move? Transfer",
-            "0%: no more than plain prose in place of the examples would move it; 100%: as far as the training data itself. "
+            "0%: shifted no more than by plain prose in place of the examples; 100%: as far as the training data itself. "
             "It orders domains; a low one is no promise that a domain stays.",
             rows,
             places,
@@ -162,7 +162,7 @@ def _all_scores(story: ReportData, forecast: Forecast) -> Html:
         table(["domain", "net", "cross", "random", "rel", "ICL", "act", "shift", "raw", "cosine", "NLL"], scores),
         meanings(
             ("rank", "between which ranks by transfer the domain lies, at 95%"),
-            ("above next", "how sure it is that the domain moves more than the next one in that order"),
+            ("above next", "in what share of resamples its transfer is above that of the next one in that order"),
             ("harm", "place by NLL change and gradient together, 1 the worst: an order, not a sign"),
             ("net", "the score behind transfer: cross, less what plain prose in place of the examples shifts on these features"),
             ("cross", "share of the shift by the examples that falls on the training data's features"),
