@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 
-from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.config import PolicyConfig, ProbeConfig, finite, require, whole
 from sts_callback.data.reader import Source, held
 from sts_callback.data.starter import choose_domains
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError
+from sts_callback.model.sae import require_saes
 from sts_callback.records import TRAIN, Forecast, Verdict
 from sts_callback.training import trainer_log
 from sts_callback.training.arguments import Action, CheckOn, Settings, STSArguments
@@ -93,32 +94,38 @@ class STSCallback(TrainerCallback):
 
         Raises:
             ConfigError: if a setting has a value that is not allowed.
+            DataError, SaeError: if what is given can hold no rows or is no SAE.
 
         """
         if sae is None and not (protect or domains or train_data):
             STSCallback.__init__(self, **STSArguments.of_environment().options())
             return
-        _one_of(
-            "check_on",
-            check_on,
-            ("save", "evaluate"),
-            "a number of steps from 1",
-            isinstance(check_on, int) and check_on >= 1,
-        )
-        _one_of("action", action, ("warn", "checkpoint", "stop"), "a function of the verdict", callable(action))
+        if not (isinstance(check_on, str) and check_on in ("save", "evaluate")):
+            check_on = whole(check_on, "check_on", "'save', 'evaluate' or a number of steps from 1", least=1)
+        if not callable(action):
+            _one_of("action", action, ("warn", "checkpoint", "stop"), "a function of the verdict")
         _one_of("on_forecast", on_forecast, ("warn", "refuse"))
         _one_of("on_forecast_error", on_forecast_error, ("raise", "train unwatched"))
         _one_of("on_error", on_error, ("warn", "raise"))
-        if max_overhead is not None and not max_overhead > 0:
-            raise ConfigError(f"max_overhead: got {max_overhead!r}; allowed is a share above 0, or None for no limit.")
-        saes = list(sae) if isinstance(sae, (list, tuple)) else [sae]
-        if not saes or None in saes:
-            raise ConfigError("sae: got none; allowed is one SAE or a list of at least one.")
+        if max_overhead is not None:
+            allowed = "a share above 0, up to 1, or None for no limit"
+            max_overhead = finite(max_overhead, "max_overhead", allowed)
+            require(0 < max_overhead <= 1, "max_overhead", max_overhead, allowed)
+        saes = require_saes(sae)
         chosen, budgets = choose_domains(protect, domains)
+        rows = None if train_data is None else held(train_data, "train_data")
+        require(ledger is None or isinstance(ledger, (str, Path)), "ledger", ledger, "the name of a file, or None")
+        probes, policy = ProbeConfig() if probes is None else probes, PolicyConfig() if policy is None else policy
+        require(isinstance(probes, ProbeConfig), "probes", probes, "a ProbeConfig")
+        require(isinstance(policy, PolicyConfig), "policy", policy, "a PolicyConfig")
+        judged = dataclasses.replace(policy, budgets=budgets)
+        require(
+            not policy.budgets or policy == judged, "policy.budgets", dict(policy.budgets), "none; give them as protect={...}"
+        )
         self._settings = Settings(
             saes=saes,
             domains=chosen,
-            train_data=None if train_data is None else held(train_data, "train_data"),
+            train_data=rows,
             check_on=check_on,
             action=action,
             on_forecast=on_forecast,
@@ -126,8 +133,8 @@ class STSCallback(TrainerCallback):
             on_error=on_error,
             max_overhead=1.0 if max_overhead is None else max_overhead,
             ledger=ledger,
-            probes=probes or ProbeConfig(),
-            policy=dataclasses.replace(policy or PolicyConfig(), budgets=budgets),
+            probes=probes,
+            policy=judged,
         )
         self._rollouts = Rollouts()
         self._trainer: weakref.ref[Trainer] | None = None
@@ -142,7 +149,11 @@ class STSCallback(TrainerCallback):
         Returns:
             Itself.
 
+        Raises:
+            ConfigError: if it is something else.
+
         """
+        require(isinstance(trainer, Trainer), "trainer", trainer, "a transformers.Trainer")
         self._trainer = weakref.ref(trainer)
         return self
 
@@ -272,7 +283,6 @@ def _require_kept_checkpoint(args: TrainingArguments, settings: Settings) -> Non
         )
 
 
-def _one_of(field: str, value: object, names: tuple[str, ...], or_else: str = "", otherwise: bool = False) -> None:
-    if not (otherwise or (isinstance(value, str) and value in names)):
-        allowed = ", ".join(map(repr, names)) + (f" or {or_else}" if or_else else "")
-        raise ConfigError(f"{field}: got {value!r}; allowed is {allowed}.")
+def _one_of(field: str, value: object, names: tuple[str, ...], or_else: str = "") -> None:
+    allowed = ", ".join(map(repr, names)) + (f" or {or_else}" if or_else else "")
+    require(isinstance(value, str) and value in names, field, value, allowed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -12,10 +14,94 @@ from sts_callback.errors import ConfigError
 ChatTemplateUse = Literal["auto", "always", "never"]
 CHAT_TEMPLATE: tuple[ChatTemplateUse, ...] = get_args(ChatTemplateUse)
 
+TRAIN = "train"
+"""Name of the training data's probe set, which no domain may have."""
+_TOO_LONG = 300  # characters of a value that are shown in full
 
-def _require(ok: bool, where: str, value: object, allowed: str) -> None:
+
+def require(ok: bool, where: str, value: object, allowed: str) -> None:
+    """Refuse a value.
+
+    Args:
+        ok: whether it is allowed.
+        where: the setting's name.
+        value: as it was given.
+        allowed: what would have been.
+
+    Raises:
+        ConfigError: if it is not allowed.
+
+    """
     if not ok:
-        raise ConfigError(f"{where}: got {value!r}; allowed is {allowed}.")
+        shown = repr(value)
+        raise ConfigError(f"{where}: got {shown if len(shown) < _TOO_LONG else f'{shown[:_TOO_LONG]}...'}; allowed is {allowed}.")
+
+
+def whole(value: Any, where: str, allowed: str = "a whole number", least: int | None = None) -> int:
+    """A whole number, also one of NumPy or torch, as Python's own; yes and no are none.
+
+    Args:
+        value: as it was given.
+        where: the setting's name.
+        allowed: in words.
+        least: that it may be.
+
+    Raises:
+        ConfigError: if it is none or too low.
+
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):
+        number = None
+    require(number is not None and (least is None or number >= least), where, value, allowed)
+    return int(number)  # type: ignore[arg-type]  # it was required
+
+
+def finite(value: Any, where: str, allowed: str = "a finite number") -> float:
+    """A finite number, also one of NumPy or torch, as Python's own; a text, yes and no are none.
+
+    Args:
+        value: as it was given.
+        where: the setting's name.
+        allowed: in words.
+
+    Raises:
+        ConfigError: if it is none.
+
+    """
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    require(math.isfinite(number), where, value, allowed)
+    return number
+
+
+def require_once(names: Iterable[str], where: str) -> None:
+    """Refuse a name that comes twice: one of the two would be lost.
+
+    Args:
+        names: as they were given.
+        where: the setting's name.
+
+    Raises:
+        ConfigError: with the name.
+
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ConfigError(f"{where}: got {name!r} twice; give each name once.")
+        seen.add(name)
+
+
+def _plain_numbers(settings: Any) -> None:
+    """Turn what stands in number fields into Python's own kind, which can be compared and written; refuse what is no number."""
+    for f in fields(settings):
+        if f.type in ("int", "float"):
+            made = (whole if f.type == "int" else finite)(getattr(settings, f.name), f.name)
+            object.__setattr__(settings, f.name, made)
 
 
 @dataclass(frozen=True)
@@ -46,14 +132,16 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be measured with."""
-        _require(self.n_queries >= 4, "n_queries", self.n_queries, "4 or more")
+        _plain_numbers(self)
+        require(self.n_queries >= 4, "n_queries", self.n_queries, "4 or more")
         for name in ("n_train_demonstrations", "n_domain_demonstrations", "n_features"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _require(self.n_draws >= 2, "n_draws", self.n_draws, "2 or more: one draw says nothing about another")
-        _require(self.max_tokens >= 8, "max_tokens", self.max_tokens, "8 or more")
-        _require(self.max_norm_multiple > 1, "max_norm_multiple", self.max_norm_multiple, "above 1")
-        _require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "1 or more")
-        _require(self.chat_template in CHAT_TEMPLATE, "chat_template", self.chat_template, " or ".join(CHAT_TEMPLATE))
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.n_draws >= 2, "n_draws", self.n_draws, "2 or more: one draw says nothing about another")
+        require(self.max_tokens >= 8, "max_tokens", self.max_tokens, "8 or more")
+        require(self.max_norm_multiple > 1, "max_norm_multiple", self.max_norm_multiple, "above 1")
+        require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "1 or more")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.chat_template in CHAT_TEMPLATE, "chat_template", self.chat_template, " or ".join(CHAT_TEMPLATE))
 
 
 DEFAULT_BUDGET = 0.1
@@ -96,13 +184,18 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         """Freeze the budgets and refuse thresholds that could never, or would always, be met."""
+        require(isinstance(self.budgets, Mapping), "protect", self.budgets, "a mapping of domains to budgets")
+        budgets = {}
         for name, budget in self.budgets.items():
-            _require(budget > 0, f"protect[{name!r}]", budget, "a budget above 0, in nats per token")
-        object.__setattr__(self, "budgets", MappingProxyType(dict(self.budgets)))
-        _require(self.min_drift > 0, "min_drift", self.min_drift, "above 0")
-        _require(self.patience >= 1, "patience", self.patience, "1 or more")
+            where, allowed = f"protect[{name!r}]", "a budget above 0, in nats per token"
+            budgets[name] = finite(budget, where, allowed)
+            require(budgets[name] > 0, where, budget, allowed)
+        object.__setattr__(self, "budgets", MappingProxyType(budgets))
+        _plain_numbers(self)
+        require(self.min_drift > 0, "min_drift", self.min_drift, "above 0")
+        require(self.patience >= 1, "patience", self.patience, "1 or more")
         # A permutation p-value is at least one over the number of permutations, here 10,000, and Holm multiplies it.
         lowest = max(1, len(self.budgets)) / 10_000
-        _require(lowest <= self.alpha < 1, "alpha", self.alpha, f"from {lowest:g} (with {len(self.budgets)} domains) to under 1")
-        _require(0 < self.max_unseen <= 1, "max_unseen", self.max_unseen, "above 0, up to 1")
-        _require(0 < self.max_masked_share <= 1, "max_masked_share", self.max_masked_share, "between 0 and 1")
+        require(lowest <= self.alpha < 1, "alpha", self.alpha, f"from {lowest:g} (with {len(self.budgets)} domains) to under 1")
+        require(0 < self.max_unseen <= 1, "max_unseen", self.max_unseen, "above 0, up to 1")
+        require(0 < self.max_masked_share <= 1, "max_masked_share", self.max_masked_share, "between 0 and 1")

@@ -7,11 +7,11 @@ seen is never a `go`: no number, numbers that are not finite, too many tokens le
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from sts_callback.config import PolicyConfig
+from sts_callback.config import PolicyConfig, require
 from sts_callback.errors import CannotTell
 from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Verdict
 from sts_callback.records.remedies import BudgetFinding
@@ -47,7 +47,11 @@ def judge_domains(forecast: Forecast, policy: PolicyConfig) -> dict[str, Judgeme
     Returns:
         For each, what `judge_forecast` makes its verdict of: `go`, `no-go`, `not covered` or `cannot tell`, and why.
 
+    Raises:
+        ConfigError: if a protected domain was not measured.
+
     """
+    _require_measured(policy, forecast.domains)
     return {name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.budgets.items()}
 
 
@@ -62,7 +66,13 @@ def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig) -> Verdi
         `no-go` (an alarm) if a protected domain's NLL has risen beyond its budget at each of the last `patience` checks, `watch`
         if at the newest one only; else the gravest of `not covered`, `cannot tell` and `go`.
 
+    Raises:
+        ConfigError: if there is no check, or a protected domain was not measured.
+
     """
+    require(len(history) > 0, "history", history, "at least one check")
+    for snapshot in history[-policy.patience :]:
+        _require_measured(policy, snapshot.domains)
     recent = [_drift_threats(snapshot, policy) for snapshot in history[-policy.patience :]]
     judged = recent[-1]
     for name, (decision, reason) in judged.items():
@@ -143,6 +153,11 @@ def judge_budget(change: Estimate, budget: float) -> BudgetFinding:
     """
     worse, _ = _worsens(change, budget)
     return "cannot tell" if worse is None else "beyond" if worse else "within"
+
+
+def _require_measured(policy: PolicyConfig, domains: Collection[str]) -> None:
+    for name in policy.budgets:
+        require(name in domains, "protect", name, f"one that was measured, {sorted(domains)}")
 
 
 def _cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | None:

@@ -22,6 +22,7 @@ LIMITS: list[tuple[type, str, Any, Any]] = [  # settings, field, a value just al
     (ProbeConfig, "max_norm_multiple", 1.001, 1.0),
     (ProbeConfig, "max_norm_multiple", 3.0, NAN),
     (ProbeConfig, "batch_tokens", 1, 0),
+    (ProbeConfig, "seed", 0, -1),
     (ProbeConfig, "chat_template", "never", "sometimes"),
     (PolicyConfig, "min_drift", 1e-6, 0.0),
     (PolicyConfig, "min_drift", 1.0, NAN),
@@ -48,7 +49,7 @@ def test_limits_from_both_sides(settings: type, name: str, allowed: Any, refused
 def test_every_number_in_the_settings_has_a_limit() -> None:
     named = {(settings, name) for settings, name, _, _ in LIMITS}
     fields = {(settings, f.name) for settings in (ProbeConfig, PolicyConfig) for f in dataclasses.fields(settings)}
-    assert fields - named == {(ProbeConfig, "seed"), (PolicyConfig, "budgets")}
+    assert fields - named == {(PolicyConfig, "budgets")}
 
 
 def test_defaults_are_those_of_the_paper_where_it_has_them() -> None:

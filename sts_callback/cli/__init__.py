@@ -6,6 +6,7 @@ Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 from sts_callback.cli import blame, card, dial, doctor, forecast, ledger, mix, report, saes
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
-from sts_callback.errors import CannotTell, StsError
+from sts_callback.errors import CannotTell, ConfigError, StsError
 
 PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
 COMMANDS = {
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:  # argparse has printed help or a complaint
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
+        _require_no_empty(argv)
         code = int(args.run(args))
         sys.stdout.flush()
         return code
@@ -77,3 +79,11 @@ def main(argv: Sequence[str]) -> int:
         traceback.print_exc()
         print("sts-callback: this is a bug of ours; please report it with the lines above.", file=sys.stderr)
         return BUG
+
+
+def _require_no_empty(argv: Sequence[str]) -> None:
+    """Refuse empty texts, which would stand for the working directory: what a variable of the shell leaves that is not set."""
+    for before, word in itertools.pairwise(argv):
+        option = before if word == "" else word.removesuffix("=") if word.startswith("--") and word.endswith("=") else None
+        if option is not None:
+            raise ConfigError(f"{option}: got ''; allowed is no empty text. Is a variable of the shell not set?")

@@ -41,8 +41,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rank training rows, and write the file without the worst."""
-    from sts_callback.remedies.attribution import blame, filter_files, write_filtered
+    from sts_callback.remedies.attribution import blame, filter_files, require_possible, write_filtered
 
+    require_possible(args.protect, args.rows, args.top)
     files = filter_files(args.train, args.out) if args.out else None
     past_run = _run_with_forecast(args.run_dir) if args.run_dir else None
     made_monitor, policy = prepared(args)

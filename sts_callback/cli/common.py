@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sts_callback.cli.options import NUMBERS
 
 if TYPE_CHECKING:
     from sts_callback.config import PolicyConfig, ProbeConfig
-    from sts_callback.data.reader import Source
+    from sts_callback.data.reader import Row
     from sts_callback.measure.monitor import Monitor
     from sts_callback.records.remedies import Attribution
     from sts_callback.runs.directory import RunDirectory
@@ -23,9 +23,10 @@ FINDING_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
 """Of what was found about budgets."""
 
 
-def settings(args: argparse.Namespace) -> tuple[dict[str, Source], PolicyConfig, ProbeConfig]:
-    """What to measure, what to protect, and how."""
+def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], PolicyConfig, ProbeConfig]:
+    """What to measure, what to protect, and how: all that can be refused without the model is refused here."""
     from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
+    from sts_callback.data.reader import read_rows
     from sts_callback.data.starter import choose_domains
     from sts_callback.training.arguments import named, number
 
@@ -33,12 +34,24 @@ def settings(args: argparse.Namespace) -> tuple[dict[str, Source], PolicyConfig,
     protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
     domains, budgets = choose_domains({name: number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
     chosen = {name: getattr(args, name) for name in (*NUMBERS, "chat_template") if hasattr(args, name)}
-    return domains, PolicyConfig(budgets=budgets), ProbeConfig(**chosen)
+    policy, config = PolicyConfig(budgets=budgets), ProbeConfig(**chosen)
+    rows = {name: read_rows(source, f"domains[{name!r}]") for name, source in domains.items()}
+
+    from sts_callback.model.sae import place_of
+
+    for sae in args.sae if isinstance(args.sae, list) else [args.sae]:
+        place_of(sae)
+    if args.device:
+        _require_device(args.device)
+    return rows, policy, config
 
 
 def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:
     """What doctor, forecast and blame share: the settings checked, then the model loaded; all but the SAEs is given."""
+    from sts_callback.data.reader import read_rows
+
     domains, policy, config = settings(args)
+    train_data = read_rows(args.train, "train_data")
 
     from sts_callback.measure.monitor import Monitor
 
@@ -47,7 +60,7 @@ def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyCo
         Monitor,
         model,
         tokenizer,
-        train_data=args.train,
+        train_data=train_data,
         domains=domains,
         config=config,
         progress=sys.stderr.isatty(),
@@ -58,19 +71,37 @@ def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyCo
 def loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # transformers types stay out of the fast path
     """Model and tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from sts_callback.errors import ModelError
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "auto" if device.startswith("cuda") else torch.float32
+    remedy = "give a folder or hub id of a causal language model"
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.to(torch.device(device)).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model: {name} cannot be loaded ({error}); give a folder or hub id of a causal language model."
-        ) from error
+        made: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, info = made
+        config = AutoConfig.from_pretrained(model.name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of transformers, tokenizers, safetensors, and of code that comes with a model
+        raise ModelError(f"--model: {name} cannot be loaded ({str(error) or repr(error)}); {remedy}.") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"--model: {name} lacks {', '.join(missing):.200}, which would be random numbers; {remedy}.")
+    if config.is_encoder_decoder:
+        raise ModelError(f"--model: {name} has an encoder and a decoder ({config.model_type}); {remedy}.")
+    return model.to(torch.device(device)).eval(), tokenizer
+
+
+def _require_device(name: str) -> None:
+    import torch
+
+    from sts_callback.errors import ConfigError
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by the kind of device and of build
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device: got {name!r}; allowed is one that PyTorch has here, such as cpu ({reason})") from error
 
 
 def write_report_of(log: RunDirectory, command: str, blame: Attribution | None = None) -> Path:

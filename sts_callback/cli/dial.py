@@ -36,9 +36,11 @@ def run(args: argparse.Namespace) -> int:
     """Probe scales of an adapter."""
     domains, policy, config = settings(args)
 
-    from sts_callback.remedies.adapter_scale import dial, with_adapter
+    from sts_callback.remedies.adapter_scale import dial, require_lora, require_possible, with_adapter
     from sts_callback.report.terminal.remedies import adapter_scales_table
 
+    require_possible(policy.budgets, args.scales)
+    require_lora(args.adapter)
     model, tokenizer = loaded(args.model, args.device)
     found = dial(
         with_adapter(model, tokenizer, args.adapter),

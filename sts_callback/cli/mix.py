@@ -56,11 +56,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read what pilots did, search mixtures, recommend one."""
+    from sts_callback.config import whole
     from sts_callback.runs.files import require_place, write_asked
     from sts_callback.training.arguments import named, number
 
     if args.out:
         require_place(args.out, "--out")
+    whole(args.seed, "seed", "0 or more", least=0)  # else datasets refuses the mixture
     protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
     policy = PolicyConfig(budgets={name: number(nats, f"--protect {name}") for name, nats in protect.items()})
     files, sources, constraints = _sources(args, policy)

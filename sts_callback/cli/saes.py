@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     entries = sorted(saes_for(args.model), key=lambda entry: entry.kind == "transcoder")  # SAEs first: transcoders tell less
     if not entries:
         print(
-            f"sts-callback: SAELens has no SAE for {args.model!r}; train one with examples/train_sae.py, or check the name.",
+            f"sts-callback: --model: SAELens has no SAE for {args.model!r}; check the name, or train one with "
+            "examples/train_sae.py.",
             file=sys.stderr,
         )
         return WRONG_INPUT

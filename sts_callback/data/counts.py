@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+_N_REASONS = 5  # told of each source
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class RowsRead:
     """What else a reader of the numbers must know."""
 
 
+def most_frequent(left_out: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The most frequent reasons, then all others as one: what quotes its row may be another for each."""
+    first = Counter(left_out).most_common(_N_REASONS)
+    others = sum(left_out.values()) - sum(n for _, n in first)
+    return [*first, ("other reasons", others)] if others else first
+
+
 def told(left_out: Mapping[str, int]) -> str:
-    """Reasons with their numbers, the most frequent first."""
-    return "; ".join(f"{n} x {reason}" for reason, n in sorted(left_out.items(), key=lambda item: -item[1]))
+    """Reasons with their numbers."""
+    return "; ".join(f"{n:,} x {reason}" for reason, n in most_frequent(left_out))

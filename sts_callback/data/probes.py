@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sts_callback.config import ProbeConfig
+from sts_callback.config import TRAIN, ProbeConfig
 from sts_callback.data.chat import ChatTemplate
 from sts_callback.data.counts import RowsRead, told
 from sts_callback.data.pairs import Pair, Row, TextPair
@@ -254,13 +254,33 @@ def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None, n_bos: in
         DataError: naming the set, the length and the limit.
 
     """
-    longest_context = max((len(draw) for s in sets if s.name == "train" for draw in s.demo_sets), default=0)
+    longest_context = max((len(draw) for s in sets if s.name == TRAIN for draw in s.demo_sets), default=0)
     for s in sets:
         length = n_bos + max(longest_context, *map(len, s.demo_sets)) + max(len(q.tokens) for q in s.queries)
         if max_positions is not None and length > max_positions:
             raise DataError(
                 f"{s.name}: demonstrations, query and answer take {length} tokens, but the model has {max_positions} positions; "
                 "lower max_tokens or the number of demonstrations."
+            )
+
+
+def check_tokens(sets: Sequence[ProbeSet], vocab_size: int | None) -> None:
+    """Refuse probes of another vocabulary than the model's.
+
+    Args:
+        sets: of probes.
+        vocab_size: how many tokens the model has, if it says.
+
+    Raises:
+        DataError: naming the set, the token and the limit.
+
+    """
+    for s in sets:
+        highest = max(itertools.chain(*s.demo_sets, *(q.tokens for q in s.queries)), default=0)
+        if vocab_size is not None and highest >= vocab_size:
+            raise DataError(
+                f"{s.name}: token {highest} is not among the model's {vocab_size}; give the model's own tokenizer, and rows that "
+                "hold text or were tokenised by it."
             )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ STREAM_ROWS = 2000
 """Rows of a stream that stand for it. Our choice: many times what probes need, and read in seconds."""
 MOST_READ = 20_000
 """Rows that are looked at in search of usable ones, at most. Our choice."""
+_FILES = "JSON lines (.jsonl, .jsonl.gz) or a JSON list (.json)"
+_SOURCES = "a file, a datasets.Dataset or a list of rows"
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values", "input_features")
 _IDS = ("input_ids", "prompt_ids", "chosen_ids")
 _OF_TRAINERS = {
@@ -67,34 +71,48 @@ def read_rows(source: Source, field: str) -> Sequence[Row]:
         DataError: if the file is missing, is not JSON, or holds no rows.
 
     """
+    _require_source(source, field)
     rows: Sequence[Row]
     if isinstance(source, (str, Path)):
         rows = _read_file(Path(source), field)
-    elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, Mapping):
+    elif _is_sequence(source):
         rows = _unformatted(source)
-    elif isinstance(source, Iterable) and not isinstance(source, Mapping):  # a DatasetDict is one, of splits
-        rows = StreamSample(islice(_unformatted(source), STREAM_ROWS))
     else:
-        raise DataError(f"{field}: got {type(source).__name__}; allowed are a file, a datasets.Dataset or a list of rows.")
+        rows = StreamSample(islice(_unformatted(source), STREAM_ROWS))
     if len(rows) == 0:
         raise DataError(f"{field}: there are no rows in {_shown(source)}; give at least a few dozen.")
-    if isinstance(source, (str, Path)) or isinstance(_first(rows), Mapping):
+    first = _first(rows)
+    if isinstance(first, Mapping):
         return rows
+    seen = "" if first is None else f" (the first is {first!r:.80})"
     raise DataError(
-        f"{field}: {_shown(source)} has no rows with columns; allowed are a file, a datasets.Dataset or a list of rows. "
+        f"{field}: {_shown(source)} has no rows with columns{seen}; allowed are {_SOURCES}. "
         "Dataset.from_pandas and its like turn tables into a data set."
     )
 
 
 def held(source: Source, field: str) -> Source:
-    """An iterator's rows, as it can be read only once; any other source as it is."""
+    """An iterator's rows, as it can be read only once; any other source as it is, if it can hold rows."""
+    _require_source(source, field)
     return read_rows(source, field) if isinstance(source, Iterator) else source
+
+
+def _require_source(source: Any, field: str) -> None:
+    """Refuse what can hold no rows; nothing is read yet."""
+    is_source = isinstance(source, (str, Path, Iterable)) or _is_sequence(source)
+    is_unnamed = isinstance(source, str) and not source
+    if not is_source or is_unnamed or isinstance(source, Mapping):  # a DatasetDict is a mapping, of splits
+        raise DataError(f"{field}: got {type(source).__name__}; allowed are {_SOURCES}.")
+
+
+def _is_sequence(source: Any) -> bool:
+    return hasattr(source, "__getitem__") and hasattr(source, "__len__")
 
 
 def _first(rows: Sequence[Row]) -> Any:
     try:
         return rows[0]
-    except (KeyError, TypeError):  # a table of columns
+    except (LookupError, TypeError):  # a table, which has columns in their place
         return None
 
 
@@ -111,30 +129,35 @@ def _shown(source: Source) -> str:
 
 
 def _read_file(path: Path, field: str) -> list[Row]:
-    if not path.is_file():
-        raise DataError(f"{field}: there is no file {path}; give JSON lines (.jsonl, .jsonl.gz) or a JSON list (.json).")
+    if not os.path.isfile(path):  # which a name that is too long is not either
+        raise DataError(f"{field}: there is no file {path}; give {_FILES}.")
     try:
         return _parsed_file(path, field)
-    except (UnicodeDecodeError, EOFError, OSError) as error:
-        raise DataError(f"{field}: {path} cannot be read as UTF-8 text, nor by .gz as such compressed ({error!r}).") from error
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{field}: {path} cannot be read as UTF-8 text, nor by .gz as such compressed ({error}); give {_FILES}."
+        ) from error
 
 
 def _parsed_file(path: Path, field: str) -> list[Row]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+    encoding = "utf-8-sig"  # some programs begin a file with a mark
+    with gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding) as lines:
         if path.suffix == ".json":
+            text = lines.read()
             try:
-                rows = json.load(lines)
-            except json.JSONDecodeError as error:
+                rows = json.loads(text)
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{field}: {path} is not a JSON list ({error}); JSON lines go by .jsonl.") from error
         else:
             rows = []
             for number, line in enumerate(lines, 1):
                 try:
                     rows += [json.loads(line)] if line.strip() else []
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{field}: {path}, line {number} is not JSON ({error}).") from error
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{field}: {path}, line {number} is not JSON ({error}); give {_FILES}.") from error
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-        raise DataError(f"{field}: {path} must hold one JSON object a row with columns {FORMATS}.")
+        other = next(row for row in rows if not isinstance(row, Mapping)) if isinstance(rows, list) else rows
+        raise DataError(f"{field}: {path} must hold one JSON object a row with columns {FORMATS}; it holds {other!r:.80}.")
     return rows
 
 
@@ -190,13 +213,21 @@ class RowReader:
         for number, row in islice(rows, MOST_READ):
             self.n_read += 1
             try:
-                found = self._examples(row)
+                found = self._read(row)
             except (NoExampleError, DataError) as error:
                 self.left_out[str(error)] += 1
                 if isinstance(error, DataError) and self.error is None:
                     self.error = DataError(f"{self._field}: {error} The first such row is number {number}.")
                 continue
             yield from found
+
+    def _read(self, row: Row) -> list[Example]:
+        try:
+            return self._examples(row)
+        except (NoExampleError, DataError):
+            raise
+        except Exception as error:  # of values of all kinds
+            raise DataError(f"a row cannot be read ({error!r:.100}): {row!r:.200}; allowed are {FORMATS}.") from error
 
     @cached_property
     def _bos(self) -> tuple[int, ...]:

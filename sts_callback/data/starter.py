@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from sts_callback.config import DEFAULT_BUDGET
+from sts_callback.config import DEFAULT_BUDGET, TRAIN, require, require_once
 from sts_callback.data.reader import Source, held
 from sts_callback.errors import ConfigError
 
@@ -33,19 +34,16 @@ def choose_domains(
         Sources by name, the user's own first; and the budget of each protected domain.
 
     Raises:
-        ConfigError: if a protected name is no domain, or nothing at all is to be measured.
-        DataError: if an iterator holds no rows.
+        ConfigError: if a protected name is no domain, a name stands twice, or nothing at all is to be measured.
+        DataError: if a domain is no kind of source, or an iterator holds no rows.
 
     """
-    if isinstance(protect, str) and protect != ALL:
-        raise ConfigError(
-            f"protect: got the text {protect!r}; allowed is a list of names, such as [{protect!r}], or names with budgets, or "
-            f"{ALL!r}."
-        )
-    names = [protect] if isinstance(protect, str) else protect
+    names = names_in([protect] if isinstance(protect, str) and protect == ALL else protect)
+    domains = {} if domains is None else domains
+    require_domains(domains)
     budgets = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, DEFAULT_BUDGET)
     shipped = starter_domains()
-    chosen = {name: held(source, f"domains[{name!r}]") for name, source in (domains or {}).items()}
+    chosen = {name: held(source, f"domains[{name!r}]") for name, source in domains.items()}
     if ALL in budgets and ALL not in chosen:
         budgets = dict.fromkeys(shipped, budgets.pop(ALL)) | budgets
     for name in budgets:
@@ -61,3 +59,39 @@ def choose_domains(
     if not chosen:
         raise ConfigError("protect: nothing to measure; name a domain to protect, or give your own as domains={name: FILE}.")
     return chosen, budgets
+
+
+def names_in(given: Any) -> list[str] | Mapping[str, float]:
+    """Names of domains, or names with budgets.
+
+    Args:
+        given: by the user.
+
+    Raises:
+        ConfigError: if they are something else, or one stands twice.
+
+    """
+    example = given if given and isinstance(given, str) else "law"
+    allowed = f"a list of names, such as [{example!r}], or names with budgets, or {ALL!r}"
+    require(isinstance(given, Iterable) and not isinstance(given, str), "protect", given, allowed)
+    names = given if isinstance(given, Mapping) else list(given)
+    require(all(name and isinstance(name, str) for name in names), "protect", names, allowed)
+    require_once(names, "protect")
+    return names
+
+
+def require_domains(domains: Any) -> None:
+    """Refuse what are no domains by name.
+
+    Args:
+        domains: name to source.
+
+    Raises:
+        ConfigError: if they are something else, or one has the training data's name.
+
+    """
+    is_named = isinstance(domains, Mapping)
+    shown = list(domains) if is_named else domains  # not the rows
+    is_named = is_named and all(name and isinstance(name, str) for name in domains)
+    require(is_named, "domains", shown, "a mapping of names to files, data sets or rows")
+    require(TRAIN not in domains, "domains", TRAIN, "another name, since the training data has this one")

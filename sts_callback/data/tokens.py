@@ -8,6 +8,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from sts_callback.data.pairs import NoExampleError, Row, TextPair, TokenPair
+from sts_callback.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +79,7 @@ def token_pairs(row: Row, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> list[
 
     Raises:
         NoExampleError: if no token is trained on.
+        DataError: if they are no token ids.
 
     """
     special = set(tokenizer.all_special_ids)
@@ -93,15 +95,16 @@ def preference_pair(row: Row) -> TokenPair:
 
     Raises:
         NoExampleError: if it holds no answer, or a rejected one.
+        DataError: if it holds no token ids.
 
     """
     if "prompt_ids" not in row:  # a reward trainer's: both answers still stand behind their prompt
-        chosen, rejected = tuple(row["chosen_ids"]), tuple(row.get("rejected_ids", ()))
+        chosen, rejected = _ids(row, "chosen_ids"), _ids(row, "rejected_ids")
         n = n_common(chosen, rejected)
         return TokenPair(chosen[:n], chosen[n:]) if n else TokenPair(chosen, None)
     if "chosen_ids" not in row and not row.get("label", True):  # these columns are those of a trainer that knows what it means
         raise NoExampleError("its answer is rejected (column label)")
-    return TokenPair(tuple(row["prompt_ids"]), tuple(row.get("chosen_ids") or row.get("completion_ids") or ()))
+    return TokenPair(_ids(row, "prompt_ids"), _ids(row, "chosen_ids") or _ids(row, "completion_ids"))
 
 
 def aligned(whole: Ids, pair: TextPair, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> TokenPair | None:
@@ -163,7 +166,7 @@ def _pair(ids: Ids, trained: Sequence[bool] | None, bos: Ids, special: set[int])
 
 def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ids, list[bool] | None]]:
     """The texts in a row, each with which of its tokens are trained on, if the row tells."""
-    ids = _flat(row["input_ids"])
+    ids = _ids(row, "input_ids")
     n = len(ids)
 
     def column(name: str) -> list[Any] | None:
@@ -201,6 +204,19 @@ def _no_padding(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
     first = next((i for i in range(n) if ids[i] != pad), n)
     end = next((i for i in range(n, first, -1) if ids[i - 1] != pad), first)
     return [first <= i < end + (pad == tokenizer.eos_token_id) for i in range(n)]
+
+
+def _ids(row: Row, name: str) -> Ids:
+    """Token ids of a column, none if it is not there.
+
+    Raises:
+        DataError: if it holds something else.
+
+    """
+    ids = _flat(row.get(name, []))
+    if not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+        raise DataError(f"{name} holds {ids!r:.100}; allowed are token ids, whole numbers from 0.")
+    return tuple(ids)
 
 
 def _flat(values: Any) -> Any:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.config import PolicyConfig, ProbeConfig, require
 from sts_callback.data.chat import text_tokenizer
 from sts_callback.data.counts import RowsRead
 from sts_callback.data.probes import (
     ProbeSet,
     check_lengths,
+    check_tokens,
     filler_tokens,
     make_completion_set,
     make_probe_set,
@@ -26,9 +27,10 @@ from sts_callback.data.probes import (
     uses_chat_template,
 )
 from sts_callback.data.reader import Row, Source, read_rows
+from sts_callback.data.starter import require_domains
 from sts_callback.data.tokens import bos_tokens
 from sts_callback.distributed import Ranks
-from sts_callback.errors import ConfigError
+from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.measure import diagnostics, scoring
 from sts_callback.measure.accumulators import MaxActivations, ProbeStats
 from sts_callback.measure.identity import identity_of
@@ -40,8 +42,8 @@ from sts_callback.measure.top_examples import top_activating_examples
 from sts_callback.metrics import scores
 from sts_callback.model.capture import is_sharded
 from sts_callback.model.fingerprint import Weights, weights_of
-from sts_callback.model.hooks import model_name, text_config
-from sts_callback.model.sae import SaeSource, encoder_for
+from sts_callback.model.hooks import find_layers, model_name, text_config, vocab_size
+from sts_callback.model.sae import SaeSource, encoder_for, require_saes
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
 
@@ -91,15 +93,20 @@ class Monitor:
             ModelError: if the model lacks the hook point.
 
         """
-        self.config = config or ProbeConfig()
+        saes = require_saes(sae)
+        require_domains(domains)
+        require(len(domains) > 0, "domains", domains, "at least one, as name to source")
+        self.config = ProbeConfig() if config is None else config
+        require(isinstance(self.config, ProbeConfig), "config", config, "a ProbeConfig")
+        find_layers(model)
         tokenizer = text_tokenizer(tokenizer)
+        is_tokenizer = callable(tokenizer) and hasattr(tokenizer, "all_special_ids")
+        require(is_tokenizer, "tokenizer", tokenizer, "the model's, such as AutoTokenizer.from_pretrained(...)")
         self._model, self.tokenizer, self._progress = model, tokenizer, progress
         self._ranks = ranks or Ranks()
-        if not domains or TRAIN in domains:
-            raise ConfigError(f"domains: got {sorted(domains)}; give at least one, and none by the name of {TRAIN!r}.")
         self._bos = bos_tokens(tokenizer)
         with undisturbed(model):
-            encoders = [encoder_for(one, model) for one in (sae if isinstance(sae, (list, tuple)) else [sae])]
+            encoders = [encoder_for(one, model) for one in saes]
             as_chat = self.config.chat_template == "always"
             if as_chat and not getattr(tokenizer, "chat_template", None):
                 raise ConfigError("chat_template: got 'always', but the tokenizer has none; set it, or take 'auto'.")
@@ -116,6 +123,7 @@ class Monitor:
         n_positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
         self._max_positions = n_positions if n_positions and n_positions > 0 else None  # XLNet says -1: no limit
         check_lengths(sets, self._max_positions, len(self._bos))
+        check_tokens(sets, vocab_size(model))
         with undisturbed(model):
             contexts = [self._filler, *(draw for s in sets for draw in s.demo_sets)]
             self._runner.self_test(sets, [(*self._bos, *tokens) for tokens in contexts])
@@ -266,9 +274,12 @@ class Monitor:
                 forecast's noise floor instead of not at all.
             rollouts: prompts with completions that the model wrote at step 0, and such that it writes now.
 
+        Raises:
+            CannotTell: if there is no step 0 to compare with.
+
         """
-        assert self.step_zero is not None and self._forecast is not None, "forecast() or restore() comes first"
-        started, step_zero = time.monotonic(), self.step_zero.sets
+        step_zero, forecast = self._at_step_zero()
+        started = time.monotonic()
         with undisturbed(self._model), self._bar(f"Drift check at step {step}", self._n_queries) as bar:
             zero_shot = self._context((), with_answers=True)
             readings = {
@@ -277,12 +288,12 @@ class Monitor:
             }
             output_drift = self._output_drift(*rollouts, batch_tokens)
             can_move = self._runner.can_move(self.train)
-        features, n_features = self._forecast.features, self.config.n_features
+        features, n_features = forecast.features, self.config.n_features
         realised, drifts = scoring.domain_drifts(self._sets, readings, step_zero, features, n_features)
         return DriftSnapshot(
             step=step,
             realised_features=realised,
-            n_shared=scores.n_shared(realised, self._forecast.features),
+            n_shared=scores.n_shared(realised, features),
             train=drifts.pop(TRAIN),
             domains=drifts,
             seconds=time.monotonic() - started,
@@ -332,6 +343,7 @@ class Monitor:
         """
         texts, numbers = make_row_set("rows", rows, self.tokenizer, self.config, field="train_data")
         check_lengths([texts], self._max_positions, len(self._bos))
+        check_tokens([texts], vocab_size(self._model))
         with undisturbed(self._model), self._bar("Training rows", len(numbers)) as bar:
             return (
                 texts,
@@ -345,13 +357,21 @@ class Monitor:
         Args:
             features: indices with the share of the shift or drift that each holds; by default the forecast's first.
 
+        Raises:
+            CannotTell: if there is no step 0.
+
         """
-        assert self.step_zero is not None and self._forecast is not None, "forecast() or restore() comes first"
+        step_zero, forecast = self._at_step_zero()
         if features is None:
-            shift = self.step_zero.sets[TRAIN].mean_train_shift
-            features = [(j, scores.shift_share(shift, (j,))) for j in self._forecast.features[:_N_WORDS]]
+            shift = step_zero[TRAIN].mean_train_shift
+            features = [(j, scores.shift_share(shift, (j,))) for j in forecast.features[:_N_WORDS]]
         encoder = self._runner.sae_readers[0].encoder
-        return top_activating_examples(features, self._sets, self.step_zero.sets, self.tokenizer, encoder.neuronpedia_id)
+        return top_activating_examples(features, self._sets, step_zero, self.tokenizer, encoder.neuronpedia_id)
+
+    def _at_step_zero(self) -> tuple[Mapping[str, StepZeroStats], Forecast]:
+        if self.step_zero is None or self._forecast is None:
+            raise CannotTell("step 0: there is none to compare with; call forecast() or restore() on the untuned model first.")
+        return self.step_zero.sets, self._forecast
 
     def _probes(self, name: str, source: Source, n_demonstrations: int, field: str, *, as_chat: bool) -> ProbeSet:
         return make_probe_set(

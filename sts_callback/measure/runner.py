@@ -29,7 +29,7 @@ from sts_callback.measure.accumulators import (
 )
 from sts_callback.measure.sae_reader import Fit, SAEReader
 from sts_callback.model.capture import Capture, Prefix, may_differ
-from sts_callback.model.hooks import HookPoint, find_layers, resolve, text_config
+from sts_callback.model.hooks import HookPoint, find_layers, resolve, vocab_size
 from sts_callback.model.sae import SaeEncoder
 from sts_callback.model.self_test import Findings, self_test
 
@@ -89,7 +89,7 @@ class ProbeRunner:
         )
         self.findings = Findings()
         """What the self-test found."""
-        self._vocab_size = int(getattr(text_config(model), "vocab_size", 2**16))
+        self._vocab_size = vocab_size(model) or 2**16  # a guess, for the size of batches
         self._has_head = any(
             getattr(m, "get_output_embeddings", lambda: None)() is not None for m in model.modules() if hasattr(m, "config")
         )

@@ -94,7 +94,7 @@ def text_config(model: nn.Module) -> object:
     Raises:
         ModelError: if the model carries no transformers config.
     """
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "get_text_config"):
             return config.get_text_config()
@@ -112,19 +112,27 @@ def architecture(model: nn.Module) -> str:
     return f"{type(inner).__name__} (model type {getattr(text_config(model), 'model_type', 'unknown')})"
 
 
+def vocab_size(model: nn.Module) -> int | None:
+    """How many tokens the model knows, if its config says."""
+    n_tokens = getattr(text_config(model), "vocab_size", None)
+    return n_tokens if isinstance(n_tokens, int) else None
+
+
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers: the `ModuleList` as long as the text config says, outside any vision or audio tower.
 
     Raises:
         ModelError: if there is none.
     """
-    n_layers = getattr(text_config(model), "num_hidden_layers", None)
-    for name, module in model.named_modules():
+    config = text_config(model)
+    n_layers, has_encoder = getattr(config, "num_hidden_layers", None), getattr(config, "is_encoder_decoder", False)
+    for name, module in () if has_encoder else model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers and not any(t in name for t in _OTHER_TOWERS):
             return module
+    cause = "has an encoder beside its decoder" if has_encoder else f"holds no list of {n_layers} decoder layers"
     raise ModelError(
-        f"model: {architecture(model)} is not supported: it holds no list of {n_layers} decoder layers. What can be measured is "
-        "a decoder-only language model, with one layer after another."
+        f"model: {architecture(model)} is not supported: it {cause}. What can be measured is a decoder-only language model, with "
+        "one layer after another."
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch.nn.functional import embedding_bag
 
-from sts_callback.errors import SaeError
+from sts_callback.errors import ConfigError, SaeError
 from sts_callback.model import registry
 from sts_callback.model.hooks import find_layers, model_name
 
@@ -32,6 +34,14 @@ _WEIGHTS = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag", "b_dec", 
 _FOREIGN = {"sae.safetensors": "EleutherAI's sparsify", "ae.pt": "dictionary_learning"}
 _WANTED = "must hold cfg.json and sae_weights.safetensors of an SAE saved for inference (save_inference_model)"
 _SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".json", ".npz"}
+_METADATA: dict[str, type | tuple[type, ...]] = {  # of what makers say of an SAE, what is used
+    "hf_hook_name": str,
+    "hook_name": str,
+    "model_from_pretrained_kwargs": Mapping,
+    "l0": (int, float),
+    "model_name": str,
+    "neuronpedia_id": str,
+}
 # Of the configuration, what changes an answer.
 _ENCODES = ("d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "k", "rescale_acts_by_decoder_norm")
 
@@ -173,6 +183,27 @@ class SaeEncoder:
         return replace(self, sae=self.sae.to(device))
 
 
+def require_saes(given: Any) -> list[SaeSource]:
+    """One SAE or several as a list; nothing is loaded or looked up yet.
+
+    Args:
+        given: by the user.
+
+    Raises:
+        ConfigError: if there is none.
+        SaeError: if one is no kind of source.
+
+    """
+    saes = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not saes or any(sae is None for sae in saes):
+        raise ConfigError("sae: got none; allowed is one SAE or a list of at least one.")
+    for sae in saes:
+        is_name = isinstance(sae, (str, Path)) and sae != ""
+        if not (is_name or hasattr(getattr(sae, "cfg", None), "metadata")):
+            raise SaeError(f"sae: got {sae!r:.80}; allowed are a SAELens release/sae_id, a folder, a sae_lens.SAE, or 'auto'.")
+    return saes
+
+
 def encoder_for(sae: SaeSource, model: nn.Module) -> SaeEncoder:
     """Load an SAE for a model, on its device; errors as for `load_encoder`."""
     layers = find_layers(model)
@@ -192,6 +223,7 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
         SaeError: if there is no such SAE (near names are suggested), it cannot be read, or its kind cannot be used.
 
     """
+    require_saes(sae)
     with warnings.catch_warnings():  # SAELens registers filters and warns of TransformerLens settings, which are handled here
         warnings.simplefilter("ignore")
         if isinstance(sae, (str, Path)):
@@ -202,8 +234,8 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
             loaded._setup_activation_normalization()  # its functions write to the SAE they were made for: the user's
     if any(p.is_meta or not bool(torch.isfinite(p).all()) for p in loaded.parameters()):
         raise SaeError(f"sae: weights of {name} are on the meta device, or not all finite numbers; load the SAE anew.")
-    metadata = loaded.cfg.metadata
-    hook_name = metadata.get("hf_hook_name") or metadata.get("hook_name")
+    stated = _stated(name, loaded.cfg.metadata)
+    hook_name = stated["hf_hook_name"] or stated["hook_name"]
     if not hook_name:
         raise SaeError(f"sae: {name} does not say which hook point it was trained on; set metadata.hook_name in its cfg.json.")
     loaded.turn_off_forward_pass_hook_z_reshaping()  # transformers gives heads flat already
@@ -213,10 +245,10 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
             f"sae: {name} is a {loaded.cfg.architecture()} SAE, which does not encode a token by itself as it does among others; "
             "take another kind."
         )
-    lens_options = metadata.get("model_from_pretrained_kwargs") or {}
+    lens_options = stated["model_from_pretrained_kwargs"] or {}
     centred = bool(lens_options.get("center_writing_weights"))
     entry = registry.find(name) if "/" in name else None  # a folder is not in the registry
-    nominal_l0 = metadata.get("l0") or getattr(loaded.cfg, "k", None) or (entry.l0 if entry else None)
+    nominal_l0 = stated["l0"] or getattr(loaded.cfg, "k", None) or (entry.l0 if entry else None)
     return SaeEncoder(
         name,
         hook_name,
@@ -224,8 +256,50 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
         _fingerprint(loaded, centred),
         centred,
         None if nominal_l0 is None else float(nominal_l0),
-        metadata.get("model_name") or (entry.model if entry else None),
-        metadata.get("neuronpedia_id") or (entry.neuronpedia_id if entry else None),
+        stated["model_name"] or (entry.model if entry else None),
+        stated["neuronpedia_id"] or (entry.neuronpedia_id if entry else None),
+    )
+
+
+def _stated(name: str, metadata: Any) -> dict[str, Any]:
+    """What its makers say of an SAE, None where they do not."""
+    found = {}
+    for key, kind in _METADATA.items():
+        found[key] = value = metadata.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise SaeError(f"sae: {name} has {value!r:.80} as metadata.{key}; correct it in its cfg.json, or leave it out there.")
+    return found
+
+
+def place_of(spec: str) -> tuple[str, str] | None:
+    """Where SAELens finds an SAE by its name.
+
+    Args:
+        spec: what the user named.
+
+    Returns:
+        Release or hub repository, and the SAE's name in it; None for a folder, and for `"auto"`, which takes the model to tell.
+
+    Raises:
+        SaeError: if there is no such SAE (near names are suggested), or it is a file or a path to nothing.
+
+    """
+    if spec == "auto" or os.path.isdir(spec):
+        return None
+    if os.path.isfile(spec):
+        raise SaeError(f"sae: {spec} is a file; give its folder, if that is one of an SAE: it {_held_by(Path(spec).parent)}.")
+    if registry.find(spec):
+        release, _, sae_id = spec.partition("/")
+        return release, sae_id
+    if spec.startswith((".", "/", "~")) or "\\" in spec or Path(spec).suffix in _SUFFIXES:
+        raise SaeError(f"sae: {spec} is not there; correct the path. A folder {_WANTED}.")
+    if spec.count("/") >= 2 and not registry.near_names(spec):  # a hub repository and a folder in it
+        owner, repository, sae_id = spec.split("/", 2)
+        return f"{owner}/{repository}", sae_id
+    near = ", ".join(registry.near_names(spec))
+    raise SaeError(
+        f"sae: {spec!r} is no folder and not in SAELens' registry; near are: {near}. "
+        "`sts-callback saes --model ID` lists those of a model."
     )
 
 
@@ -247,30 +321,16 @@ def _is_per_token(sae: SAE[Any]) -> bool:
 def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
     from sae_lens import SAE
 
-    if Path(spec).is_dir():
+    if spec == "auto" and not os.path.isdir(spec):
+        spec = registry.best_for(model_id, n_layers).spec
+    place = place_of(spec)
+    if place is None:
         try:
             return Path(spec).resolve().name, SAE.load_from_disk(spec, dtype="float32")
         except Exception as error:  # of SAELens, torch, json and safetensors, which does not export its own in all versions
             raise SaeError(f"sae: the folder {spec} cannot be read as an SAE ({error!r}); it {_held_by(Path(spec))}.") from error
-    if Path(spec).is_file():
-        raise SaeError(f"sae: {spec} is a file; give its folder, if that is one of an SAE: it {_held_by(Path(spec).parent)}.")
-    if spec == "auto":
-        spec = registry.best_for(model_id, n_layers).spec
-    if registry.find(spec):
-        release, _, sae_id = spec.partition("/")
-    elif spec.startswith((".", "/", "~")) or "\\" in spec or Path(spec).suffix in _SUFFIXES:
-        raise SaeError(f"sae: {spec} is not there; correct the path. A folder {_WANTED}.")
-    elif spec.count("/") >= 2 and not registry.near_names(spec):  # a hub repository and a folder in it
-        owner, repository, sae_id = spec.split("/", 2)
-        release = f"{owner}/{repository}"
-    else:
-        near = ", ".join(registry.near_names(spec))
-        raise SaeError(
-            f"sae: {spec!r} is no folder and not in SAELens' registry; near are: {near}. "
-            "`sts-callback saes --model ID` lists those of a model."
-        )
     try:
-        return spec, SAE.from_pretrained(release, sae_id, dtype="float32")
+        return spec, SAE.from_pretrained(*place, dtype="float32")
     except Exception as error:  # as above, and of the hub's client
         raise SaeError(f"sae: {spec} could not be loaded from the hub ({error!r}); {_remedy(error)}.") from error
 

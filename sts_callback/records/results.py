@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from sts_callback.config import TRAIN as TRAIN  # what records call the training data, beside the domains
 from sts_callback.records.record import Record, StoredAs
-
-TRAIN = "train"
-"""What records call the training data, beside the domains."""
 
 Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
 Status = Literal["pass", "warn", "refuse"]

@@ -6,6 +6,7 @@ batches. Harm is judged by budget and interval (`policy.judge_budget`), without 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +19,14 @@ from tqdm.auto import tqdm
 
 from sts_callback.config import ProbeConfig
 from sts_callback.data.chat import text_tokenizer
-from sts_callback.data.probes import check_lengths, filler_tokens, make_probe_set
+from sts_callback.data.probes import check_lengths, check_tokens, filler_tokens, make_probe_set
 from sts_callback.data.reader import Source, read_rows
 from sts_callback.data.tokens import bos_tokens
 from sts_callback.errors import ConfigError, ModelError
 from sts_callback.measure import diagnostics, scoring
 from sts_callback.measure.identity import identity_of
 from sts_callback.measure.runner import Context, ProbeRunner
-from sts_callback.model.hooks import model_name, text_config
+from sts_callback.model.hooks import model_name, text_config, vocab_size
 from sts_callback.model.sae import SaeSource, encoder_for
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.policy import judge_budget
@@ -67,12 +68,32 @@ def dial(
 
     """
     started = time.monotonic()
-    if not scales or not all(0 < scale <= 1 for scale in scales):
-        raise ConfigError(f"scales: got {list(scales)}; allowed are numbers above 0, up to 1.")
+    require_possible(budgets, scales)
     knob = AdapterScaler(model, tokenizer, sae=sae, domains=domains, budgets=budgets, config=config)
     wanted = sorted(set(scales))
     points = tuple(knob.at(scale) for scale in tqdm(wanted, "Scales", unit="scale", leave=False, disable=not progress))
     return AdapterScales(knob.identity, points, time.monotonic() - started)
+
+
+def require_possible(budgets: Mapping[str, float], scales: Sequence[float]) -> None:
+    """Refuse what cannot be dialled, whatever the model.
+
+    Args:
+        budgets: of protected domains.
+        scales: of the adapter.
+
+    Raises:
+        ConfigError: if no domain is protected or a scale is not allowed.
+
+    """
+    _require_budgets(budgets)
+    if not scales or not all(0 < scale <= 1 for scale in scales):
+        raise ConfigError(f"scales: got {list(scales)}; allowed are numbers above 0, up to 1.")
+
+
+def _require_budgets(budgets: Mapping[str, float]) -> None:
+    if not budgets:
+        raise ConfigError("protect: got none; name at least one domain that must not suffer.")
 
 
 class AdapterScaler:
@@ -89,8 +110,7 @@ class AdapterScaler:
         config: ProbeConfig | None = None,
     ) -> None:
         """Draw the probes and read them without the adapter. Arguments and errors as for `dial`."""
-        if not budgets:
-            raise ConfigError("protect: got none; name at least one domain that must not suffer.")
+        _require_budgets(budgets)
         tokenizer = text_tokenizer(tokenizer)
         self._bos = bos_tokens(tokenizer)
         config = replace(config or ProbeConfig(), n_features=1)  # none is selected: any width of SAE will do
@@ -110,6 +130,7 @@ class AdapterScaler:
                 for name, field in ((name, f"domains[{name!r}]") for name in budgets)
             ]
             check_lengths(self._sets, getattr(text_config(model), "max_position_embeddings", None), len(self._bos))
+            check_tokens(self._sets, vocab_size(model))
             self._runner = ProbeRunner(model, [encoder], config)
             zero_shot = self._bare()
             diagnostics.require_fit(diagnostics.examined_fits(self._runner, self._sets, zero_shot, model_name(model))[1])
@@ -152,18 +173,10 @@ def with_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: s
             than its scale reaches.
 
     """
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise ModelError("adapter: PEFT is not installed; install it with `pip install peft`.") from error
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ModelError(f"adapter: {folder} holds no adapter_config.json; give a folder that PEFT saved a LoRA adapter in.")
-    try:
-        kind = str(PeftConfig.from_pretrained(str(folder)).peft_type).rpartition(".")[2]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"adapter: {folder}/adapter_config.json cannot be read ({error!r}).") from error
-    if kind != "LORA":
-        raise ModelError(f"adapter: {folder} holds one of kind {kind}; only LoRA adapters have a scale.")
+    require_lora(folder)
+
+    from peft import PeftModel
+
     tokens = torch.tensor([[*bos_tokens(tokenizer), *filler_tokens(tokenizer, _N_COMPARED)]])
     with undisturbed(model):
         alone = _logits(model, tokens)
@@ -178,6 +191,31 @@ def with_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: s
                 "modules_to_save, trained biases or an initialisation that changes the model (PiSSA, OLoRA and the like)."
             )
     return adapted
+
+
+def require_lora(folder: str | Path) -> None:
+    """Refuse a folder that holds no LoRA adapter, whatever the model.
+
+    Args:
+        folder: as PEFT saved it.
+
+    Raises:
+        ModelError: if PEFT is missing or the folder holds none.
+
+    """
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ModelError("adapter: PEFT is not installed; install it with `pip install peft`.") from error
+    remedy = "give a folder that PEFT saved a LoRA adapter in"
+    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        raise ModelError(f"adapter: {folder} holds no adapter_config.json; {remedy}.")
+    try:
+        kind = str(PeftConfig.from_pretrained(str(folder)).peft_type).rpartition(".")[2]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"adapter: {folder}/adapter_config.json cannot be read ({error!r}); {remedy}.") from error
+    if kind != "LORA":
+        raise ModelError(f"adapter: {folder} holds one of kind {kind}; only LoRA adapters have a scale.")
 
 
 def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

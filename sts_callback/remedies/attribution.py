@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from sts_callback.config import ROWS_READ, ROWS_SHOWN
+from sts_callback.config import ROWS_READ, ROWS_SHOWN, require, whole
 from sts_callback.data.reader import Row
+from sts_callback.data.starter import names_in
 from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.measure.accumulators import MaxActivations
 from sts_callback.measure.monitor import Monitor
@@ -55,16 +56,14 @@ def blame(
         n_top: how many rows to name for each domain.
 
     Raises:
-        ConfigError: if no domain is protected or a number is below 1.
+        ConfigError: if no domain is protected, the monitor does not measure one, or a number is below 1.
         CannotTell: if the SAE does not fit, a domain activates nothing or just what an average row does, or no row has a token
             that counts.
 
     """
-    if not protected:
-        raise ConfigError("protect: got none; name at least one domain that must not suffer.")
-    for option, value in (("rows", n_rows), ("top", n_top)):
-        if value < 1:
-            raise ConfigError(f"{option}: got {value}; allowed is 1 or more.")
+    require_possible(protected, n_rows, n_top)
+    for name in protected:
+        require(name in monitor.domains, "protect", name, f"one that the monitor measures, {sorted(monitor.domains)}")
     started = time.monotonic()
     domains = {name: _Domain.of(name, fired) for name, fired in monitor.read_domains(protected).items()}
     read = _read(monitor, sorted({j for domain in domains.values() for j in domain.features}), rows, n_rows)
@@ -83,6 +82,14 @@ def blame(
         left_out=tuple(sorted(read.numbers[i] for i in worst if excess[i] > 1)),
         seconds=time.monotonic() - started,
     )
+
+
+def require_possible(protected: Sequence[str], n_rows: int, n_top: int) -> None:
+    """Refuse what can be told to be wrong without a model. Arguments and errors as for `blame`."""
+    if not names_in(protected):
+        raise ConfigError("protect: got none; name at least one domain that must not suffer.")
+    for option, value in (("rows", n_rows), ("top", n_top)):
+        whole(value, option, "1 or more", least=1)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linprog
 
-from sts_callback.config import MAX_REPEATS, MAX_REPLAY, PolicyConfig
+from sts_callback.config import MAX_REPEATS, MAX_REPLAY, PolicyConfig, finite, require, whole
 from sts_callback.errors import ConfigError
 from sts_callback.policy import judge_budget
 from sts_callback.records import TRAIN, Estimate, Identity
@@ -43,12 +43,11 @@ class MixtureConstraints:
     def __post_init__(self) -> None:
         """Refuse what allows nothing."""
         for name, value in {"max_replay": self.max_replay, **{f"max_share {n}": v for n, v in self.max_share.items()}}.items():
-            if not 0 < value <= 1:
-                raise ConfigError(f"{name}: got {value}; allowed is above 0, up to 1.")
-        if not self.max_repeats >= 1:
-            raise ConfigError(f"max_repeats: got {self.max_repeats}; allowed is 1 or more.")
-        if self.rows is not None and self.rows < 1:
-            raise ConfigError(f"rows: got {self.rows}; allowed is 1 or more.")
+            allowed = "above 0, up to 1"
+            require(0 < finite(value, name, allowed) <= 1, name, value, allowed)
+        require(finite(self.max_repeats, "max_repeats", "1 or more") >= 1, "max_repeats", self.max_repeats, "1 or more")
+        if self.rows is not None:
+            whole(self.rows, "rows", "1 or more", least=1)
 
     def weights(self, n_rows: Mapping[str, int]) -> dict[str, float]:
         """Largest weight of each source: by its share, and by how often its rows may come.

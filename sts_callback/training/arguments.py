@@ -6,6 +6,7 @@ framework's own YAML file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import yaml
 
-from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
+from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig, finite, require, require_once
 from sts_callback.errors import ConfigError
 from sts_callback.records import Verdict
 
@@ -96,19 +97,23 @@ class STSArguments:
         protect = named(self.sts_protect, "sts_protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
         probes = ("n_queries", "n_draws", "n_features", "max_tokens", "batch_tokens", "seed", "chat_template")
         return {
-            "sae": [self.sts_sae] if isinstance(self.sts_sae, str) else list(self.sts_sae),
+            "sae": list(self.sts_sae) if isinstance(self.sts_sae, (list, tuple)) else [self.sts_sae],
             "protect": {name: number(nats, f"sts_protect {name}") for name, nats in protect.items()},
             "domains": named(self.sts_domains, "sts_domains", "NAME=FILE"),
             "train_data": self.sts_train_data,
-            "check_on": int(self.sts_check_on) if str(self.sts_check_on).isdigit() else self.sts_check_on,
+            "check_on": int(self.sts_check_on) if str(self.sts_check_on).isdecimal() else self.sts_check_on,
             "action": self.sts_action,
             "on_forecast": self.sts_on_forecast,
             "on_forecast_error": self.sts_on_forecast_error,
             "on_error": self.sts_on_error,
-            "max_overhead": self.sts_max_overhead,
+            "max_overhead": None
+            if self.sts_max_overhead is None
+            else number(self.sts_max_overhead, "sts_max_overhead", "a share above 0, up to 1, or nothing for no limit"),
             "ledger": self.sts_ledger,
             "probes": ProbeConfig(**{name: getattr(self, f"sts_{name}") for name in probes}),
-            "policy": PolicyConfig(alpha=self.sts_alpha, patience=self.sts_patience),
+            "policy": PolicyConfig(
+                alpha=number(self.sts_alpha, "sts_alpha", "a number between 0 and 1"), patience=self.sts_patience
+            ),
         }
 
     @classmethod
@@ -120,13 +125,15 @@ class STSArguments:
 
         """
         try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            text = Path(file).read_text(encoding="utf-8")
+            content, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"{VARIABLE}: {file} cannot be read ({error}); give a YAML file with keys such as sts_sae."
             ) from error
         if not isinstance(content, Mapping):
             raise ConfigError(f"{VARIABLE}: {file} holds no settings; give lines such as 'sts_protect: [law, code]'.")
+        require_once(_keys_of_ours(node), str(file))
         ours = {key: value for key, value in content.items() if str(key).startswith("sts_")}
         known = [f.name for f in dataclasses.fields(cls)]
         for key in ours:
@@ -157,28 +164,38 @@ def named(items: Any, field_name: str, form: str, default: object = None) -> dic
     """Values by name, from a mapping or from texts `NAME=VALUE`.
 
     Raises:
-        ConfigError: if a text has another form.
+        ConfigError: if a text has another form, or a name stands twice.
 
     """
     if isinstance(items, Mapping):
         return dict(items)
-    named: dict[str, Any] = {}
-    for item in [items] if isinstance(items, str) else items:
-        name, equals, value = str(item).partition("=")
-        if not name or bool(equals) != bool(value) or (not equals and default is None):
-            raise ConfigError(f"{field_name}: got {item!r}; allowed is {form}.")
-        named[name] = value if equals else default
-    return named
+    found: list[tuple[str, Any]] = []
+    for item in items if isinstance(items, (list, tuple)) else [items]:
+        name, equals, value = item.partition("=") if isinstance(item, str) else ("", "", "")
+        is_read = name and bool(equals) == bool(value) and (equals or default is not None)
+        require(bool(is_read), field_name, item, form)
+        found.append((name, value if equals else default))
+    require_once((name for name, _ in found), field_name)
+    return dict(found)
 
 
-def number(value: Any, field_name: str, allowed: str = "a number of nats per token") -> float:
-    """A budget, or another number.
+def number(value: Any, field_name: str, allowed: str = "a number of nats per token, finite and above 0") -> float:
+    """A budget, or another number, also as a text: YAML takes 1e-3 for one.
 
     Raises:
-        ConfigError: if it is no number.
+        ConfigError: if it is no finite number.
 
     """
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{field_name}: got {value!r}; allowed is {allowed}.") from None
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    return finite(value, field_name, allowed)
+
+
+def _keys_of_ours(node: Any) -> list[str]:
+    """Keys of a YAML file as they stand there, and those of mappings below them: reading it keeps the last of equal ones."""
+    found = []
+    for key, value in node.value:
+        if str(key.value).startswith("sts_"):
+            inner = value.value if isinstance(value, yaml.MappingNode) else ()
+            found += [key.value, *(f"{key.value}.{k.value}" for k, _ in inner)]
+    return found

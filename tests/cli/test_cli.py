@@ -192,7 +192,8 @@ def test_each_decision_has_its_exit_code(decision: str, expected: int, files: Pa
 def test_wrong_input_is_named_with_its_remedy(
     name: str, change: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(files, *change, name=name)) == WRONG_INPUT
+    protect = () if "--protect" in change else ("--protect", "poems")
+    assert main(command(files, *protect, *change, name=name)) == WRONG_INPUT
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert "Traceback" not in error
@@ -269,8 +270,9 @@ def test_what_is_not_as_it_is_locked_is_refused_before_anything_is_forecast(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    locked = ("--protect", "poems", "--lock", str(tmp_path / "sts.lock"))
-    assert main(command(files, *locked, "--write-lock")) in (GO, CANNOT_TELL, NO_GO)
+    lock, protect = ("--lock", str(tmp_path / "sts.lock")), ("--protect", "poems")
+    assert main(command(files, *lock, *protect, "--write-lock")) in (GO, CANNOT_TELL, NO_GO)
+    locked = lock if "--protect" in change else (*lock, *protect)
     other = tmp_path / "other"
     tiny_model("llama", seed=1).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
@@ -620,7 +622,7 @@ def test_the_exit_code_of_a_mixture_is_what_was_found(
         (["--protect", "poems", "--max-share", "verse=much"], "--max-share verse: got 'much'; allowed is a share"),
         (["--protect", "poems", "--max-share", "prose=0.5"], "max_share: got ['prose']; allowed are ['verse']"),
         (["--protect", "poems", "--replay", "verse"], "--replay: got 'verse'; allowed is NAME=FILE"),
-        (["--protect", "poems", "--replay", "verse=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--protect", "poems", "--replay", "prose=nowhere.jsonl"], "nowhere.jsonl"),
         (["--protect", "poems", "--pilot", "verse=nowhere"], "pilot: got ['verse']; give one for each source"),
         (["--protect", "poems", "--out", "/"], "--out: /"),
     ],

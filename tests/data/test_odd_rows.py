@@ -90,6 +90,11 @@ ODD: dict[str, tuple[Row, str]] = {
     "numbers": ({"prompt": 1, "completion": 2}, "allowed are texts"),
     "a text in place of a row": ("q", "a row is 'q'"),  # type: ignore[dict-item]
     "no columns": ({}, "fit no format"),
+    "a text for token ids": ({"input_ids": "abc"}, "input_ids holds 'abc'; allowed are token ids"),
+    "a token below 0": ({"input_ids": [5, -100], "labels": [-100, 6]}, "input_ids holds [5, -100]; allowed are token ids"),
+    "half a token": ({"prompt_ids": [5, 0.5], "completion_ids": [6]}, "prompt_ids holds [5, 0.5]; allowed are token ids"),
+    "lengths in words": ({"input_ids": [5, 6], "seq_lengths": "abc"}, "a row cannot be read (TypeError"),
+    "numbers to prefer": ({"chosen": 5, "rejected": 6}, "a row cannot be read (TypeError"),
 }
 
 
@@ -106,6 +111,13 @@ def test_one_odd_row_is_left_out_and_counted(odd: Row, reason: str) -> None:
 def test_what_was_left_out_is_told_when_too_few_remain() -> None:
     with pytest.raises(DataError, match=r"^train_data: 3 usable rows, but .*Left out of 8 rows read: 3 x its ans.*; 2 x it hol"):
         made([*GOOD[:3], *[{"prompt": "q", "completion": ""}] * 3, *[{"prompt": "q", "completion": "a", "image": "x"}] * 2])
+
+
+def test_of_a_thousand_reasons_the_first_are_told() -> None:
+    with pytest.raises(DataError) as raised:
+        made([*GOOD[:3], *[{"prompt": i, "completion": i} for i in range(1000)]])
+    assert str(raised.value).count("allowed are texts") == 5
+    assert str(raised.value).endswith("995 x other reasons.")
 
 
 FAILING = {
@@ -434,7 +446,7 @@ def test_the_table_tells_each_source_its_reasons_and_what_is_not_read() -> None:
         assert said_of_it in shown
     assert max(map(len, shown.splitlines())) <= 80
     many = {f"reason {i}": 9 - i for i in range(8)}
-    assert "train: 9 left out for other reasons" in rows_table([RowsRead("train", 99, 99, 9, 0, many, (), ())], colour=False)
+    assert "train: 9 left out: other reasons" in rows_table([RowsRead("train", 99, 99, 9, 0, many, (), ())], colour=False)
 
 
 def test_json_lines_of_rows_read_like_the_rows() -> None:

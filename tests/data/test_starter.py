@@ -75,7 +75,7 @@ def test_a_domain_of_ones_own_may_be_called_all() -> None:
 
 
 def test_a_text_instead_of_a_list_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^protect: got the text 'law'; allowed is a list of names, such as \['law'\]"):
+    with pytest.raises(ConfigError, match=r"^protect: got 'law'; allowed is a list of names, such as \['law'\]"):
         choose_domains("law", None)
 
 

@@ -29,7 +29,7 @@ def drift_section(story: ReportData) -> Html:
     else:
         thresholds = (
             f"Dashed: drift counts as movement from {formatting.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
-            f"domain's budget on. An alarm needs such a rise that also passes the test of one check, at "
+            "domain's budget on. An alarm needs such a rise that also passes the test of one check, at "
             f"{formatting.in_a_row(policy.patience)}."
         )
     train = drift.latest.train.name

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from sts_callback.data.counts import RowsRead
+from sts_callback.data.counts import RowsRead, most_frequent
 from sts_callback.report.terminal.text import WIDTH, new_table, rendered
-
-_N_REASONS = 5  # shown of each source
 
 
 def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
@@ -23,10 +21,7 @@ def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
     lines: list[str] = []
     for one in reads:
-        reasons = sorted(one.left_out.items(), key=lambda item: -item[1])
-        lines += [f"{one.name}: {n:,} left out: {reason}" for reason, n in reasons[:_N_REASONS]]
-        if others := sum(n for _, n in reasons[_N_REASONS:]):
-            lines.append(f"{one.name}: {others:,} left out for other reasons")
+        lines += [f"{one.name}: {n:,} left out: {reason}" for reason, n in most_frequent(one.left_out)]
         if one.unread:
             lines.append(f"{one.name}: columns not read: {', '.join(one.unread)}")
         lines += [f"{one.name}: {note}" for note in one.notes]
