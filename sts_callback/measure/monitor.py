@@ -79,7 +79,7 @@ class Monitor:
         Args:
             model: a decoder-only transformers model, wrapped or not.
             tokenizer: its tokenizer or processor; not altered.
-            sae: see `model.encoder.SaeSource`; of several, each makes a forecast, and the first watches drift.
+            sae: see `model.sae.SaeSource`; of several, each makes a forecast, and the first watches drift.
             train_data: answered training examples, see `data.reader`.
             domains: name to source; at least one.
             config: numbers, limits and seed.

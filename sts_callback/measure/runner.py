@@ -27,6 +27,7 @@ from sts_callback.measure.accumulators import (
     ProbeSums,
     StepZero,
 )
+from sts_callback.measure.answers import by_query, losses_of
 from sts_callback.measure.sae_reader import Fit, SAEReader
 from sts_callback.model.capture import Capture, Prefix, may_differ
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, vocab_size
@@ -378,7 +379,7 @@ class ProbeRunner:
         select = answer_positions(queries) if context.with_answers else None
         captured = self._capture.run(suffixes, context.prefix, select=select)
         x = {name: candidate_rows(acts, queries) for name, acts in captured.activations.items()}
-        return x, None if captured.logits is None else _by_query(_losses(captured.logits, queries), queries)
+        return x, None if captured.logits is None else by_query(losses_of(captured.logits, queries), queries)
 
     def _differentiated(
         self, queries: Sequence[Query], context: Context, owners: Sequence[int], to_gradients: Sequence[ProbeSums]
@@ -388,7 +389,7 @@ class ProbeRunner:
             [q.tokens for q in queries],
             context.prefix,
             select=answer_positions(queries),
-            loss=lambda logits: _losses(logits, queries),
+            loss=lambda logits: losses_of(logits, queries),
         )
         real = torch.arange(max(len(q.tokens) for q in queries)) < torch.tensor([[len(q.tokens)] for q in queries])
         owner = torch.tensor(owners).unsqueeze(1).expand(real.shape)[real]
@@ -397,26 +398,9 @@ class ProbeRunner:
             if sae_reader.encoder.reconstructs:
                 sums.add_gradients(acts[real.to(acts.device)], gradient[real.to(acts.device)], owner)
         x = {name: candidate_rows(acts, queries) for name, acts in found.activations.items()}
-        return x, _by_query(found.losses, queries)
+        return x, by_query(found.losses, queries)
 
 
 def _owner(probes: ProbeSet, segment: range) -> torch.Tensor:
     """The query of each candidate token, `(n_candidates,)`."""
     return Candidates(probes.queries[segment.start : segment.stop]).owner + segment.start
-
-
-def _by_query(losses: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
-    """Losses of answer tokens, `(n_answer_tokens,)`, summed for each query, `(len(queries),)`."""
-    answered_by = torch.repeat_interleave(torch.arange(len(queries)), torch.tensor([len(q.answer) for q in queries]))
-    return torch.zeros(len(queries)).index_add_(0, answered_by, losses.cpu())
-
-
-def _losses(logits: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
-    """NLL of each answer token, `(n_answer_tokens,)`; in pieces, so that the float32 copy of the logits stays small."""
-    targets = torch.tensor([token for q in queries for token in q.answer], device=logits.device)
-    return torch.cat(
-        [
-            nn.functional.cross_entropy(some.float(), target, reduction="none")
-            for some, target in zip(torch.split(logits, 64), torch.split(targets, 64), strict=True)
-        ]
-    )

@@ -55,7 +55,7 @@ def dial(
     Args:
         model: with a LoRA adapter, see `with_adapter`.
         tokenizer: its tokenizer; not altered.
-        sae: see `model.encoder.SaeSource`.
+        sae: see `model.sae.SaeSource`.
         domains: name to source.
         budgets: of protected domains, in nats per token; only these are measured.
         scales: of the adapter, above 0, up to 1.
