@@ -45,6 +45,7 @@ class Run:
     check_on: Any = "save"
     restore: bool = False
     """`restore_callback_states_from_checkpoint`"""
+    on_forecast_error: str = "raise"
 
 
 def together(work: Callable[[int, Path], object], out: Path, *, limit_s: float = 120) -> None:
@@ -112,7 +113,7 @@ def _train(run: Run, out: Path, watched: bool, kill_at: int | None) -> None:
     _fresh()
     moments: list[str] = []
     _count_moments(moments, kill_at)  # before the trainer takes the model's `forward`
-    callback = made_callback(check_on=run.check_on)
+    callback = made_callback(check_on=run.check_on, on_forecast_error=run.on_forecast_error)
     trainer = made_trainer(
         run.kind, out, [callback] * watched, lora=run.lora, restore_callback_states_from_checkpoint=run.restore
     )

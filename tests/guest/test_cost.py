@@ -141,7 +141,7 @@ def test_due_checks_are_put_off_until_affordable_and_that_is_told(
     postponed = lines(tmp_path / "sts" / "skipped.jsonl")
     assert [row["step"] for row in postponed] == [1, 11, 13, 19]
     assert "takes about 5.0 s" in postponed[0]["reason"]
-    assert caplog.text.count("is postponed") == 4
+    assert caplog.text.count("is skipped") == 4
     told = [row for row in trainer.state.log_history if "sts/overhead_s" in row]
     assert [row["sts/overhead_s"] for row in told] == [3, 6, 9, 12]
     assert [round(row["sts/overhead_share"], 4) for row in told] == [3 / 100, 6 / 120, 9 / 180, 12 / 200]

@@ -233,28 +233,33 @@ def test_an_sae_that_does_not_fit_stops_the_run_before_the_weights_move(shelf: S
     assert trainer.state.global_step == 0
 
 
-def test_too_few_usable_rollouts_leave_the_run_unwatched_and_recorded(shelf: Shelf, tmp_path: Path) -> None:
+def test_with_too_few_usable_rollouts_it_trains_unwatched_if_asked(
+    shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = finished(made_trainer("GRPO", shelf, tmp_path / "plain", [], rewards=[taste, brief], examples=FEW, **TEN_PROMPTS))
-    unwatched = finished(rewarded("GRPO", shelf, tmp_path / "ours", shelf.callback(), examples=FEW))
+    ours = shelf.callback(on_forecast_error="train unwatched")
+    unwatched = finished(rewarded("GRPO", shelf, tmp_path / "ours", ours, examples=FEW))
     assert plain.differences(unwatched) == []
     (fault,) = lines(tmp_path / "ours" / "sts" / "faults.jsonl")
     assert (fault["step"], fault["what"]) == (0, "forecast")
     assert "the first step left 1 prompts" in fault["error"]
     assert {file.name for file in (tmp_path / "ours" / "sts").iterdir()} == {"faults.jsonl"}
+    assert "NOT WATCHED" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_too_few_usable_rollouts_are_raised_if_asked(shelf: Shelf, tmp_path: Path) -> None:
-    trainer = rewarded("GRPO", shelf, tmp_path, shelf.callback(on_error="raise"), examples=FEW)
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_too_few_usable_rollouts_are_refused_before_the_weights_move(on_error: str, shelf: Shelf, tmp_path: Path) -> None:
+    trainer = rewarded("GRPO", shelf, tmp_path, shelf.callback(on_error=on_error), examples=FEW)
     with pytest.raises(DataError, match="the first step left 1 prompts"):
         trainer.train()
+    assert trainer.state.global_step == 0
 
 
-def test_functions_that_were_tapped_but_not_handed_over_are_told_of(shelf: Shelf, tmp_path: Path) -> None:
+def test_functions_that_were_tapped_but_not_handed_over_are_refused(shelf: Shelf, tmp_path: Path) -> None:
     ours = shelf.callback()
     ours.tap(taste)
-    made_trainer("GRPO", shelf, tmp_path, [ours], **TEN_PROMPTS, max_steps=1).train()
-    (fault,) = lines(tmp_path / "sts" / "faults.jsonl")
-    assert "hand the trainer what callback.tap() returned" in fault["error"]
+    with pytest.raises(DataError, match=r"hand the trainer what callback\.tap\(\) returned"):
+        made_trainer("GRPO", shelf, tmp_path, [ours], **TEN_PROMPTS, max_steps=1).train()
 
 
 class StopAfterTwo(TrainerCallback):
