@@ -106,8 +106,8 @@ def make_probe_set(
     draw.shuffle(order)
     wanted = config.n_queries + n_demonstrations * config.n_draws
     reader = RowReader(tokenizer, field, as_chat=as_chat)
-    # ProbeStats stops as soon as enough usable rows are there: a training set may have millions.
-    examples = list(itertools.islice(reader.examples((i, rows[i]) for i in order), wanted))
+    # Reading stops as soon as enough usable rows are there: a training set may have millions.
+    examples = list(itertools.islice(reader.examples((i, rows[i]) for i in order), min(wanted, len(order))))
     if not examples and reader.error is not None:
         raise reader.error
     needed = (
@@ -190,7 +190,7 @@ def make_completion_set(
     """
     examples = RowReader(tokenizer, field).examples(enumerate(rows))
     special, encode = set(tokenizer.all_special_ids), _Encoder(tokenizer, config.max_tokens)
-    encoded = [encode(example.pair)[0] for example in itertools.islice(examples, config.n_queries)]
+    encoded = [encode(example.pair)[0] for example in itertools.islice(examples, min(config.n_queries, len(rows)))]
     counts = [(False,) * len(q.query) + tuple(token not in special for token in q.answer) for q in encoded]
     return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
 
