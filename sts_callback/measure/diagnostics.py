@@ -34,7 +34,7 @@ OTHER_LAYER = 0.8, 0.02
 def examined_fits(
     runner: ProbeRunner, sets: Sequence[ProbeSet], zero_shot: Context, model_name: str
 ) -> tuple[list[Fit], list[tuple[Check, ...]]]:
-    """Calibrate a gauge and see how its SAEs fit.
+    """Calibrate a runner and see how its SAEs fit.
 
     Args:
         runner: with the model.
