@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ def make_probe_set(
     wanted = config.n_queries + n_demonstrations * config.n_draws
     reader = RowReader(tokenizer, field, as_chat=as_chat)
     # Reading stops as soon as enough usable rows are there: a training set may have millions.
-    examples = list(itertools.islice(reader.examples((i, rows[i]) for i in order), min(wanted, len(order))))
+    examples = list(itertools.islice(reader.examples((i, rows[i]) for i in order), min(wanted, sys.maxsize)))
     if not examples and reader.error is not None:
         raise reader.error
     needed = (
@@ -190,7 +191,7 @@ def make_completion_set(
     """
     examples = RowReader(tokenizer, field).examples(enumerate(rows))
     special, encode = set(tokenizer.all_special_ids), _Encoder(tokenizer, config.max_tokens)
-    encoded = [encode(example.pair)[0] for example in itertools.islice(examples, min(config.n_queries, len(rows)))]
+    encoded = [encode(example.pair)[0] for example in itertools.islice(examples, min(config.n_queries, sys.maxsize))]
     counts = [(False,) * len(q.query) + tuple(token not in special for token in q.answer) for q in encoded]
     return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
 
