@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import TrainingArguments
 from trl import GRPOConfig
-from trl.trainer.utils import get_callable_name, is_async_callable
 
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError, DataError
@@ -65,6 +64,8 @@ def heard(*funcs: Any, prompts: Any = None, completions: Any = None, weights: li
 def test_a_tapped_function_is_to_the_trainer_what_it_was(func: Any) -> None:
     rollouts = Rollouts()
     tapped = rollouts.tap(func)
+    from trl.trainer.utils import get_callable_name, is_async_callable  # not there in the lowest version
+
     assert get_callable_name(tapped) == get_callable_name(func)
     assert is_async_callable(tapped) == is_async_callable(func)
     rollouts.listen()
