@@ -29,7 +29,7 @@ MODES = [
 ]
 SECONDS = {"ddp": 120, "fsdp2": 180, "tp": 180, "zero3": 280}
 """After which a set of runs counts as hung. DeepSpeed compiles a part of itself at its first use."""
-STOP = {"callback": {"harmful": True, "action": "stop"}, "options": {"learning_rate": 0.5}}
+STOP = {"callback": {"harmful": True, "action": "stop"}, "options": {"learning_rate": 0.5, "max_steps": 2 * N_STEPS}}
 CASES: dict[str, dict[str, Any]] = {
     "without": {"callback": None},
     "with": {"callback": {}},
@@ -47,6 +47,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "first part": {"callback": {}, "stop_at": 2, "options": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}},
     "second part": {"callback": {}, "resumes": "first part"},
     "forecast fails on the second": {"callback": {}, "fault": "forecast@1"},
+    "forecast fails, unwatched": {"callback": {"on_forecast_error": "train unwatched"}, "fault": "forecast@1"},
     "forecast refused on the second": {"callback": {}, "fault": "refusal@1"},
     "memory short on the second": {"callback": {}, "fault": "memory@1"},
     "cut sequences": {"callback": {}, "parallelism": {"cp_size": 2}},
@@ -259,7 +260,8 @@ def test_a_full_disk_costs_a_row_and_no_decision(mode: str, runs: Runs) -> None:
 def test_an_alarm_stops_all_ranks_together(mode: str, case: str, runs: Runs) -> None:
     one, other = seen(runs(mode, "faults"), case)
     assert one["error"] is other["error"] is None
-    assert one["steps"] == other["steps"] == 3
+    # The step depends on how the split weights round: at this learning rate that is soon seen in the loss.
+    assert one["steps"] == other["steps"] < 2 * N_STEPS
     assert one["decisions"] == other["decisions"]
     assert [decision[2] for decision in one["decisions"]][-2:] == ["watch", "no-go"]
 
@@ -279,8 +281,17 @@ def test_what_is_raised_is_raised_by_all(mode: str, case: str, kind_of_error: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_a_forecast_that_fails_on_one_rank_leaves_the_run_unwatched_on_all(mode: str, runs: Runs) -> None:
-    folder, case = runs(mode, "faults"), "forecast fails on the second"
+def test_a_forecast_that_fails_on_one_rank_ends_the_run_on_all_before_the_first_step(mode: str, runs: Runs) -> None:
+    one, other = seen(runs(mode, "faults"), "forecast fails on the second")
+    assert other["error"].startswith("CannotTell: forecast: it failed before the first step with RuntimeError('injected")
+    assert "process 1 failed with RuntimeError: injected into the forecast" in one["error"]
+    assert one["steps"] == other["steps"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forecast_that_fails_on_one_rank_leaves_the_run_unwatched_on_all_if_asked(mode: str, runs: Runs) -> None:
+    folder, case = runs(mode, "faults"), "forecast fails, unwatched"
     for rank in seen(folder, case):
         assert rank["error"] is None
         assert rank["decisions"] == [(step, False, step == N_STEPS) for step in range(1, N_STEPS + 1)]
