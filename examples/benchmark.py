@@ -94,9 +94,10 @@ def measured(way: str, cell: dict[str, Any]) -> dict[str, Any]:
     from sts_callback.measure.runner import ProbeRunner
     from sts_callback.metrics.scores import shifted_features
     from sts_callback.metrics.sums import token_mean
-    from sts_callback.model.capture import Capture, undisturbed
+    from sts_callback.model.capture import Capture
     from sts_callback.model.hooks import resolve
     from sts_callback.model.sae import load_encoder
+    from sts_callback.model.undisturbed import undisturbed
 
     model, layer = loaded(cell["model"])
     d_in, d_sae, hook_name = model.config.hidden_size, cell["d_sae"], f"blocks.{layer}.hook_resid_post"

@@ -30,12 +30,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from gemma import cached_gemma
 from sts_callback.metrics.sums import is_not_outlier
-from sts_callback.model.capture import Capture, Prefix, undisturbed
+from sts_callback.model.capture import Capture, Prefix
 from sts_callback.model.hooks import find_layers, resolve
+from sts_callback.model.undisturbed import undisturbed
 
 CONTEXT = 256  # tokens, BOS included
 ROWS = 8  # contexts in a forward
-MAX_NORM_MULTIPLE = 3.0  # see sts_callback.metrics.tokens
+MAX_NORM_MULTIPLE = 3.0  # see sts_callback.metrics.sums
 HELD_OUT = 0.02  # share of the texts that only measures
 
 

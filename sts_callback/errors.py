@@ -31,3 +31,10 @@ class CannotTell(StsError, RuntimeError):  # noqa: N818  # an answer rather than
 
 class NoGo(StsError, RuntimeError):  # noqa: N818  # an answer rather than a failure
     """The forecast threatens a protected domain and the user asked to be refused (`on_forecast="refuse"`)."""
+
+
+def is_short_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, on a device or on the CPU."""
+    from accelerate.utils.memory import should_reduce_batch_size  # here: the command line reads this module before it loads torch
+
+    return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))

@@ -15,7 +15,7 @@ from sts_callback.data.probes import ProbeSet, Query, filler_tokens
 from sts_callback.measure.accumulators import ZERO_SHOT, ProbeStats
 from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, ForecastScorer
 from sts_callback.metrics.sums import token_mean
-from sts_callback.model.capture import undisturbed
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN
 from validation.data import DOMAINS
 from validation.lab import Lab

@@ -10,7 +10,7 @@ from sts_callback.data.probes import ProbeSet
 from sts_callback.measure import scoring
 from sts_callback.measure.accumulators import ProbeStats
 from sts_callback.metrics.scores import n_shared
-from sts_callback.model.capture import undisturbed
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN
 from validation import forecasts
 from validation.data import DOMAINS

@@ -11,7 +11,8 @@ from torch import nn
 from sts_callback.data.probes import Candidates, Query, answer_positions, batches, candidate_rows
 from sts_callback.measure.accumulators import ZERO_SHOT, DriftStats, DriftSums, ProbeStats, ProbeSums
 from sts_callback.measure.sae_reader import SAEReader
-from sts_callback.model.capture import Capture, undisturbed
+from sts_callback.model.capture import Capture
+from sts_callback.model.undisturbed import undisturbed
 
 BATCH_TOKENS = 1024
 

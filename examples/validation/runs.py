@@ -16,7 +16,7 @@ from sts_callback.measure import scoring
 from sts_callback.measure.accumulators import ProbeStats
 from sts_callback.measure.step_zero import StepZeroStats
 from sts_callback.metrics.scores import n_shared
-from sts_callback.model.capture import undisturbed
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN, DriftSnapshot
 from validation import measure, mixtures
 from validation.data import CATEGORIES, DOMAINS

@@ -25,14 +25,13 @@ FINDING_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
 
 def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], PolicyConfig, ProbeConfig]:
     """What to measure, what to protect, and how: all that can be refused without the model is refused here."""
-    from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
+    from sts_callback.config import PolicyConfig, ProbeConfig
     from sts_callback.data.reader import read_rows
     from sts_callback.data.starter import choose_domains
-    from sts_callback.training.arguments import named, number
+    from sts_callback.training.arguments import budgets_in, named
 
     files = named(args.domain, "--domain", "NAME=FILE")
-    protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
-    domains, budgets = choose_domains({name: number(nats, f"--protect {name}") for name, nats in protect.items()}, files)
+    domains, budgets = choose_domains(budgets_in(args.protect, "--protect"), files)
     chosen = {name: getattr(args, name) for name in (*NUMBERS, "chat_template") if hasattr(args, name)}
     policy, config = PolicyConfig(budgets=budgets), ProbeConfig(**chosen)
     rows = {name: read_rows(source, f"domains[{name!r}]") for name, source in domains.items()}

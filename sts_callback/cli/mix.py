@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sts_callback.cli.common import FINDING_CODES
 from sts_callback.cli.options import add_json, add_protect
-from sts_callback.config import DEFAULT_BUDGET, MAX_REPEATS, MAX_REPLAY, PolicyConfig, ProbeConfig
+from sts_callback.config import MAX_REPEATS, MAX_REPLAY, PolicyConfig, ProbeConfig
 
 if TYPE_CHECKING:
     from sts_callback.data.reader import Row
@@ -58,13 +58,12 @@ def run(args: argparse.Namespace) -> int:
     """Read what pilots did, search mixtures, recommend one."""
     from sts_callback.config import whole
     from sts_callback.runs.files import require_place, write_asked
-    from sts_callback.training.arguments import named, number
+    from sts_callback.training.arguments import budgets_in, named
 
     if args.out:
         require_place(args.out, "--out")
     whole(args.seed, "seed", "0 or more", least=0)  # else datasets refuses the mixture
-    protect = named(args.protect, "--protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
-    policy = PolicyConfig(budgets={name: number(nats, f"--protect {name}") for name, nats in protect.items()})
+    policy = PolicyConfig(budgets=budgets_in(args.protect, "--protect"))
     files, sources, constraints = _sources(args, policy)
 
     from sts_callback.records.remedies import Mix

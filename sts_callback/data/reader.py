@@ -75,7 +75,7 @@ def read_rows(source: Source, field: str) -> Sequence[Row]:
     rows: Sequence[Row]
     if isinstance(source, (str, Path)):
         rows = _read_file(Path(source), field)
-    elif _is_sequence(source):
+    elif is_sequence(source):
         rows = _unformatted(source)
     else:
         rows = StreamSample(islice(_unformatted(source), STREAM_ROWS))
@@ -99,13 +99,14 @@ def held(source: Source, field: str) -> Source:
 
 def _require_source(source: Any, field: str) -> None:
     """Refuse what can hold no rows; nothing is read yet."""
-    is_source = isinstance(source, (str, Path, Iterable)) or _is_sequence(source)
+    is_source = isinstance(source, (str, Path, Iterable)) or is_sequence(source)
     is_unnamed = isinstance(source, str) and not source
     if not is_source or is_unnamed or isinstance(source, Mapping):  # a DatasetDict is a mapping, of splits
         raise DataError(f"{field}: got {type(source).__name__}; allowed are {_SOURCES}.")
 
 
-def _is_sequence(source: Any) -> bool:
+def is_sequence(source: Any) -> bool:
+    """Whether rows can be taken from it by number; a stream has none."""
     return hasattr(source, "__getitem__") and hasattr(source, "__len__")
 
 

@@ -137,9 +137,7 @@ class ProbeSums:
 
         """
         self._n_not_finite.add(found[ZERO_SHOT])
-        not_outlier = torch.stack(
-            [self._sae_reader.not_outlier(x, self._sae_reader.reference.median_norm) for x in found.values()]
-        ).all(dim=0)
+        not_outlier = torch.stack([self._sae_reader.not_outlier(x) for x in found.values()]).all(dim=0)
         self._counted.append(not_outlier.cpu())
         self._owner.append(owner[self._counted[-1]])
         found = {name: x[not_outlier] for name, x in found.items()}
@@ -164,7 +162,7 @@ class ProbeSums:
 
         """
         assert self._gradients is not None
-        not_outlier = self._sae_reader.not_outlier(x, self._sae_reader.reference.median_norm)
+        not_outlier = self._sae_reader.not_outlier(x)
         x, gradient, owner = x[not_outlier], gradient[not_outlier], owner.to(x.device)[not_outlier]
         for chunk in self._sae_reader.chunks(len(x)):
             by_feature = self._sae_reader.encoder.feature_gradient(x[chunk], gradient[chunk])
@@ -333,7 +331,7 @@ class MaxActivationSums:
 
         """
         place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
-        not_outlier = self._sae_reader.not_outlier(x, self._sae_reader.reference.median_norm)
+        not_outlier = self._sae_reader.not_outlier(x)
         x, owner, place = x[not_outlier], owner[not_outlier.cpu()], place[not_outlier.cpu()]
         self._n_tokens += torch.bincount(owner, minlength=len(self._n_tokens))
         device = self._sae_reader.encoder.sae.device

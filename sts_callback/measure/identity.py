@@ -1,4 +1,4 @@
-"""Who is measured with what: the SAE for a model, and the identity that a measurement is compared by."""
+"""Who is measured with what: the identity that a measurement is compared by."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ from sts_callback.measure.top_examples import top_activating_examples
 from sts_callback.metrics import scores
 from sts_callback.model.capture import is_sharded
 from sts_callback.model.fingerprint import Weights, weights_of
-from sts_callback.model.hooks import find_layers, model_name, text_config, vocab_size
+from sts_callback.model.hooks import find_layers, max_positions, model_name, vocab_size
 from sts_callback.model.sae import SaeSource, encoder_for, require_saes
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
@@ -120,9 +120,7 @@ class Monitor:
             self._filler = filler_tokens(tokenizer, sum(map(len, self.train.demo_sets)) // len(self.train.demo_sets))
             self._runner = ProbeRunner(model, encoders, self.config, self._ranks)
         sets = self._sets = [self.train, *self.domains.values()]
-        n_positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
-        self._max_positions = n_positions if n_positions and n_positions > 0 else None  # XLNet says -1: no limit
-        check_lengths(sets, self._max_positions, len(self._bos))
+        check_lengths(sets, max_positions(model), len(self._bos))
         check_tokens(sets, vocab_size(model))
         with undisturbed(model):
             contexts = [self._filler, *(draw for s in sets for draw in s.demo_sets)]
@@ -342,7 +340,7 @@ class Monitor:
 
         """
         texts, numbers = make_row_set("rows", rows, self.tokenizer, self.config, field="train_data")
-        check_lengths([texts], self._max_positions, len(self._bos))
+        check_lengths([texts], max_positions(self._model), len(self._bos))
         check_tokens([texts], vocab_size(self._model))
         with undisturbed(self._model), self._bar("Training rows", len(numbers)) as bar:
             return (

@@ -82,13 +82,13 @@ class SAEReader:
         """Fraction of variance that the SAE would leave of activations from anywhere, `(n_tokens, d_in)`, without their sinks."""
         return self._fit(self._without_sinks(x.float())[0]).fvu
 
-    def not_outlier(self, x: torch.Tensor, median_norm: float) -> torch.Tensor:
-        """Which of `(n_tokens, d_in)` are no attention sinks, `(n_tokens,)` booleans."""
-        return is_not_outlier(x.float().norm(dim=1), median_norm, self._max_norm_multiple)
+    def not_outlier(self, x: torch.Tensor) -> torch.Tensor:
+        """Which of `(n_tokens, d_in)` are no attention sinks by what is usual at step 0, `(n_tokens,)` booleans."""
+        return self._is_below(x, self.reference.median_norm)
 
     def not_outlier_now(self, x: torch.Tensor) -> torch.Tensor:
         """The same after training, which may rescale the whole stream: sinks are what stands out from what is usual now."""
-        return self.not_outlier(x, max(self.reference.median_norm, x.float().norm(dim=1).median().item()))
+        return self._is_below(x, max(self.reference.median_norm, x.float().norm(dim=1).median().item()))
 
     def chunks(self, n_tokens: int) -> Iterator[slice]:
         """Slices of tokens that are encoded at once."""
@@ -98,7 +98,10 @@ class SAEReader:
     def _without_sinks(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Of a sample of tokens those that are no outliers, by its own median norm, and that norm."""
         median_norm = x.norm(dim=1).median().item()
-        return x[self.not_outlier(x, median_norm)], median_norm
+        return x[self._is_below(x, median_norm)], median_norm
+
+    def _is_below(self, x: torch.Tensor, median_norm: float) -> torch.Tensor:
+        return is_not_outlier(x.float().norm(dim=1), median_norm, self._max_norm_multiple)
 
     def _fit(self, x: torch.Tensor) -> Fit:
         left, n_active = 0.0, 0

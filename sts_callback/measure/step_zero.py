@@ -93,7 +93,7 @@ class StepZeroReference:
         tensors: dict[str, torch.Tensor] = {}
         if self.probes:  # earlier files have none
             text = json.dumps([_told(s) for s in self.probes.values()])
-            tensors[_PROBES] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+            tensors[_PROBES] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         for name, one in self.sets.items():
             tensors |= {f"{name}/{key}": getattr(one, field).contiguous() for field, key in _TENSORS.items()}
             tensors |= {f"{name}/acts.{key}": getattr(one.acts, key).contiguous() for key in _SPARSE}
@@ -122,7 +122,7 @@ class StepZeroReference:
                     )
                     for name in json.loads(metadata["sets"])
                 }
-                kept = bytes(file.get_tensor(_PROBES).tolist()) if _PROBES in set(file.keys()) else b"[]"
+                kept = file.get_tensor(_PROBES).numpy().tobytes() if _PROBES in set(file.keys()) else b"[]"
                 probes = [_probes(**one) for one in json.loads(kept)]
                 return cls(fingerprint, Reference(**json.loads(metadata["reference"])), sets, {s.name: s for s in probes})
         except CannotTell:

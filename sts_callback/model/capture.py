@@ -21,7 +21,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
 from sts_callback.model.hooks import HookPoint, text_config
-from sts_callback.model.undisturbed import undisturbed as undisturbed
 
 
 class _Captured(Exception):  # noqa: N818  # not an error: it ends a forward whose rest is not needed

@@ -118,6 +118,12 @@ def vocab_size(model: nn.Module) -> int | None:
     return n_tokens if isinstance(n_tokens, int) else None
 
 
+def max_positions(model: nn.Module) -> int | None:
+    """How many positions the model has, if its config says; XLNet's -1 is no limit."""
+    n_positions = getattr(text_config(model), "max_position_embeddings", None)
+    return n_positions if isinstance(n_positions, int) and n_positions > 0 else None
+
+
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers: the `ModuleList` as long as the text config says, outside any vision or audio tower.
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from sts_callback.distributed import Ranks
-from sts_callback.errors import ModelError, StsError
+from sts_callback.errors import ModelError, StsError, is_short_of_memory
 from sts_callback.model.capture import Capture, Captured, Prefix
 from sts_callback.model.hooks import architecture
 from sts_callback.model.undisturbed import writes_to_weights
@@ -246,4 +245,4 @@ def _first(output: Any) -> torch.Tensor:
 
 def _is_of_the_model(error: Exception) -> bool:
     """Whether an error says something of the model, rather than of memory or of another process."""
-    return not isinstance(error, (StsError, MemoryError)) and not should_reduce_batch_size(error)
+    return not (isinstance(error, StsError) or is_short_of_memory(error))

@@ -26,7 +26,7 @@ from sts_callback.errors import ConfigError, ModelError
 from sts_callback.measure import diagnostics, scoring
 from sts_callback.measure.identity import identity_of
 from sts_callback.measure.runner import Context, ProbeRunner
-from sts_callback.model.hooks import model_name, text_config, vocab_size
+from sts_callback.model.hooks import max_positions, model_name, vocab_size
 from sts_callback.model.sae import SaeSource, encoder_for
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.policy import judge_budget
@@ -129,7 +129,7 @@ class AdapterScaler:
                 )
                 for name, field in ((name, f"domains[{name!r}]") for name in budgets)
             ]
-            check_lengths(self._sets, getattr(text_config(model), "max_position_embeddings", None), len(self._bos))
+            check_lengths(self._sets, max_positions(model), len(self._bos))
             check_tokens(self._sets, vocab_size(model))
             self._runner = ProbeRunner(model, [encoder], config)
             zero_shot = self._bare()

@@ -1,6 +1,6 @@
 """What finished runs leave behind for later ones: forecast against outcome, a line a run, in one file of the user's.
 
-Numbers, names and fingerprints; no texts and no paths. Standard library only: what the lines teach is in `hindsight`.
+Numbers, names and fingerprints; no texts and no paths. Standard library only: what the lines teach is in `runs.track_record`.
 """
 
 from __future__ import annotations

@@ -94,11 +94,10 @@ class STSArguments:
             ConfigError: if a setting cannot be read.
 
         """
-        protect = named(self.sts_protect, "sts_protect", "NAME or NAME=NATS", DEFAULT_BUDGET)
         probes = ("n_queries", "n_draws", "n_features", "max_tokens", "batch_tokens", "seed", "chat_template")
         return {
             "sae": list(self.sts_sae) if isinstance(self.sts_sae, (list, tuple)) else [self.sts_sae],
-            "protect": {name: number(nats, f"sts_protect {name}") for name, nats in protect.items()},
+            "protect": budgets_in(self.sts_protect, "sts_protect"),
             "domains": named(self.sts_domains, "sts_domains", "NAME=FILE"),
             "train_data": self.sts_train_data,
             "check_on": int(self.sts_check_on) if str(self.sts_check_on).isdecimal() else self.sts_check_on,
@@ -177,6 +176,17 @@ def named(items: Any, field_name: str, form: str, default: object = None) -> dic
         found.append((name, value if equals else default))
     require_once((name for name, _ in found), field_name)
     return dict(found)
+
+
+def budgets_in(items: Any, field_name: str) -> dict[str, float]:
+    """Budgets by the names of protected domains, from a mapping or from texts `NAME` or `NAME=NATS`.
+
+    Raises:
+        ConfigError: as `named` and `number`.
+
+    """
+    protect = named(items, field_name, "NAME or NAME=NATS", DEFAULT_BUDGET)
+    return {name: number(nats, f"{field_name} {name}") for name, nats in protect.items()}
 
 
 def number(value: Any, field_name: str, allowed: str = "a number of nats per token, finite and above 0") -> float:

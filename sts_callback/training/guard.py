@@ -9,10 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from accelerate.utils.memory import should_reduce_batch_size
-
 from sts_callback.distributed import RankFailed, Ranks
-from sts_callback.errors import CannotTell, StsError
+from sts_callback.errors import CannotTell, StsError, is_short_of_memory
 from sts_callback.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -133,7 +131,7 @@ class Guard:
         """Let an error out. With `on_error="raise"` as it is; else, at set-up, in words for the user, who is to do something."""
         if self._raises or isinstance(error, StsError):
             raise error
-        if _is_short_of_memory(error):
+        if is_short_of_memory(error):
             raise CannotTell(
                 f"{what}: memory does not suffice, not even for an eighth of the tokens in a batch. Lower "
                 f"ProbeConfig(max_tokens=..., n_domain_demonstrations=...), take a smaller SAE, or a larger device. {_UNWATCHED}"
@@ -147,7 +145,7 @@ class Guard:
         """What all take a failure for, which all have been told of: the gravest that any process has had."""
         if isinstance(error, RankFailed):
             mine = _ELSEWHERE
-        elif _is_short_of_memory(error):
+        elif is_short_of_memory(error):
             mine = _SHORT
         else:
             mine = _RAISED if isinstance(error, reraise) else _FAILED
@@ -155,7 +153,3 @@ class Guard:
 
     def _record_error(self, state: TrainerState, what: str, error: Exception) -> None:
         self.record(state, what, repr(error), traceback.format_exc())
-
-
-def _is_short_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))

@@ -203,18 +203,13 @@ class Session:
                     self._forecasts = tuple(dataclasses.replace(one, train_source=source) for one in made)
             return monitor
 
+        what, take_up = ("forecast", self._begin) if self._is_new else ("resume", self._resume)
         monitor = None
         if self._is_new or self._step_zero:
-            monitor = self._guard.measure(
-                state, "forecast" if self._is_new else "resume", prepared, self._batch_tokens, reraise=self._refusals
-            )
+            monitor = self._guard.measure(state, what, prepared, self._batch_tokens, reraise=self._refusals)
         else:
-            self._guard.run(state, "resume", _refuse_unwatched, reraise=self._refusals)
-        if monitor is not None and not (
-            self._guard.run(state, "forecast", lambda: self._begin(monitor, state), reraise=self._refusals)
-            if self._is_new
-            else self._guard.run(state, "resume", lambda: self._resume(monitor, state), reraise=self._refusals)
-        ):
+            self._guard.run(state, what, _refuse_unwatched, reraise=self._refusals)
+        if monitor is not None and not self._guard.run(state, what, lambda: take_up(monitor, state), reraise=self._refusals):
             self._monitor = None  # all processes watch, or none
         expected_s = 0.0
         if self._recent:

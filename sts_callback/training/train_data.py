@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sts_callback.data.reader import Row, Source, are_prompts_only
+from sts_callback.data.reader import Row, Source, are_prompts_only, is_sequence
 from sts_callback.errors import DataError
 
 
@@ -26,7 +26,7 @@ def find_train_data(given: Source | None, datasets: Iterable[Any], rollouts: Seq
         return given  # of a stream that they give, a sample is read
     for found in (given, *datasets):
         if found is not None:
-            if hasattr(found, "__getitem__") and hasattr(found, "__len__"):
+            if is_sequence(found):
                 return rollouts if rollouts and found is not given and are_prompts_only(found) else found
             raise DataError("train_data: the trainer's data set is a stream; give a sample of it as STSCallback(train_data=...).")
     raise DataError("train_data: the trainer has no training data set; give examples as STSCallback(train_data=...).")

@@ -18,9 +18,9 @@ from sts_callback.config import ProbeConfig
 from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.measure.runner import ProbeRunner
 from sts_callback.measure.sae_reader import SAEReader
-from sts_callback.model.capture import undisturbed
 from sts_callback.model.hooks import resolve
 from sts_callback.model.sae import load_encoder
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import DomainForecast
 from sts_callback.report.validated import WHAT_HOLDS
 from tiny import N_LAYERS, VOCAB, rotated_sae, tiny_model

@@ -31,8 +31,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from sts_callback import Monitor, ProbeConfig  # noqa: E402
 from sts_callback.errors import StsError  # noqa: E402
-from sts_callback.model.capture import Capture, undisturbed  # noqa: E402
+from sts_callback.model.capture import Capture  # noqa: E402
 from sts_callback.model.hooks import find_layers, resolve, text_config  # noqa: E402
+from sts_callback.model.undisturbed import undisturbed  # noqa: E402
 from tiny import rotated_sae, rows, tiny_tokenizer  # noqa: E402
 
 TABLE = Path(__file__).with_name("ARCHITECTURES.md")

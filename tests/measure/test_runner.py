@@ -28,8 +28,8 @@ from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, step_zero_stats
 from sts_callback.metrics.sums import SKETCH_WIDTH, sketch
-from sts_callback.model.capture import undisturbed
 from sts_callback.model.sae import SaeEncoder, load_encoder
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import DomainDrift, DriftSnapshot, Estimate, Forecast
 from tiny import ARCHITECTURES, bos_tokenizer, rotated_sae, rows, tiny_model
 

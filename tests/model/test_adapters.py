@@ -12,9 +12,10 @@ from torch import nn
 
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
-from sts_callback.model.capture import Capture, undisturbed
+from sts_callback.model.capture import Capture
 from sts_callback.model.hooks import resolve
 from sts_callback.model.self_test import self_test
+from sts_callback.model.undisturbed import undisturbed
 from tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of many a default

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, MoshiConfig, MoshiFor
 from sts_callback import Monitor, ProbeConfig
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
-from sts_callback.model.capture import Capture, Prefix, undisturbed
+from sts_callback.model.capture import Capture, Prefix
 from sts_callback.model.hooks import find_layers, resolve
 from sts_callback.model.self_test import Findings, self_test
+from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import Forecast
 from tiny import _SHAPE, ARCHITECTURES, rotated_sae, rows, tiny_model, tiny_tokenizer
 
