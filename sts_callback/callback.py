@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
@@ -20,7 +20,16 @@ from sts_callback.errors import ConfigError
 from sts_callback.model.sae import require_saes
 from sts_callback.records import TRAIN, Forecast, Verdict
 from sts_callback.training import trainer_log
-from sts_callback.training.arguments import Action, CheckOn, Settings, STSArguments
+from sts_callback.training.arguments import (
+    Action,
+    CheckOn,
+    NamedAction,
+    OnError,
+    OnForecast,
+    OnForecastError,
+    Settings,
+    STSArguments,
+)
 from sts_callback.training.rollouts import Rollouts
 from sts_callback.training.session import Session
 
@@ -57,9 +66,9 @@ class STSCallback(TrainerCallback):
         train_data: Source | None = None,
         check_on: CheckOn = "save",
         action: Action = "warn",
-        on_forecast: Literal["warn", "refuse"] = "warn",
-        on_forecast_error: Literal["raise", "train unwatched"] = "raise",
-        on_error: Literal["warn", "raise"] = "warn",
+        on_forecast: OnForecast = "warn",
+        on_forecast_error: OnForecastError = "raise",
+        on_error: OnError = "warn",
         max_overhead: float | None = 0.01,
         ledger: str | Path | None = None,
         probes: ProbeConfig | None = None,
@@ -103,10 +112,10 @@ class STSCallback(TrainerCallback):
         if not (isinstance(check_on, str) and check_on in ("save", "evaluate")):
             check_on = whole(check_on, "check_on", "'save', 'evaluate' or a number of steps from 1", least=1)
         if not callable(action):
-            _one_of("action", action, ("warn", "checkpoint", "stop"), "a function of the verdict")
-        _one_of("on_forecast", on_forecast, ("warn", "refuse"))
-        _one_of("on_forecast_error", on_forecast_error, ("raise", "train unwatched"))
-        _one_of("on_error", on_error, ("warn", "raise"))
+            _one_of("action", action, get_args(NamedAction), "a function of the verdict")
+        _one_of("on_forecast", on_forecast, get_args(OnForecast))
+        _one_of("on_forecast_error", on_forecast_error, get_args(OnForecastError))
+        _one_of("on_error", on_error, get_args(OnError))
         if max_overhead is not None:
             allowed = "a share above 0, up to 1, or None for no limit"
             max_overhead = finite(max_overhead, "max_overhead", allowed)

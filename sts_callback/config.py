@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -94,6 +94,20 @@ def require_once(names: Iterable[str], where: str) -> None:
         if name in seen:
             raise ConfigError(f"{where}: got {name!r} twice; give each name once.")
         seen.add(name)
+
+
+def require_protected(names: Collection[str]) -> None:
+    """Refuse to go without a protected domain where all is about them.
+
+    Args:
+        names: of protected domains.
+
+    Raises:
+        ConfigError: if there is none.
+
+    """
+    if not names:
+        raise ConfigError("protect: got none; name at least one domain that must not suffer.")
 
 
 def _plain_numbers(settings: Any) -> None:

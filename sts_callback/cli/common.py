@@ -13,7 +13,7 @@ from sts_callback.cli.options import NUMBERS
 
 if TYPE_CHECKING:
     from sts_callback.config import PolicyConfig, ProbeConfig
-    from sts_callback.data.reader import Row
+    from sts_callback.data.pairs import Row
     from sts_callback.measure.monitor import Monitor
     from sts_callback.records.remedies import Attribution
     from sts_callback.runs.directory import RunDirectory

@@ -13,7 +13,7 @@ from sts_callback.cli.options import add_json, add_protect
 from sts_callback.config import MAX_REPEATS, MAX_REPLAY, PolicyConfig, ProbeConfig
 
 if TYPE_CHECKING:
-    from sts_callback.data.reader import Row
+    from sts_callback.data.pairs import Row
     from sts_callback.remedies.mixture import MixtureConstraints
 
 

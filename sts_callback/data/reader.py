@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from sts_callback.data.chat import ChatTemplate
 from sts_callback.data.formats import FORMATS, Words, in_words, is_empty, reference
-from sts_callback.data.pairs import NoExampleError, Pair, Row, TextPair, TokenPair
+from sts_callback.data.pairs import NoExampleError, Pair, Row, TextPair
 from sts_callback.data.tokens import aligned, bos_tokens, preference_pair, token_pairs
 from sts_callback.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["FORMATS", "Pair", "Row", "TextPair", "TokenPair"]  # and what stands here
 
 Source = str | Path | Iterable[Row]
 """A JSON-lines file (`.jsonl`, `.jsonl.gz`) or JSON list (`.json`), a `datasets.Dataset`, a list of rows, or a stream of them."""
@@ -160,20 +158,6 @@ def _parsed_file(path: Path, field: str) -> list[Row]:
         other = next(row for row in rows if not isinstance(row, Mapping)) if isinstance(rows, list) else rows
         raise DataError(f"{field}: {path} must hold one JSON object a row with columns {FORMATS}; it holds {other!r:.80}.")
     return rows
-
-
-def read_pairs(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, field: str) -> list[Pair]:
-    """Turn rows into pairs; rows that hold none are left out.
-
-    Raises:
-        DataError: if none is left, and one has columns that fit no format, or a conversation and no chat template for it.
-
-    """
-    reader = RowReader(tokenizer, field)
-    pairs = [example.pair for example in reader.examples(enumerate(rows))]
-    if not pairs and reader.error is not None:
-        raise reader.error
-    return pairs
 
 
 def are_prompts_only(source: Source) -> bool:

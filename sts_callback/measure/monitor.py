@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from sts_callback.config import PolicyConfig, ProbeConfig, require
 from sts_callback.data.chat import text_tokenizer
 from sts_callback.data.counts import RowsRead
+from sts_callback.data.pairs import Row
 from sts_callback.data.probes import (
     ProbeSet,
     check_lengths,
@@ -26,7 +27,7 @@ from sts_callback.data.probes import (
     make_row_set,
     uses_chat_template,
 )
-from sts_callback.data.reader import Row, Source, read_rows
+from sts_callback.data.reader import Source, read_rows
 from sts_callback.data.starter import require_domains
 from sts_callback.data.tokens import bos_tokens
 from sts_callback.distributed import Ranks

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from sts_callback.config import ROWS_READ, ROWS_SHOWN, require, whole
-from sts_callback.data.reader import Row
+from sts_callback.config import ROWS_READ, ROWS_SHOWN, require, require_protected, whole
+from sts_callback.data.pairs import Row
 from sts_callback.data.starter import names_in
 from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.measure.accumulators import MaxActivations
@@ -86,8 +86,7 @@ def blame(
 
 def require_possible(protected: Sequence[str], n_rows: int, n_top: int) -> None:
     """Refuse what can be told to be wrong without a model. Arguments and errors as for `blame`."""
-    if not names_in(protected):
-        raise ConfigError("protect: got none; name at least one domain that must not suffer.")
+    require_protected(names_in(protected))
     for option, value in (("rows", n_rows), ("top", n_top)):
         whole(value, option, "1 or more", least=1)
 

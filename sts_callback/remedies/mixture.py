@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linprog
 
-from sts_callback.config import MAX_REPEATS, MAX_REPLAY, PolicyConfig, finite, require, whole
+from sts_callback.config import MAX_REPEATS, MAX_REPLAY, PolicyConfig, finite, require, require_protected, whole
 from sts_callback.errors import ConfigError
 from sts_callback.policy import judge_budget
 from sts_callback.records import TRAIN, Estimate, Identity
@@ -82,8 +82,7 @@ def require_sources(replay: Mapping[str, Any], policy: PolicyConfig) -> None:
         ConfigError: if nothing is protected or may be mixed in, or a name is taken.
 
     """
-    if not policy.budgets:
-        raise ConfigError("protect: got none; name at least one domain that must not suffer.")
+    require_protected(policy.budgets)
     if not replay or TRAIN in replay:
         raise ConfigError(f"replay: got {sorted(replay)}; give at least one source, and none by the name of {TRAIN!r}.")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import yaml
 
-from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig, finite, require, require_once
+from sts_callback.config import DEFAULT_BUDGET, ChatTemplateUse, PolicyConfig, ProbeConfig, finite, require, require_once
 from sts_callback.errors import ConfigError
 from sts_callback.records import Verdict
 
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from sts_callback.model.sae import SaeSource
 
 CheckOn = Literal["save", "evaluate"] | int
-Action = Literal["warn", "checkpoint", "stop"] | Callable[[Verdict], object]
+NamedAction = Literal["warn", "checkpoint", "stop"]
+Action = NamedAction | Callable[[Verdict], object]
+OnForecast = Literal["warn", "refuse"]
+OnForecastError = Literal["raise", "train unwatched"]
+OnError = Literal["warn", "raise"]
 
 VARIABLE = "STS_CALLBACK_CONFIG"
 """Environment variable that names the YAML file which `STSCallback()` reads."""
@@ -45,9 +49,9 @@ class Settings:
     train_data: Source | None
     check_on: CheckOn
     action: Action
-    on_forecast: Literal["warn", "refuse"]
-    on_forecast_error: Literal["raise", "train unwatched"]
-    on_error: Literal["warn", "raise"]
+    on_forecast: OnForecast
+    on_forecast_error: OnForecastError
+    on_error: OnError
     max_overhead: float
     """From 1 on there is no limit."""
     probes: ProbeConfig
@@ -67,12 +71,12 @@ class STSArguments:
     sts_domains: list[str] = field(default_factory=list, metadata={"help": "own domains, each as NAME=FILE"})
     sts_train_data: Optional[str] = field(default=None, metadata={"help": "training examples with answers, a file"})  # noqa: UP045
     sts_check_on: str = field(default="save", metadata={"help": "save, evaluate, or a number of steps"})
-    sts_action: Literal["warn", "checkpoint", "stop"] = field(default="warn", metadata={"help": "on an alarm"})
-    sts_on_forecast: Literal["warn", "refuse"] = field(default="warn", metadata={"help": "if the forecast says no-go"})
-    sts_on_forecast_error: Literal["raise", "train unwatched"] = field(
+    sts_action: NamedAction = field(default="warn", metadata={"help": "on an alarm"})
+    sts_on_forecast: OnForecast = field(default="warn", metadata={"help": "if the forecast says no-go"})
+    sts_on_forecast_error: OnForecastError = field(
         default="raise", metadata={"help": "if there can be no forecast, or no taking up after a resume"}
     )
-    sts_on_error: Literal["warn", "raise"] = field(default="warn", metadata={"help": "if a measurement fails in mid-run"})
+    sts_on_error: OnError = field(default="warn", metadata={"help": "if a measurement fails in mid-run"})
     sts_max_overhead: Optional[float] = field(default=0.01, metadata={"help": "share of training time for checks"})  # noqa: UP045
     sts_ledger: Optional[str] = field(default=None, metadata={"help": "file that keeps finished runs, to learn from"})  # noqa: UP045
     sts_n_queries: int = field(default=ProbeConfig.n_queries, metadata={"help": "queries of each set"})
@@ -81,7 +85,7 @@ class STSArguments:
     sts_max_tokens: int = field(default=ProbeConfig.max_tokens, metadata={"help": "longest query and longest answer"})
     sts_batch_tokens: int = field(default=ProbeConfig.batch_tokens, metadata={"help": "tokens in one forward"})
     sts_seed: int = field(default=ProbeConfig.seed, metadata={"help": "of demonstrations and queries"})
-    sts_chat_template: Literal["auto", "always", "never"] = field(
+    sts_chat_template: ChatTemplateUse = field(
         default=ProbeConfig.chat_template, metadata={"help": "put plain rows of domains into the model's chat template"}
     )
     sts_alpha: float = field(default=PolicyConfig.alpha, metadata={"help": "level of the test of a rise, at one check"})

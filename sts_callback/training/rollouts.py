@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sts_callback.data.pairs import Row
 from sts_callback.data.probes import FEWEST_QUERIES
-from sts_callback.data.reader import Row
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError, DataError
 from sts_callback.model.capture import is_sharded

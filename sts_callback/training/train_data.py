@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sts_callback.data.reader import Row, Source, are_prompts_only, is_sequence
+from sts_callback.data.pairs import Row
+from sts_callback.data.reader import Source, are_prompts_only, is_sequence
 from sts_callback.errors import DataError
 
 

@@ -14,13 +14,15 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from pairs import read_pairs
 from sts_callback import STSCallback
 from sts_callback.config import ProbeConfig
 from sts_callback.data import reader
 from sts_callback.data.chat import text_tokenizer
 from sts_callback.data.counts import RowsRead
+from sts_callback.data.pairs import Row
 from sts_callback.data.probes import ProbeSet, make_probe_set, make_row_set, uses_chat_template
-from sts_callback.data.reader import STREAM_ROWS, Row, RowReader, read_pairs, read_rows
+from sts_callback.data.reader import STREAM_ROWS, RowReader, read_rows
 from sts_callback.data.tokens import bos_tokens
 from sts_callback.errors import ConfigError, DataError
 from sts_callback.measure.monitor import Monitor

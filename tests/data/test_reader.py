@@ -14,7 +14,9 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from sts_callback.data.reader import Row, TextPair, TokenPair, are_prompts_only, read_pairs, read_rows
+from pairs import read_pairs
+from sts_callback.data.pairs import Row, TextPair, TokenPair
+from sts_callback.data.reader import are_prompts_only, read_rows
 from sts_callback.errors import DataError
 from tiny import tiny_tokenizer
 

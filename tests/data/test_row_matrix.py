@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from sts_callback.config import ProbeConfig
+from sts_callback.data.pairs import Row
 from sts_callback.data.probes import ProbeSet, make_probe_set
-from sts_callback.data.reader import Row, read_rows
+from sts_callback.data.reader import read_rows
 from tiny import rows, tiny_arguments, tiny_model, tiny_tokenizer
 
 N_ROWS, N_DEMONSTRATIONS = 12, 2
