@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from sts_callback.config import ProbeConfig
+from sts_callback.config import ProbeConfig, require_protected
 from sts_callback.data.chat import text_tokenizer
 from sts_callback.data.probes import check_lengths, check_tokens, filler_tokens, make_probe_set
 from sts_callback.data.reader import Source, read_rows
@@ -86,14 +86,9 @@ def require_possible(budgets: Mapping[str, float], scales: Sequence[float]) -> N
         ConfigError: if no domain is protected or a scale is not allowed.
 
     """
-    _require_budgets(budgets)
+    require_protected(budgets)
     if not scales or not all(0 < scale <= 1 for scale in scales):
         raise ConfigError(f"scales: got {list(scales)}; allowed are numbers above 0, up to 1.")
-
-
-def _require_budgets(budgets: Mapping[str, float]) -> None:
-    if not budgets:
-        raise ConfigError("protect: got none; name at least one domain that must not suffer.")
 
 
 class AdapterScaler:
@@ -110,7 +105,7 @@ class AdapterScaler:
         config: ProbeConfig | None = None,
     ) -> None:
         """Draw the probes and read them without the adapter. Arguments and errors as for `dial`."""
-        _require_budgets(budgets)
+        require_protected(budgets)
         tokenizer = text_tokenizer(tokenizer)
         self._bos = bos_tokens(tokenizer)
         config = replace(config or ProbeConfig(), n_features=1)  # none is selected: any width of SAE will do
@@ -132,6 +127,7 @@ class AdapterScaler:
             check_lengths(self._sets, max_positions(model), len(self._bos))
             check_tokens(self._sets, vocab_size(model))
             self._runner = ProbeRunner(model, [encoder], config)
+            self._runner.self_test(self._sets, [self._bos])
             zero_shot = self._bare()
             diagnostics.require_fit(diagnostics.examined_fits(self._runner, self._sets, zero_shot, model_name(model))[1])
             self._step_zero = {s.name: self._runner.read(s, zero_shot, {})[0] for s in self._sets}

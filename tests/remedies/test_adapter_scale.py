@@ -177,6 +177,13 @@ def test_scales_that_are_none_are_refused(scales: tuple[float, ...]) -> None:
         made_dial(tiny_model(), scales)
 
 
+def test_a_model_that_mixes_rows_is_refused(adapted: nn.Module) -> None:
+    layer: Any = adapted.get_submodule("base_model.model.model.layers.1.mlp")
+    layer.register_forward_hook(lambda module, args, output: output + output.mean(dim=0))
+    with pytest.raises(ModelError, match="mixes rows"):
+        made_knob(adapted)
+
+
 def test_without_a_protected_domain_there_is_nothing_to_dial_for(adapted: nn.Module) -> None:
     with pytest.raises(ConfigError, match="protect: got none"):
         made_dial(adapted, budgets={})
