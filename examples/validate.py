@@ -44,14 +44,14 @@ def main(argv: list[str]) -> None:
     if not 1 <= part <= n_parts:
         parser.error(f"--share: got {args.share}; allowed is i/n with i from 1 to n")
     from validation import forecasts, layers, runs
-    from validation.lab import Lab
+    from validation.lab import first_round
     from validation.plan import SETTINGS
 
     if args.stage == "layer":
         other: str = SETTINGS["other_sae"]
-        layers.ablate(Lab(args.data_dir, args.work_dir / other, other, with_answers=False), part - 1, n_parts)
+        layers.ablate(first_round(args.data_dir, args.work_dir / other, other, with_answers=False), part - 1, n_parts)
         return
-    lab = Lab(args.data_dir, args.work_dir, SETTINGS["sae"], with_answers=True)
+    lab = first_round(args.data_dir, args.work_dir, SETTINGS["sae"], with_answers=True)
     if args.stage in ("forecast", "candidates", "costs"):
         getattr(forecasts, args.stage)(lab)
     else:

@@ -33,7 +33,7 @@ def forecast(lab: Lab) -> None:
 def readings(lab: Lab) -> dict[str, ProbeStats]:
     """Of the training data, `train/` before their names, and of all domains."""
     taught = {f"train/{name}": lab.train_reading(name) for name in lab.fine_tunes}
-    return taught | {name: lab.domain_reading(name) for name in DOMAINS}
+    return taught | {name: lab.domain_reading(name) for name in lab.domains}
 
 
 def lines(lab: Lab, readings: Mapping[str, ProbeStats]) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def lines(lab: Lab, readings: Mapping[str, ProbeStats]) -> list[dict[str, Any]]:
         train = readings[f"train/{fine_tune}"]
         scorer = ForecastScorer(train, lab.config.n_features)
         own = scorer.domain(lab.taught[fine_tune], train)
-        domains = {name: scorer.domain(lab.asked[name], as_of(readings[name], fine_tune)) for name in DOMAINS}
+        domains = {name: scorer.domain(lab.asked[name], as_of(readings[name], fine_tune)) for name in lab.domains}
         line = {"fine_tune": fine_tune, "features": scorer.features, "train": own.to_dict()}
         found.append(line | {"domains": {name: one.to_dict() for name, one in scorer.ranked(domains).items()}})
     return found

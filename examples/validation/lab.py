@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL
 from sts_callback.model.sae import encoder_for
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN
-from validation.data import DOMAINS, Row, deal
+from validation.data import DOMAINS, Dealt, Row, deal
 from validation.plan import SETTINGS, sae_folder
 
 T = TypeVar("T")
@@ -35,13 +35,26 @@ T = TypeVar("T")
 class Lab:
     """Model, SAE and all rows; readings are kept in the work folder."""
 
-    def __init__(self, data_dir: Path, work_dir: Path, sae: str, *, with_answers: bool) -> None:
+    def __init__(
+        self,
+        rows: Mapping[str, Dealt],
+        work_dir: Path,
+        sae: str,
+        *,
+        config: ProbeConfig,
+        domains: Sequence[str],
+        fine_tunes: Sequence[str],
+        with_answers: bool,
+    ) -> None:
         """Load all of it.
 
         Args:
-            data_dir: see `validate.py`.
+            rows: of all domains and fine-tunes.
             work_dir: of this SAE alone.
             sae: its folder's name, beside `validate.py`.
+            config: of what is asked.
+            domains: that are asked.
+            fine_tunes: whose rows are trained on.
             with_answers: whether answers are read too; for shifts alone the model runs no further than the SAE's layer.
 
         """
@@ -50,15 +63,16 @@ class Lab:
         work_dir.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = loaded_gemma()
         self.bos = bos_tokens(self.tokenizer)
-        self.config = ProbeConfig(**SETTINGS["probes"], seed=SETTINGS["seed"])
+        self.config = config
         self.runner = ProbeRunner(self.model, [encoder_for(sae_folder(sae), self.model)], self.config)
         (self.sae_reader,) = self.runner.sae_readers
-        self.rows = deal(data_dir, SETTINGS["n_measured"], SETTINGS["seed"])
-        self.fine_tunes: list[str] = [*SETTINGS["fine_tunes"]["development"], *SETTINGS["fine_tunes"]["held_out"]]
+        self.rows, self.domains, self.fine_tunes = rows, tuple(domains), tuple(fine_tunes)
         self.taught = {
             name: self.probes(TRAIN, self.rows[name].training, self.config.n_train_demonstrations) for name in self.fine_tunes
         }
-        self.asked = {name: self.probes(name, self.rows[name].forecast, self.config.n_domain_demonstrations) for name in DOMAINS}
+        self.asked = {
+            name: self.probes(name, self.rows[name].forecast, self.config.n_domain_demonstrations) for name in self.domains
+        }
         self.sae_reader.adopt(self.kept("reference", self._calibrated))
 
     def train_reading(self, fine_tune: str) -> ProbeStats:
@@ -136,6 +150,27 @@ class Lab:
         with undisturbed(self.model):
             self.runner.calibrate(list(self.asked.values()), self.zero_shot())
         return self.sae_reader.reference
+
+
+def first_round(data_dir: Path, work_dir: Path, sae: str, *, with_answers: bool) -> Lab:
+    """That of `validate.py`.
+
+    Args:
+        data_dir: see there.
+        work_dir: see `Lab`.
+        sae: see `Lab`.
+        with_answers: see `Lab`.
+
+    """
+    return Lab(
+        deal(data_dir, SETTINGS["n_measured"], SETTINGS["seed"]),
+        work_dir,
+        sae,
+        config=ProbeConfig(**SETTINGS["probes"], seed=SETTINGS["seed"]),
+        domains=DOMAINS,
+        fine_tunes=[*SETTINGS["fine_tunes"]["development"], *SETTINGS["fine_tunes"]["held_out"]],
+        with_answers=with_answers,
+    )
 
 
 def require_untuned(model: nn.Module) -> None:

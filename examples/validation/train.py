@@ -1,9 +1,9 @@
-"""One short LoRA fine-tune, loss at answer tokens only."""
+"""LoRA fine-tunes, loss at answer tokens only."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def tune(
     seed: int,
     on_step: Callable[[int], None],
 ) -> list[float]:
-    """Train adapters inside the model and take them out again.
+    """Train adapters inside the model and take them out again, at a rate that rises and stays.
 
     Args:
         model: left as it was.
@@ -38,23 +38,53 @@ def tune(
         The loss of each step, in nats a token.
 
     """
+    size = settings["rows"]
+    order = shuffled(len(rows), settings["steps"] * size, random.Random(seed))
+    batches = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    rates = [learning_rate * min(1.0, (step + 1) / settings["warmup"]) for step in range(settings["steps"])]
+    return take_steps(model, batches, rates, bos, settings["lora"], seed=seed, on_step=on_step)
+
+
+def take_steps(
+    model: nn.Module,
+    batches: Sequence[Sequence[Query]],
+    rates: Sequence[float],
+    bos: Sequence[int],
+    lora: Mapping[str, Any],
+    *,
+    seed: int,
+    on_step: Callable[[int], None],
+) -> list[float]:
+    """Train adapters inside the model and take them out again, one step for each batch.
+
+    Args:
+        model: left as it was.
+        batches: tokens of prompts and completions, step by step.
+        rates: the learning rate of each step.
+        bos: what stands before each row.
+        lora: of the adapters.
+        seed: of their weights.
+        on_step: called after each step, with its number from 1; the adapters are in the model then.
+
+    Returns:
+        The loss of each step, in nats a token.
+
+    """
     torch.manual_seed(seed)
-    order = _order(len(rows), settings["steps"] * settings["rows"], random.Random(seed))
-    tuned = get_peft_model(model, LoraConfig(**settings["lora"], task_type="CAUSAL_LM"))
+    tuned = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
     weights = [weight for weight in tuned.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings["warmup"]))
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     curve = []
     try:
-        for step in range(settings["steps"]):
-            batch = [rows[i] for i in order[step * settings["rows"] : (step + 1) * settings["rows"]]]
+        for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             model.train()
             loss = _loss(model, batch, bos)
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             curve.append(float(loss.detach()))
             model.eval()
             on_step(step + 1)
@@ -64,7 +94,7 @@ def tune(
     return curve
 
 
-def _order(n_rows: int, n_wanted: int, draw: random.Random) -> list[int]:
+def shuffled(n_rows: int, n_wanted: int, draw: random.Random) -> list[int]:
     """Places of rows, each once before any comes again."""
     order: list[int] = []
     while len(order) < n_wanted:
