@@ -1,6 +1,7 @@
 """The second round of the validation: rehearsals and runs on data that nobody has seen, on Gemma 3 270M.
 
-    python examples/validate_second.py run --data-dir DIR            forecasts, rehearsals, runs; each is stored as it ends
+    python examples/validate_second.py calibrate             from five steps to the end, by the first round's stored runs
+    python examples/validate_second.py run --data-dir DIR    forecasts, rehearsals, runs; each is stored as it ends
 
 `validation/second/PROTOCOL.md` says what is done and why, `validation/second/settings.yaml` has the numbers. `DIR` holds what
 `validate.py` needs, `exams` and `statements`, each `.jsonl.gz`. `run` can be stopped and begun again; several processes share the
@@ -20,10 +21,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["run"])
+    parser.add_argument("stage", choices=["calibrate", "run"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/validation-second"))
     args = parser.parse_args(argv)
+    if args.stage == "calibrate":
+        from validation.second.calibration import choose
+
+        choose()
+        return
     if args.data_dir is None:
         parser.error(f"--data-dir: {args.stage} needs the data")
     from validation.second.runs import work

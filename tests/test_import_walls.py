@@ -37,7 +37,7 @@ TORCH_FREE = {
     "runs.lock",
     "training.arguments",
 }
-STATISTICS = {"remedies.mixture", "runs.track_record"}
+STATISTICS = {"metrics.calibration", "remedies.mixture", "runs.track_record"}
 """Numpy and scipy, and nothing heavier."""
 HEAVY = {"torch", "transformers", "sae_lens", "trl", "scipy", "numpy"}
 

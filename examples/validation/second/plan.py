@@ -13,7 +13,7 @@ STORED = HERE / "stored"
 FORECASTS, ANSWERED, REHEARSALS, RUNS = (
     STORED / f"{name}.jsonl" for name in ("forecasts", "answered_forecasts", "rehearsals", "runs")
 )
-STEP_ZERO = STORED / "step_zero.json"
+STEP_ZERO, CALIBRATION = STORED / "step_zero.json", STORED / "calibration.json"
 SETTINGS: dict[str, Any] = yaml.safe_load((HERE / "settings.yaml").read_text())
 
 
