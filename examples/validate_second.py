@@ -2,6 +2,7 @@
 
     python examples/validate_second.py calibrate             from five steps to the end, by the first round's stored runs
     python examples/validate_second.py run --data-dir DIR    forecasts, rehearsals, runs; each is stored as it ends
+    python examples/validate_second.py report [--open]       tables, with outcomes if they are opened
 
 `validation/second/PROTOCOL.md` says what is done and why, `validation/second/settings.yaml` has the numbers. `DIR` holds what
 `validate.py` needs, `exams` and `statements`, each `.jsonl.gz`. `run` can be stopped and begun again; several processes share the
@@ -21,14 +22,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["calibrate", "run"])
+    parser.add_argument("stage", choices=["calibrate", "run", "report"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/validation-second"))
+    parser.add_argument("--open", action="store_true", help="show the outcomes")
     args = parser.parse_args(argv)
     if args.stage == "calibrate":
         from validation.second.calibration import choose
 
         choose()
+        return
+    if args.stage == "report":
+        from validation.second.pages import write_report
+
+        write_report(opened=args.open)
         return
     if args.data_dir is None:
         parser.error(f"--data-dir: {args.stage} needs the data")
