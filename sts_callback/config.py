@@ -181,16 +181,14 @@ class PolicyConfig:
     min_drift: float = 0.05
     """A domain moves if its squared feature drift is at least this share of its squared feature activity at step 0."""
     patience: int = 1
-    """Successive checks that a threat must hold before it alarms. One was chosen on the validation's development half; in the
-    other, 1 of 94 domains without harm alarmed, and of 146 with it 78 did instead of 53 (examples/validation/RESULTS.md)."""
-    alpha: float = 0.01
-    """Of one check without any change, the chance that some protected domain's NLL passes the test of a rise, if each query's
-    change is as likely up as down. Real changes are skewed, a small rise within the budget is a rise too, and the checks of a run
-    add up: `examples/false_alarms.py` has what becomes of it."""
+    """Successive checks that a threat must hold before it alarms."""
+    alpha: float = 0.05
+    """Of a whole run, the chance that some protected domain alarms though none has got worse by half its budget. It is spent in
+    equal parts over the planned checks; `examples/false_alarms.py` has what becomes of it on real changes."""
     max_unseen: float = 0.5
-    """Where more than this share of a change lies outside the SAE, a domain is not covered."""
+    """Where more than this share of a change lies outside the SAE, a verdict says so beside what it says of movement."""
     max_masked_share: float = 0.05
-    """With more than this share of tokens left out as attention sinks, a domain's score cannot be trusted."""
+    """With more than this share of tokens left out as attention sinks, what is said of a domain's movement cannot be trusted."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How a process sends it to another: read-only mappings cannot be pickled."""
@@ -208,8 +206,6 @@ class PolicyConfig:
         _plain_numbers(self)
         require(self.min_drift > 0, "min_drift", self.min_drift, "above 0")
         require(self.patience >= 1, "patience", self.patience, "1 or more")
-        # A permutation p-value is at least one over the number of permutations, here 10,000, and Holm multiplies it.
-        lowest = max(1, len(self.budgets)) / 10_000
-        require(lowest <= self.alpha < 1, "alpha", self.alpha, f"from {lowest:g} (with {len(self.budgets)} domains) to under 1")
+        require(0 < self.alpha < 1, "alpha", self.alpha, "above 0, under 1")
         require(0 < self.max_unseen <= 1, "max_unseen", self.max_unseen, "above 0, up to 1")
         require(0 < self.max_masked_share <= 1, "max_masked_share", self.max_masked_share, "between 0 and 1")

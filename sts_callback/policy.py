@@ -1,7 +1,7 @@
 """From records and thresholds to a verdict with reasons. Movement and harm are two questions; a verdict is about harm.
 
-Harm is judged by the NLL of answers, whether or not the hooked layer has moved: what changes above it harms as well. What was not
-seen is never a `go`: no number, numbers that are not finite, too many tokens left out, a layer that training cannot move.
+Harm is judged by the NLL of answers, whether or not the hooked layer has moved and whatever the SAE can express: what changes
+elsewhere harms as well. What was not seen is never a `go`: no number, numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -9,23 +9,38 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import NamedTuple
 
 from sts_callback.config import PolicyConfig, require
 from sts_callback.errors import CannotTell
-from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Verdict
+from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, State, Verdict
 from sts_callback.records.remedies import BudgetFinding
 
-Judgement: TypeAlias = tuple[Decision, str]
-"""A decision and, in a sentence, why."""
-
-_DIVERGED: Judgement = "cannot tell", "the model gives NaN or infinite numbers: training has diverged."
-_CANNOT_MOVE = (
-    "no weight at or below the SAE's layer is trained, so nothing can drift there; take an SAE of a layer above the lowest one "
-    "that is trained."
-)
+N_LOOKS = 10
+"""Checks that share the error of a run where nobody says how many there are: as many as after 1, 2, 5, 10, ... 1,000 steps."""
+ENOUGH_QUERIES = 28
+"""Queries of a protected domain below which a warning is due. Our choice; `examples/false_alarms.py` has the test's power."""
 NOISE_MARGIN = 10
 """Drift that is called movement must be this many times what another batch layout makes of unchanged weights."""
+_SUSPICION = 0.05
+"""Level of the test, of one domain at one check by itself, from which on a domain is watched."""
+
+
+class Judgement(NamedTuple):
+    """What is made of one protected domain."""
+
+    decision: Decision
+    reason: str
+    """In a sentence."""
+    state: State = "inconclusive"
+    """Where its answers stand against its budget, at a check."""
+
+
+_DIVERGED = Judgement("cannot tell", "the model gives NaN or infinite numbers: training has diverged.")
+_CANNOT_MOVE = (
+    "no weight at or below the SAE's layer is trained, so nothing can drift there; take an SAE of a layer above the lowest one "
+    "that is trained"
+)
 
 
 def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
@@ -35,7 +50,7 @@ def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
     weaker push than training and know nothing of its rate and length: a forecast without harm is no promise of none.
 
     Returns:
-        The gravest of the domains' decisions: `no-go`, `not covered`, `cannot tell`, `go`.
+        The gravest of the domains' decisions: `no-go`, `cannot tell`, `go`.
 
     """
     return _verdict(judge_domains(forecast, policy), step=0)
@@ -45,7 +60,7 @@ def judge_domains(forecast: Forecast, policy: PolicyConfig) -> dict[str, Judgeme
     """Decide before training on each protected domain by itself.
 
     Returns:
-        For each, what `judge_forecast` makes its verdict of: `go`, `no-go`, `not covered` or `cannot tell`, and why.
+        For each, what `judge_forecast` makes its verdict of: `go`, `no-go` or `cannot tell`, and why.
 
     Raises:
         ConfigError: if a protected domain was not measured.
@@ -55,33 +70,67 @@ def judge_domains(forecast: Forecast, policy: PolicyConfig) -> dict[str, Judgeme
     return {name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.budgets.items()}
 
 
-def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig) -> Verdict:
+def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig, levels: Sequence[float] = ()) -> Verdict:
     """Decide after a check.
 
     Args:
-        history: all checks so far, the newest last.
+        history: the checks so far, the newest last; those before the last `patience` do not matter.
         policy: thresholds.
+        levels: for each, its part of the error that the run may make (see `judge_check`). By default `alpha` over ten checks; a
+            loop that makes more, say 40, gives `[policy.alpha / 40] * len(history)`.
 
     Returns:
-        `no-go` (an alarm) if a protected domain's NLL has risen beyond its budget at each of the last `patience` checks, `watch`
-        if at the newest one only; else the gravest of `not covered`, `cannot tell` and `go`.
+        `no-go` (an alarm) if a protected domain is `on course` or `over` at each of the last `patience` checks, `watch` if at the
+        newest one only or not for sure; else the gravest of `cannot tell` and `go`.
 
     Raises:
-        ConfigError: if there is no check, or a protected domain was not measured.
+        ConfigError: if there is no check, a protected domain was not measured, or there are not as many levels as checks.
 
     """
     require(len(history) > 0, "history", history, "at least one check")
-    for snapshot in history[-policy.patience :]:
-        _require_measured(policy, snapshot.domains)
-    recent = [_drift_threats(snapshot, policy) for snapshot in history[-policy.patience :]]
-    judged = recent[-1]
-    for name, (decision, reason) in judged.items():
-        held = len(recent) == policy.patience and all(threats[name][0] == "no-go" for threats in recent)
-        if decision == "no-go" and not held:
-            judged[name] = "watch", reason
+    levels = levels or [policy.alpha / N_LOOKS] * len(history)
+    require(len(levels) == len(history), "levels", levels, f"one for each of {len(history)} checks")
+    recent = list(zip(history, levels, strict=True))[-policy.patience :]
+    judged_each = [judge_check(snapshot, policy, level) for snapshot, level in recent]
+    judged = judged_each[-1]
+    for name, found in judged.items():
+        held = len(recent) == policy.patience and all(each[name].decision == "no-go" for each in judged_each)
+        if found.decision == "no-go" and not held:
+            judged[name] = found._replace(decision="watch")
     diverged = {name: _DIVERGED for name in history[-1].diverged}  # also what nobody protects: the model is broken
+    states = {name: found.state for name, found in judged.items()}
     verdict, drift = _verdict(judged | diverged, step=history[-1].step), history[-1].train.relative_drift.value
-    return replace(verdict, supersedes_forecast=drift >= policy.min_drift)
+    return replace(verdict, states=states, supersedes_forecast=drift >= policy.min_drift)
+
+
+def judge_check(snapshot: DriftSnapshot, policy: PolicyConfig, level: float) -> dict[str, Judgement]:
+    """Decide on each protected domain by one check alone.
+
+    The test: is the change of NLL above half the budget? One-sided Student t over queries, corrected for the number of protected
+    domains (Holm). With `level` the error of a whole run over its number of checks, that is the chance that any alarm of the run
+    is false, as long as none of its domains has got worse by half its budget.
+
+    Args:
+        snapshot: the check.
+        policy: thresholds.
+        level: chance of a false alarm that this check may add; 0: it may not alarm.
+
+    Returns:
+        By name: `no-go` if the test passes, then with the state `over` if the change has reached the budget and `on course` if
+        not; `watch` if the test would pass for one domain at one check alone; `go` if the whole interval is `within` the budget;
+        else `cannot tell`.
+
+    Raises:
+        ConfigError: if a protected domain was not measured.
+
+    """
+    _require_measured(policy, snapshot.domains)
+    p_values = {name: _p_of_harm(snapshot.domains[name], budget) for name, budget in policy.budgets.items()}
+    corrected = holm(p_values)
+    return {
+        name: _judged(snapshot, name, budget, p_values[name], corrected[name] <= level > 0, policy, level)
+        for name, budget in policy.budgets.items()
+    }
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -104,43 +153,58 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def fewest_queries(policy: PolicyConfig) -> int:
-    """How many queries each protected domain needs so that all signs alike can pass the test of a rise."""
-    return math.ceil(math.log2(max(1, len(policy.budgets)) / policy.alpha))
-
-
-def short_of_queries(n_queries: Mapping[str, int], policy: PolicyConfig) -> dict[str, int]:
-    """Protected domains that could never alarm, however bad the harm, and the queries that they have.
+def fewest_queries(policy: PolicyConfig, n_looks: int = N_LOOKS) -> int:
+    """How many queries each protected domain needs for the test of harm to have any power.
 
     Args:
-        n_queries: of each set.
         policy: whose test is to be passed.
+        n_looks: checks that share the error of the run.
 
     """
-    return {name: n_queries[name] for name in policy.budgets if name in n_queries and n_queries[name] < fewest_queries(policy)}
+    return _fewest(policy, policy.alpha / n_looks)
 
 
-def require_power(n_queries: Mapping[str, int], policy: PolicyConfig) -> None:
-    """Refuse probes that could never raise an alarm, however bad the harm.
+def short_of_queries(n_queries: Mapping[str, int], policy: PolicyConfig, least: int) -> dict[str, int]:
+    """Protected domains with fewer queries than that, and how many they have.
+
+    Args:
+        n_queries: of each set.
+        policy: with the protected domains.
+        least: how many are enough.
+
+    """
+    return {name: n_queries[name] for name in policy.budgets if name in n_queries and n_queries[name] < least}
+
+
+def require_power(n_queries: Mapping[str, int], policy: PolicyConfig, n_looks: int = N_LOOKS) -> None:
+    """Refuse probes with which no rise of a likely size could ever raise an alarm.
 
     Args:
         n_queries: of each set.
         policy: whose test is to be passed.
+        n_looks: checks that share the error of the run.
 
     Raises:
         CannotTell: with the protected domains that have too few.
 
     """
-    if short := short_of_queries(n_queries, policy):
+    if short := short_of_queries(n_queries, policy, fewest_queries(policy, n_looks)):
         raise CannotTell(
-            f"n_queries: {', '.join(f'{name} has {n}' for name, n in short.items())}; an alarm for one of "
-            f"{len(policy.budgets)} protected domains at alpha {policy.alpha} takes {fewest_queries(policy)}. Give more rows, "
-            "raise ProbeConfig(n_queries=...), or protect fewer domains."
+            f"n_queries: {', '.join(f'{name} has {n}' for name, n in short.items())}; {power_needed(policy, n_looks)} Give more "
+            "rows, raise ProbeConfig(n_queries=...), or protect fewer domains."
         )
 
 
+def power_needed(policy: PolicyConfig, n_looks: int = N_LOOKS) -> str:
+    """The same number in a sentence, with what it depends on."""
+    return (
+        f"an alarm for one of {len(policy.budgets)} protected domains at one of {n_looks} checks at alpha {policy.alpha:g} takes "
+        f"{fewest_queries(policy, n_looks)}."
+    )
+
+
 def judge_budget(change: Estimate, budget: float) -> BudgetFinding:
-    """Whether a change of a domain's NLL keeps its budget: the test of harm by budget and interval alone.
+    """Whether a change of a domain's NLL keeps its budget, by the change and its interval alone.
 
     Args:
         change: of the NLL of its answers, nats a token, with its 95 % interval.
@@ -164,9 +228,9 @@ def _cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | N
     """Why a forecast says nothing about one of its domains, in a sentence; None if it does."""
     domain = forecast.domains[name]
     if doubt := _too_much_masked(domain, policy):
-        return doubt
+        return f"{doubt}."
     if not forecast.can_move:
-        return _CANNOT_MOVE
+        return f"{_CANNOT_MOVE}."
     if forecast.noise_floor * NOISE_MARGIN > policy.min_drift:
         return f"unchanged weights alone drift by {forecast.noise_floor:.1%}; drift from {policy.min_drift:.0%} counts."
     if not math.isfinite(domain.sts_net.value):
@@ -175,77 +239,99 @@ def _cannot_read(forecast: Forecast, name: str, policy: PolicyConfig) -> str | N
 
 
 def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
-    order: tuple[Decision, ...] = ("no-go", "watch", "not covered", "cannot tell", "go")
-    decision: Decision = next((d for d in order if any(found == d for found, _ in judged.values())), "go")
-    threatened = tuple(name for name, (found, _) in judged.items() if found == decision) if decision != "go" else ()
-    return Verdict(decision, threatened, {name: reason for name, (_, reason) in judged.items()}, step)
+    order: tuple[Decision, ...] = ("no-go", "watch", "cannot tell", "go")
+    decision: Decision = next((d for d in order if any(found.decision == d for found in judged.values())), "go")
+    threatened = tuple(name for name, found in judged.items() if found.decision == decision) if decision != "go" else ()
+    return Verdict(decision, threatened, {name: found.reason for name, found in judged.items()}, step)
 
 
 def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> Judgement:
     if doubt := _cannot_read(forecast, name, policy):
-        return "cannot tell", doubt
+        return Judgement("cannot tell", doubt)
     domain, transfer = forecast.domains[name], forecast.domains[name].transfer
     known = math.isfinite(transfer.value)
     extent = f"transfer {transfer.value:.0%}, {transfer.low:.0%} to {transfer.high:.0%}" if known else "transfer unknown"
+    extent += _outside(domain, policy)
     worse, sentence = _worsens(domain.nll_change, budget)
     if worse is None:
-        return "cannot tell", f"direction unsure ({sentence}; {extent})."
+        return Judgement("cannot tell", f"direction unsure ({sentence}; {extent}).")
     if worse:
-        return "no-go", f"NLL rises in context ({sentence}; {extent})."
-    return _safe(f"no harm in context ({sentence}; {extent})", domain.sae_error_share, policy)
+        return Judgement("no-go", f"NLL rises in context ({sentence}; {extent}).")
+    return Judgement("go", f"no harm in context ({sentence}; {extent}).")
 
 
-def _drift_threats(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, Judgement]:
-    p_values = holm({name: snapshot.domains[name].p_worse for name in policy.budgets})
-    return {name: _drift_threat(snapshot, name, budget, p_values[name], policy) for name, budget in policy.budgets.items()}
+def _p_of_harm(domain: DomainDrift, budget: float) -> float:
+    """Whether its answers have got worse by more than half the budget, before correction; NaN if that is not known."""
+    from sts_callback.metrics.statistics import p_above  # SciPy, which reading a verdict does not take
+
+    return p_above(domain.query_changes, domain.query_answer_tokens, budget / 2)
 
 
-def _drift_threat(snapshot: DriftSnapshot, name: str, budget: float, p_value: float, policy: PolicyConfig) -> Judgement:
-    domain = snapshot.domains[name]
+def _fewest(policy: PolicyConfig, level: float) -> int:
+    from sts_callback.metrics.statistics import fewest_for_t  # likewise
+
+    return fewest_for_t(level / max(1, len(policy.budgets)))
+
+
+def _judged(
+    snapshot: DriftSnapshot, name: str, budget: float, p_value: float, passed: bool, policy: PolicyConfig, level: float
+) -> Judgement:
+    domain, change = snapshot.domains[name], snapshot.domains[name].nll_change
+    moved = _movement(snapshot, domain, policy)
     if domain.n_not_finite:
         return _DIVERGED
-    worse, sentence = _worsens(domain.nll_change, budget)
-    if worse and domain.n_queries < fewest_queries(policy):
-        return (
-            "cannot tell",
-            f"{domain.n_queries} queries are too few for an alarm, {fewest_queries(policy)} are needed ({sentence}).",
-        )
-    moved = _movement(domain, policy)
-    if worse and p_value <= policy.alpha:
-        return "no-go", f"NLL rose ({sentence}, p {_p(p_value)}); {moved}."
+    if not (math.isfinite(change.value) and math.isfinite(p_value)):
+        return Judgement("cannot tell", f"answer NLL unknown; {moved}.")
+    at = f"at {change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}] nats a token after {_steps(snapshot.step)}"
+    against = f"p {_p(p_value)} against half of it"
+    if passed and domain.n_queries < (fewest := _fewest(policy, level)):
+        few = f"{domain.n_queries} queries are too few for an alarm, {fewest} are needed"
+        return Judgement("cannot tell", f"{at}, budget {budget:.2f}: {few}; {moved}.")
+    if passed and change.value >= budget:
+        return Judgement("no-go", f"{at}, over its budget of {budget:.2f} ({against}); {moved}.", "over")
+    if passed:
+        return Judgement("no-go", f"{at}, on course to pass {budget:.2f} ({against}); {moved}.", "on course")
+    is_within = change.high < budget
+    state: State = "within" if is_within else "inconclusive"
+    if p_value <= _SUSPICION:
+        why = "not sure enough for an alarm" if level > 0 else "at a check beyond the planned ones, which alone may alarm"
+        return Judgement("watch", f"{at}, perhaps on course to pass {budget:.2f} ({against}, {why}); {moved}.", state)
+    if is_within:
+        return Judgement("go", f"{at}, within its budget of {budget:.2f}; {moved}.", state)
+    return Judgement("cannot tell", f"{at}, too unsure for a budget of {budget:.2f}; {moved}.", state)
+
+
+def _steps(n: int) -> str:
+    return "1 step" if n == 1 else f"{n} steps"
+
+
+def _movement(snapshot: DriftSnapshot, domain: DomainDrift, policy: PolicyConfig) -> str:
+    """How far a representation has drifted, and how much of that was seen, in words."""
     if doubt := _too_much_masked(domain, policy) or ("" if snapshot.can_move else _CANNOT_MOVE):
-        return "cannot tell", doubt
-    if worse is None or worse:
-        return "cannot tell", f"NLL change unsure ({sentence}); {moved}."
-    return _safe(f"no harm ({sentence}); {moved}", domain.sae_error_share, policy)
-
-
-def _movement(domain: DomainDrift, policy: PolicyConfig) -> str:
-    """How far a representation has drifted, in words."""
+        return f"drift unknown: {doubt}"
     drift = domain.relative_drift.value
     kind, size = ("raw drift", domain.raw_drift) if drift < policy.min_drift <= domain.raw_drift else ("drift", drift)
     if math.isnan(size):
         return "drift unknown"
     if size < policy.min_drift:
         return f"representation has not drifted ({kind} {size:.1%}, under {policy.min_drift:.0%})"
-    return f"representation drifted ({kind} {size:.1%}, at least {policy.min_drift:.0%})"
+    return f"representation drifted ({kind} {size:.1%}, at least {policy.min_drift:.0%}{_outside(domain, policy)})"
+
+
+def _outside(domain: DomainForecast | DomainDrift, policy: PolicyConfig) -> str:
+    """Half a sentence where most of the movement is nothing that the dictionary can express."""
+    share = domain.sae_error_share
+    return f", {share:.0%} of it outside the SAE" if share > policy.max_unseen else ""
 
 
 def _too_much_masked(domain: DomainForecast | DomainDrift, policy: PolicyConfig) -> str:
-    """Why too few tokens of a domain were compared, in a sentence; empty if enough were."""
+    """Why too few tokens of a domain were compared; empty if enough were."""
     if not domain.n_tokens:
-        return "none of its tokens could be compared."
+        return "none of its tokens could be compared"
     share = domain.n_masked / (domain.n_masked + domain.n_tokens)
     if share <= policy.max_masked_share:
         return ""
-    return f"{share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}."
-
-
-def _safe(reason: str, sae_error_share: float, policy: PolicyConfig) -> Judgement:
-    """What speaks for no harm holds only for what the SAE can see."""
-    if sae_error_share > policy.max_unseen:
-        return "not covered", f"{reason}, but {sae_error_share:.0%} of the change lies outside the SAE."
-    return "go", f"{reason}."
+    return f"{share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}"
 
 
 def _worsens(change: Estimate, budget: float) -> tuple[bool | None, str]:

@@ -6,7 +6,10 @@ Where a record has an estimate or a score, a plain number may be given: it is th
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, TypeVar, get_type_hints
+
+from scipy import stats
 
 from sts_callback.records import DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Identity, Record, Score, Verdict
 
@@ -103,6 +106,21 @@ def domain_drift(name: str = "law", **changes: Any) -> DomainDrift:
         "query_answer_tokens": (20, 20),
     }
     return _made(DomainDrift, fields | changes)
+
+
+def answers(change: float, spread: float = 0.0, n_queries: int = 32, n_tokens: int = 4) -> dict[str, Any]:
+    """What a check says of a domain's answers that have changed so, nats a token; half of them `spread` more and half less.
+
+    The interval is Student's, which the bootstrap stands in for where answers differ in length.
+    """
+    signs = [1.0 if i % 2 else -1.0 for i in range(n_queries)]
+    reach = float(stats.t.ppf(0.975, n_queries - 1)) * spread / math.sqrt(n_queries - 1)
+    return {
+        "n_queries": n_queries,
+        "nll_change": estimate(change, change - reach, change + reach),
+        "query_changes": tuple(n_tokens * (change + spread * sign) for sign in signs),
+        "query_answer_tokens": (n_tokens,) * n_queries,
+    }
 
 
 def snapshot(step: int, *domains: DomainDrift, **changes: Any) -> DriftSnapshot:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     made_monitor, policy = prepared(args)
 
     from sts_callback.measure.scoring import rank_agreement
-    from sts_callback.policy import judge_domains, judge_forecast
+    from sts_callback.policy import Judgement, judge_domains, judge_forecast
     from sts_callback.report.terminal.forecast import examples_lines, forecast_table, layers_table
     from sts_callback.report.terminal.ledger import expectations_table
     from sts_callback.report.terminal.rows import rows_table
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         forecasts = monitor.forecasts()
     except CannotTell as error:
-        _write_junit(args, dict.fromkeys(policy.budgets, ("cannot tell", str(error))), None)
+        _write_junit(args, dict.fromkeys(policy.budgets, Judgement("cannot tell", str(error))), None)
         raise
     verdict = judge_forecast(forecasts[0], policy)
     expected = _expectations(forecasts[0])

@@ -18,7 +18,7 @@ from sts_callback.metrics.statistics import detectable_rise, resampled_ratios
 from sts_callback.model.registry import base_name
 from sts_callback.model.sae import SaeEncoder
 from sts_callback.model.self_test import Findings
-from sts_callback.policy import NOISE_MARGIN, fewest_queries, short_of_queries
+from sts_callback.policy import ENOUGH_QUERIES, N_LOOKS, NOISE_MARGIN, fewest_queries, power_needed, short_of_queries
 from sts_callback.records import Check, Status
 
 WARN_UNEXPLAINED, REFUSE_UNEXPLAINED = 0.3, 0.5
@@ -244,26 +244,25 @@ def _power(readings: Mapping[str, ProbeStats], policy: PolicyConfig) -> Check:
     wanted = {name: budget for name, budget in policy.budgets.items() if name in readings}
     if not wanted:
         return Check("alarm power", "warn", "no domain is protected", "name some with protect=")
-    if short := short_of_queries({name: len(r.n_tokens) for name, r in readings.items()}, policy):
-        found = ", ".join(f"{name} {n}" for name, n in short.items())
-        return Check(
-            "alarm power",
-            "refuse",
-            f"queries: {found}; an alarm for one of {len(wanted)} domains at alpha {policy.alpha} takes {fewest_queries(policy)}",
-            "give more rows, raise n_queries, or protect fewer domains",
-        )
+    n_queries = {name: len(r.n_tokens) for name, r in readings.items()}
+    if short := short_of_queries(n_queries, policy, fewest_queries(policy)):
+        found = f"queries: {_each(short)}; {power_needed(policy).rstrip('.')}"
+        return Check("alarm power", "refuse", found, "give more rows, raise n_queries, or protect fewer domains")
     smallest = {}
     for name in wanted:
         r, n = readings[name], len(readings[name].n_tokens)
         if ZERO_SHOT not in r.nll:
             return Check("alarm power", "warn", "the model has no language-model head, so harm cannot be measured", "")
         error = float(resampled_ratios(r.nll[FILLER] - r.nll[ZERO_SHOT], r.n_answer, torch.arange(n)).std())
-        smallest[name] = detectable_rise(error, n, policy.alpha / len(wanted))
+        smallest[name] = wanted[name] / 2 + detectable_rise(error, n, policy.alpha / N_LOOKS / len(wanted))
     weak = [name for name in wanted if not smallest[name] <= wanted[name]]
+    few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
+    remedies = [f"more queries for {', '.join(weak)}: that is above the budget"] if weak else []
+    remedies += [f"{ENOUGH_QUERIES} queries or more a domain: {_each(few)}"] if few else []
     found = ", ".join(f"{name} {rise:.2f}" for name, rise in smallest.items())
-    return Check(
-        "alarm power",
-        "warn" if weak else "pass",
-        f"smallest rise of NLL found 4 times in 5, nats a token: {found}",
-        f"more queries for {', '.join(weak)}: that is above the budget" if weak else "",
-    )
+    found = f"smallest rise of NLL that one check finds 4 times in 5, nats a token: {found}"
+    return Check("alarm power", "warn" if remedies else "pass", found, "; ".join(remedies))
+
+
+def _each(n_queries: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in n_queries.items())

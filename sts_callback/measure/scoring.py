@@ -14,7 +14,7 @@ from sts_callback.data.probes import ProbeSet
 from sts_callback.measure.accumulators import ZERO_SHOT, DriftStats, ProbeStats
 from sts_callback.measure.step_zero import StepZeroStats
 from sts_callback.metrics import scores, statistics
-from sts_callback.metrics.statistics import interval, p_of_rise, rank_ranges, resampled_ratios
+from sts_callback.metrics.statistics import interval, p_above, rank_ranges, resampled_ratios
 from sts_callback.metrics.sums import token_mean
 from sts_callback.records import DomainDrift, DomainForecast, Estimate, Forecast, Score
 
@@ -213,7 +213,7 @@ def domain_drift(
     nll, p_worse, risen, n_lost = _NAN, _NAN, torch.full((len(n_answer),), _NAN), 0
     if reading.nll is not None:
         risen, n_lost = reading.nll - step_zero.nll, int((~reading.nll.isfinite()).sum())
-        nll, p_worse = _ratio(reading.nll, n_answer), p_of_rise(risen)
+        nll, p_worse = _ratio(reading.nll, n_answer), p_above(risen.tolist(), n_answer.tolist(), 0.0)
     return DomainDrift(
         name=probes.name,
         n_queries=len(probes.queries),

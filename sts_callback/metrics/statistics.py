@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap over queries and draws of demonstrations, and the permutation test of an alarm.
+"""How sure a number is: bootstrap over queries and draws of demonstrations, and the t test of an alarm.
 
 Tokens of one text are not independent, and neither are queries that saw the same demonstrations. What is resampled is therefore
 whole groups: the queries of one draw where demonstrations matter, single queries where they do not.
@@ -6,7 +6,9 @@ whole groups: the queries of one draw where demonstrations matter, single querie
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,8 +18,6 @@ from sts_callback.metrics.sums import token_mean
 
 N_RESAMPLES = 2000
 """Bootstrap resamples; the Monte Carlo error of a standard error is then about 2 %."""
-N_PERMUTATIONS = 9999
-"""Sign flips at most; with up to 13 queries all are tried and the p-value is exact."""
 LEVEL = 0.95
 """Coverage that intervals aim at."""
 
@@ -70,33 +70,43 @@ def interval(value: float, resamples: torch.Tensor, n_groups: int) -> tuple[floa
     return value - reach, value + reach
 
 
-def p_of_rise(change: torch.Tensor, *, seed: int = 0) -> float:
-    """One-sided p-value of a rise in a paired sample: how often random signs give a sum as large.
+def p_above(change: Sequence[float], n_tokens: Sequence[float], threshold: float) -> float:
+    """One-sided p-value that a change a token lies above a threshold: Student's t over queries.
 
     Args:
-        change: after minus before, per query, `(n_queries,)`.
-        seed: of the sign flips, where there are too many to try all.
+        change: after minus before, per query, `(n_queries,)`, in nats.
+        n_tokens: answer tokens of each query, `(n_queries,)`.
+        threshold: of the change a token, in nats.
 
     Returns:
-        In (0, 1]; NaN if a change is not known. Exact where each change is as likely up as down; too small where many small rises
-        stand against few large falls.
+        In [0, 1], low where the change is above. Where all queries lie above or below by the same, 0 or 1. NaN with fewer than
+        two queries or a number that is not finite.
 
-    Source: R. A. Fisher, The Design of Experiments, 1935, section 21; computed by `scipy.stats.permutation_test`.
+    Source: Student, The Probable Error of a Mean, Biometrika 6, 1908, of `change - threshold * n_tokens`, whose mean is above 0
+    exactly where the ratio of sums is above the threshold; computed by `scipy.stats.ttest_1samp`.
 
     """
-    values = change.double().numpy()
-    if not np.isfinite(values).all() or len(values) < 2:
+    changed, n = np.asarray(change, dtype=float), np.asarray(n_tokens, dtype=float)
+    excess = changed - threshold * n
+    if len(excess) < 2 or not np.isfinite(excess).all():
         return math.nan
-    result = stats.permutation_test(
-        (values,),
-        lambda x, axis: x.sum(axis=axis),
-        permutation_type="samples",
-        alternative="greater",
-        vectorized=True,
-        n_resamples=N_PERMUTATIONS,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+    rounding = 64 * np.finfo(float).eps * max(np.abs(changed).max(), np.abs(threshold * n).max())
+    if np.ptp(excess) <= rounding:  # no spread to be unsure by
+        return float(excess.mean() <= rounding)
+    return float(stats.ttest_1samp(excess, 0.0, alternative="greater").pvalue)
+
+
+def fewest_for_t(level: float) -> int:
+    """The fewest queries with which a one-sided t test asks for at most twice what it would if the spread were known.
+
+    With fewer, nearly all that the test asks for is the price of not knowing the spread, and no rise of a likely size can pay it.
+
+    Args:
+        level: of the test, above 0, under 1.
+
+    """
+    known = abs(float(stats.norm.isf(level)))
+    return next(n for n in itertools.count(2) if abs(float(stats.t.isf(level, n - 1))) <= 2 * known)
 
 
 def detectable_rise(standard_error: float, n_queries: int, alpha: float, power: float = 0.8) -> float:

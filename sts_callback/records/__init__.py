@@ -12,6 +12,7 @@ from sts_callback.records.results import Forecast as Forecast
 from sts_callback.records.results import Identity as Identity
 from sts_callback.records.results import Score as Score
 from sts_callback.records.results import Snippet as Snippet
+from sts_callback.records.results import State as State
 from sts_callback.records.results import Status as Status
 from sts_callback.records.results import TopActivatingExamples as TopActivatingExamples
 from sts_callback.records.results import TrainSource as TrainSource

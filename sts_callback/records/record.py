@@ -63,6 +63,11 @@ class Record:
         return cls.from_dict(json.loads(text))
 
 
+def has_default(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field may be missing."""
+    return not (field.default is field.default_factory is dataclasses.MISSING)
+
+
 def _keys(kind: type) -> dict[str, str]:
     """By the name of each field, its key in JSON."""
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -85,7 +90,7 @@ def _typed(value: Any, kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints, keys = typing.get_type_hints(kind), _keys(kind)
-        optional = {keys[f.name] for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+        optional = {keys[f.name] for f in dataclasses.fields(kind) if has_default(f)}
         if different := (set(value) ^ set(keys.values())) - (optional - set(value)):
             raise ValueError(f"{kind.__name__}: keys differ: {sorted(different)}.")
         return kind(**{name: _typed(value[key], hints[name]) for name, key in keys.items() if key in value})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from sts_callback.config import TRAIN as TRAIN  # what records call the training data, beside the domains
 from sts_callback.records.record import Record, StoredAs
 
 Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
+State = Literal["within", "on course", "over", "inconclusive"]
 Status = Literal["pass", "warn", "refuse"]
 TrainSource = Literal["reference answers", "own rollouts"]
 
@@ -208,7 +209,8 @@ class DomainDrift(Record):
     nll_change: Estimate
     """Change since step 0, in nats per token; above 0 is worse."""
     p_worse: float
-    """One-sided p-value of a rise of the NLL, by random signs over queries, not corrected for the number of domains."""
+    """One-sided p-value of a rise of the NLL at this check, by t over queries (by random signs in files from before that), not
+    corrected for other domains and checks."""
     query_changes: tuple[float, ...]
     """Change of the NLL of each query's answer since step 0, in nats; what the three numbers above are made of."""
     query_answer_tokens: tuple[int, ...]
@@ -272,8 +274,9 @@ class Verdict(Record):
     """A decision with its reasons."""
 
     decision: Decision
-    """`go`: no protected domain is threatened; `watch`: one is, not yet for long enough to alarm; `no-go`: alarm;
-    `not covered`: most of what changed lies outside the SAE; `cannot tell`: the evidence does not suffice."""
+    """`go`: no protected domain is threatened; `watch`: one may be, not yet for sure or not for long enough to alarm; `no-go`:
+    alarm; `cannot tell`: the evidence does not suffice. `not covered`, most of what changed lies outside the SAE: in files from
+    before harm was judged by answers alone."""
     threatened: tuple[str, ...]
     """Protected domains that it is about."""
     reasons: Mapping[str, str]
@@ -283,6 +286,9 @@ class Verdict(Record):
     supersedes_forecast: bool = False
     """Whether the training data itself has really moved, so that the features which did, and the scores by them, take the place
     of the forecast's."""
+    states: Mapping[str, State] = field(default_factory=dict)
+    """Where each protected domain stands, at a check: `over` its budget, `on course` to pass it (over half of it for sure),
+    `within` it (by the whole interval), or `inconclusive`. Empty for a forecast, and in files from before there were states."""
 
     @property
     def alarmed(self) -> tuple[str, ...]:

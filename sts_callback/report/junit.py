@@ -20,7 +20,6 @@ _RESULTS: dict[Decision, str] = {
     "no-go": "failure",
     # No answer is an error and not a skipped test: CI systems count skipped tests as passed ones or leave them out, and what was
     # not answered must not look as if it were in order. In the words of JUnit, an error is a test that could not be carried out.
-    "not covered": "error",
     "cannot tell": "error",
 }
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -34,10 +33,10 @@ def junit_xml(judged: Mapping[str, Judgement], forecast: Forecast | None) -> str
         forecast: what it was decided by; None if none could be made.
 
     Returns:
-        An XML document with its declaration. A `no-go` is a failure, `cannot tell` and `not covered` are errors.
+        An XML document with its declaration. A `no-go` is a failure, `cannot tell` an error.
 
     """
-    results = [_RESULTS.get(decision) for decision, _ in judged.values()]
+    results = [_RESULTS.get(found.decision) for found in judged.values()]
     counts = {
         "tests": str(len(results)),
         "failures": str(results.count("failure")),
@@ -50,7 +49,7 @@ def junit_xml(judged: Mapping[str, Judgement], forecast: Forecast | None) -> str
         properties = ElementTree.SubElement(suite, "properties")
         for name, value in _properties(forecast, judged):
             ElementTree.SubElement(properties, "property", {"name": _valid(name), "value": _valid(value)})
-    for domain, (decision, reason) in judged.items():
+    for domain, (decision, reason, _) in judged.items():
         case = ElementTree.SubElement(suite, "testcase", {"classname": _SUITE, "name": _valid(domain), "time": "0.000"})
         if decision in _RESULTS:
             told = {"message": _valid(f"{decision}: {reason}"), "type": decision}

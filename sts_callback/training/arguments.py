@@ -88,7 +88,7 @@ class STSArguments:
     sts_chat_template: ChatTemplateUse = field(
         default=ProbeConfig.chat_template, metadata={"help": "put plain rows of domains into the model's chat template"}
     )
-    sts_alpha: float = field(default=PolicyConfig.alpha, metadata={"help": "level of the test of a rise, at one check"})
+    sts_alpha: float = field(default=PolicyConfig.alpha, metadata={"help": "chance of a false alarm in a whole run"})
     sts_patience: int = field(default=PolicyConfig.patience, metadata={"help": "checks that a threat must hold"})
 
     def options(self) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_the_model_that_the_makers_name(trained_on: str | None, model_name: str,
 
 
 def reading(
-    n_queries: int = 8, *, rise: float = 0.0, n_masked: int = 0, n_counted: int = 100, has_head: bool = True
+    n_queries: int = 32, *, rise: float = 0.0, n_masked: int = 0, n_counted: int = 100, has_head: bool = True
 ) -> ProbeStats:
     """NLL changes of +rise and -rise in turn by the neutral context, with one answer token a query."""
     signs = torch.tensor([1.0, -1.0]).repeat(n_queries)[:n_queries]
@@ -217,41 +217,45 @@ def test_noise_floor_against_what_counts_as_movement(noise: float, status: Statu
     assert (check.status, bool(check.remedy)) == (status, status != "pass")
 
 
-@pytest.mark.parametrize(("n_queries", "status"), [(5, "pass"), (4, "refuse")])  # 2^-5 is alpha
+@pytest.mark.parametrize(("n_queries", "status"), [(28, "pass"), (27, "warn"), (5, "warn"), (4, "refuse")])
 def test_too_few_queries_for_any_alarm(n_queries: int, status: Status) -> None:
     check = probe_check("alarm power", law=reading(n_queries))
     assert check.status == status
+    if status == "warn":
+        assert check.remedy == f"28 queries or more a domain: law {n_queries}"
     if status == "refuse":
-        assert check.found == "queries: law 4; an alarm for one of 1 domains at alpha 0.03125 takes 5"
+        needed = "an alarm for one of 1 protected domains at one of 10 checks at alpha 0.03125 takes 5"
+        assert check.found == f"queries: law 4; {needed}"
 
 
 def test_more_protected_domains_take_more_queries() -> None:
-    policy = dataclasses.replace(POLICY, budgets={"law": 0.5, "code": 0.5})
-    check = probe_check("alarm power", policy, law=reading(6), code=reading(5))
-    assert (check.status, check.found.split(";")[0]) == ("refuse", "queries: code 5")
-    assert probe_check("alarm power", policy, law=reading(6), code=reading(6)).status == "pass"
+    policy = dataclasses.replace(POLICY, budgets=dict.fromkeys(("law", "code", "maths", "poems"), 0.5))
+    few = {name: reading(5) for name in policy.budgets}
+    check = probe_check("alarm power", policy, **(few | {"law": reading(6)}))
+    assert (check.status, check.found.split(";")[0]) == ("refuse", "queries: code 5, maths 5, poems 5")
+    assert probe_check("alarm power", policy, **dict.fromkeys(policy.budgets, reading(6))).status == "warn"
 
 
-@pytest.mark.parametrize(("scatter", "status"), [(0.0, "pass"), (0.3, "pass"), (0.6, "warn"), (5.0, "warn")])
+@pytest.mark.parametrize(("scatter", "status"), [(0.0, "pass"), (0.3, "pass"), (0.4, "warn"), (5.0, "warn")])
 def test_answers_that_scatter_hide_a_rise_within_the_budget(scatter: float, status: Status) -> None:
-    check = probe_check("alarm power", law=reading(8, rise=scatter))
+    check = probe_check("alarm power", law=reading(rise=scatter))
     assert check.status == status
     assert ("more queries for law" in check.remedy) == (status == "warn")
 
 
 @pytest.mark.parametrize("n_domains", [1, 2, 4])
 def test_the_smallest_rise_is_that_of_the_test_at_the_standard_error_of_the_neutral_change(n_domains: int) -> None:
-    """+-0.5 in 8 queries: variance 8/7 * 0.25, so the standard error of their mean is 0.5 / sqrt(7)."""
+    """+-0.5 in 32 queries: variance 32/31 * 0.25, so the standard error of their mean is 0.5 / sqrt(31)."""
     names = ["law", "code", "maths", "poems"][:n_domains]
     policy = dataclasses.replace(POLICY, budgets=dict.fromkeys(names, 0.5))
-    check = probe_check("alarm power", policy, **{name: reading(8, rise=0.5) for name in names})
+    check = probe_check("alarm power", policy, **{name: reading(rise=0.5) for name in names})
     shown = float(check.found.rsplit(" ", maxsplit=1)[1])
-    assert shown == pytest.approx(detectable_rise(0.5 / 7**0.5, 8, 0.03125 / n_domains), abs=0.03)
+    assert shown == pytest.approx(0.25 + detectable_rise(0.5 / 31**0.5, 32, 0.003125 / n_domains), abs=0.03)
 
 
 def test_only_weak_domains_are_named() -> None:
     policy = dataclasses.replace(POLICY, budgets={"law": 0.5, "code": 0.5})
-    check = probe_check("alarm power", policy, law=reading(8, rise=5.0), code=reading(8, rise=0.1))
+    check = probe_check("alarm power", policy, law=reading(rise=5.0), code=reading(rise=0.1))
     assert check.remedy == "more queries for law: that is above the budget"
 
 
@@ -379,7 +383,7 @@ def test_an_sae_of_another_width_is_an_error_of_the_input() -> None:
         monitor.examine(PROTECT)
 
 
-@pytest.mark.parametrize(("n_queries", "is_refused"), [(6, True), (7, False)])  # 2^-7 is under 0.01
+@pytest.mark.parametrize(("n_queries", "is_refused"), [(4, True), (5, False)])
 def test_too_few_queries_are_refused(n_queries: int, is_refused: bool) -> None:
     checks = examined(patient(fitted_sae(1, 1), n_queries))
     assert ("alarm power" in refused(checks)) == is_refused

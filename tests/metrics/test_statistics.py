@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sts_callback.metrics.statistics import LEVEL, detectable_rise, interval, p_of_rise, rank_ranges, resampled_ratios
+from sts_callback.metrics.statistics import LEVEL, detectable_rise, fewest_for_t, interval, p_above, rank_ranges, resampled_ratios
 
 ALONE = torch.arange
 
@@ -156,71 +156,114 @@ def test_intervals_that_forget_the_draws_do_not_which_is_why_groups_are_resample
     assert covered(Design(32, 8, 0.1, 0.1), by_draws=False) < 0.85
 
 
+def above(changes: Sequence[float], threshold: float = 0.0) -> float:
+    """Of answers of one token each."""
+    return p_above(changes, [1] * len(changes), threshold)
+
+
 @pytest.mark.parametrize(
-    ("changes", "p"),
+    ("changes", "threshold", "t"),
+    # Mean over its standard error by hand; Student's tail with 1 and 2 degrees of freedom has a formula.
     [
-        ((1, 2, 3), 1 / 8),  # all signs alike: one of 2^3
-        ((-1, -2, -3), 1.0),
-        ((1, 2, -3), 5 / 8),  # sums of signed 1, 2, 3: 6 4 2 0 0 -2 -4 -6, of which five are at least 0
-        ((1, -2, 3), 3 / 8),
-        ((1, 1), 1 / 4),
-        ((0, 0, 0, 0), 1.0),  # unchanged weights are no rise
-        ((0.1,) * 7, 1 / 128),
+        ((1, 3), 0.0, 2.0),
+        ((1, 3), 2.0, 0.0),
+        ((1, 3), 3.0, -1.0),
+        ((-1, -3), 0.0, -2.0),
+        ((1, 2, 3), 0.0, 12**0.5),
+        ((1, 2, 3), 2.0, 0.0),
     ],
 )
-def test_p_value_by_counting_signs_by_hand(changes: tuple[float, ...], p: float) -> None:
-    assert p_of_rise(tensor(*changes)) == pytest.approx(p, abs=1e-12)
+def test_p_value_by_hand(changes: tuple[float, ...], threshold: float, t: float) -> None:
+    tail = 0.5 - math.atan(t) / math.pi if len(changes) == 2 else 0.5 - t / (2 * math.sqrt(2 + t * t))
+    assert above(changes, threshold) == pytest.approx(tail, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_p_value_equals_brute_force_over_all_signs(seed: int) -> None:
-    values = np.random.default_rng(seed).normal(0.3, 1, 10)
-    sums = np.array([np.dot(signs, values) for signs in itertools.product((1, -1), repeat=10)])
-    assert p_of_rise(torch.from_numpy(values)) == pytest.approx((sums >= values.sum() - 1e-9).mean(), abs=1e-12)
+def test_p_value_is_that_of_a_t_test_of_what_lies_above_the_threshold(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n_tokens = rng.integers(3, 40, 30)
+    changes = n_tokens * rng.normal(0.1, 0.3, 30)
+    excess = changes - 0.05 * n_tokens
+    t = excess.mean() / (excess.std(ddof=1) / math.sqrt(30))
+    assert p_above(changes.tolist(), n_tokens.tolist(), 0.05) == pytest.approx(float(stats.t.sf(t, 29)), abs=1e-12)
 
 
-def test_p_value_of_many_queries_is_near_that_of_a_t_test() -> None:
-    values = np.random.default_rng(3).normal(0.3, 1, 40)
-    assert p_of_rise(torch.from_numpy(values)) == pytest.approx(
-        stats.ttest_1samp(values, 0, alternative="greater").pvalue, abs=0.01
-    )
+@pytest.mark.parametrize(
+    ("changes", "n_tokens", "threshold", "p"),
+    [
+        ((0, 0, 0, 0), (5, 5, 5, 5), 0.0, 1.0),  # unchanged weights are no rise
+        ((0, 0, 0, 0), (5, 5, 5, 5), 0.05, 1.0),
+        ((0.1,) * 7, (1,) * 7, 0.05, 0.0),
+        ((0.05,) * 7, (1,) * 7, 0.05, 1.0),  # at the threshold is not above it
+        ((0.1 * 3, 0.1 * 3, 0.3), (3, 3, 3), 0.1, 1.0),  # alike but for rounding
+        ((0.7 + 1e-16, 0.7), (1, 1), 0.1, 0.0),
+        ((-0.1,) * 7, (1,) * 7, 0.05, 1.0),
+        ((0.5, 0.5), (1, 1), 0.05, 0.0),
+    ],
+)
+def test_without_spread_all_are_above_or_none(
+    changes: tuple[float, ...], n_tokens: tuple[int, ...], threshold: float, p: float
+) -> None:
+    assert p_above(changes, n_tokens, threshold) == p
 
 
-def test_p_value_is_the_same_at_every_visit_and_never_nothing() -> None:
-    values = torch.from_numpy(np.random.default_rng(0).normal(0.2, 1, 20))
-    assert p_of_rise(values) == p_of_rise(values)
-    assert p_of_rise(torch.ones(40)) == pytest.approx(1e-4)  # of 9999 random signs and the observed ones, none is as high
+@pytest.mark.parametrize("scale", [1e-300, 1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("spread", [0.0, 1e-17, 1e-16, 1e-15, 1e-14, 1e-12, 1e-6])
+def test_hardly_any_spread_gives_neither_warnings_nor_nothing(spread: float, scale: float) -> None:
+    changes = [scale * (1 + spread * i) for i in range(8)]
+    assert above(changes, 0.5 * scale) == pytest.approx(0, abs=1e-9)
+    assert above(changes, 2.0 * scale) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_change_of_many_tokens_counts_by_its_tokens() -> None:
+    """All queries have changed by the threshold a token, whatever their length: as often above as below."""
+    n_tokens = np.array([1, 2, 5, 40])
+    assert p_above(
+        (n_tokens * (0.1 + np.array([0.01, -0.005, 0.004, -0.0005]))).tolist(), n_tokens.tolist(), 0.1
+    ) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.05), (0.05, 0.1), (0.1, 0.4)])
+def test_a_higher_threshold_is_harder_to_be_above(low: float, high: float) -> None:
+    changes = np.random.default_rng(0).normal(0.2, 1, 12)
+    assert above(changes.tolist(), low) < above(changes.tolist(), high)
 
 
 def test_one_sided_a_fall_is_no_rise() -> None:
-    values = torch.from_numpy(np.random.default_rng(0).normal(1, 1, 12))
-    assert p_of_rise(values) < 0.01
-    assert p_of_rise(-values) > 0.99
+    values = np.random.default_rng(0).normal(1, 1, 12)
+    assert above(values.tolist()) < 0.01
+    assert above((-values).tolist()) == pytest.approx(1 - above(values.tolist()))
 
 
 @pytest.mark.parametrize("changes", [(1.0, math.nan), (1.0, math.inf), (1.0,), ()])
 def test_without_two_known_changes_there_is_no_p_value(changes: tuple[float, ...]) -> None:
-    assert math.isnan(p_of_rise(tensor(*changes)))
+    assert math.isnan(above(changes))
 
 
-@pytest.mark.parametrize("alpha", [1 / 64, 0.05, 0.25])
-def test_false_alarms_are_as_rare_as_promised_whatever_the_queries(alpha: float) -> None:
-    """If both signs of each change are equally likely, all 64 patterns of six are; at most 64 alpha of them may pass."""
-    sizes = np.array([0.1, 0.25, 0.7, 1.9, 5.0, 14.0])  # some queries matter far more than others
-    passed = [p_of_rise(torch.from_numpy(sizes * s)) <= alpha for s in itertools.product((1, -1), repeat=6)]
-    assert sum(passed) == math.floor(64 * alpha)
-
-
-def test_false_alarms_are_as_rare_as_promised_with_heavy_tails() -> None:
+@pytest.mark.parametrize("level", [0.005, 0.05, 0.25])
+def test_false_alarms_are_as_rare_as_promised(level: float) -> None:
     rng = np.random.default_rng(0)
-    alarms = [p_of_rise(torch.from_numpy(rng.standard_t(2, 9) * rng.uniform(0.1, 5, 9))) <= 0.05 for _ in range(600)]
+    found = np.mean([above(row, 0.05) <= level for row in rng.normal(0.05, 1, (2000, 9)).tolist()])
+    assert found == pytest.approx(level, abs=3 * math.sqrt(level * (1 - level) / 2000))
+
+
+def test_false_alarms_are_rarer_with_heavy_tails() -> None:
+    rng = np.random.default_rng(0)
+    alarms = [above((rng.standard_t(2, 9) * rng.uniform(0.1, 5, 9)).tolist()) <= 0.05 for _ in range(600)]
     assert 0.02 < np.mean(alarms) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 600)
 
 
 def test_a_real_rise_is_found() -> None:
     rng = np.random.default_rng(0)
-    found = [p_of_rise(torch.from_numpy(rng.normal(1.5, 1, 9))) <= 0.01 for _ in range(100)]
+    found = [above(rng.normal(1.5, 1, 9).tolist()) <= 0.01 for _ in range(100)]
     assert np.mean(found) > 0.9
+
+
+@pytest.mark.parametrize("level", [0.25, 0.05, 0.005, 2.5e-4, 1e-6])
+def test_the_fewest_queries_ask_for_twice_what_is_asked_where_the_spread_is_known(level: float) -> None:
+    fewest = fewest_for_t(level)
+    asked = {n: stats.t.isf(level, n - 1) / stats.norm.isf(level) for n in (fewest, fewest - 1) if n > 1}
+    assert asked[fewest] <= 2 < asked.get(fewest - 1, math.inf)
 
 
 def test_detectable_rise_by_the_table_of_student() -> None:

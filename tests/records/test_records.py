@@ -25,7 +25,7 @@ from sts_callback.records import (
     Verdict,
     remedies,
 )
-from sts_callback.records.record import SCHEMA_VERSION
+from sts_callback.records.record import SCHEMA_VERSION, has_default
 from sts_callback.records.remedies import (
     AdapterScales,
     AttributedRow,
@@ -58,7 +58,14 @@ ALL: list[Record] = [
     forecast(domain_forecast("law"), domain_forecast("code", sts_rel=0.75), train_source="own rollouts"),
     domain_drift(),
     snapshot(40, domain_drift("law"), domain_drift("code", top_features=()), output_drift=estimate(0.5, -0.25, 0.75)),
-    Verdict("no-go", ("law", "code"), {"law": "has moved ± 0.1.", "code": "« déjà »\nline 2"}, 40, True),
+    Verdict(
+        "no-go",
+        ("law", "code"),
+        {"law": "is up ± 0.1.", "code": "« déjà »\nline 2"},
+        40,
+        True,
+        {"law": "on course", "code": "over"},
+    ),
     BLAMED,
     BLAMED_DOMAIN,
     Attribution(IDENTITY, 5000, 2000, 3, {"law": BLAMED_DOMAIN}, (17, 4711), 1.5),
@@ -151,11 +158,12 @@ def test_unknown_and_missing_keys_are_refused(record: Record) -> None:
     content = record.to_dict()
     for key, field in zip(list(content)[1:], dataclasses.fields(record), strict=True):
         fewer = {name: value for name, value in content.items() if name != key}
-        if field.default is dataclasses.MISSING:
+        if not has_default(field):
             with pytest.raises(ValueError, match=rf"^{kind.__name__}: keys differ: \['{key}'\]\.$"):
                 kind.from_dict(fewer)
         else:  # as in files from before the field was there
-            assert getattr(kind.from_dict(fewer), field.name) is field.default
+            found = getattr(kind.from_dict(fewer), field.name)
+            assert found is field.default if field.default_factory is dataclasses.MISSING else found == field.default_factory()
 
 
 @pytest.mark.parametrize(("path", "kind"), [((), "DomainForecast"), (("sts_cross",), "Score"), (("nll",), "Estimate")])

@@ -16,10 +16,10 @@ NAN = float("nan")
 HARMED = {"sts_net": 0.75, "nll_change": estimate(0.5, 0.25, 0.75)}
 UNSURE = {"sts_net": 0.75, "nll_change": estimate(0.5, -0.25, 0.75)}
 JUDGED: dict[str, Judgement] = {
-    "law": ("no-go", "expected to move."),
-    "code": ("go", "expected to stay."),
-    "health": ("not covered", "expected to stay, but 62% of the change ..."),
-    "math": ("cannot tell", "direction unsure."),
+    "law": Judgement("no-go", "expected to move."),
+    "code": Judgement("go", "expected to stay."),
+    "health": Judgement("cannot tell", "no weight at or below ..."),
+    "math": Judgement("cannot tell", "direction unsure."),
 }
 
 
@@ -82,7 +82,7 @@ def test_every_protected_domain_is_a_test_case_with_its_reason() -> None:
         "math": ["error"],
     }
     for name in ("law", "health", "math"):
-        (result,), (decision, reason) = cases[name], JUDGED[name]
+        (result,), (decision, reason, _) = cases[name], JUDGED[name]
         assert result.attrib == {"message": f"{decision}: {reason}", "type": decision}
         assert result.text == result.attrib["message"]  # which GitLab shows; Jenkins shows the attribute
 
@@ -111,14 +111,14 @@ def test_scores_are_properties_of_the_suite() -> None:
 
 
 def test_without_a_forecast_all_domains_are_errors_and_there_are_no_scores() -> None:
-    root = read(junit_xml({"law": ("cannot tell", "explained variance: none."), "code": ("cannot tell", "the same.")}, None))
+    root = read(junit_xml({name: Judgement("cannot tell", "explained variance: none.") for name in ("law", "code")}, None))
     assert [child.tag for case in root.iter("testcase") for child in case] == ["error", "error"]
     assert not list(root.iter("property"))
 
 
 @pytest.mark.parametrize("name", ["a<b>&\"'", "\x1b[31mred\x00", "\ud800", "法律", "two\nlines", "]]>"])
 def test_any_name_and_reason_make_valid_xml(name: str) -> None:
-    root = read(junit_xml({name: ("no-go", f"because of {name}.")}, forecast(domain_forecast(name))))
+    root = read(junit_xml({name: Judgement("no-go", f"because of {name}.")}, forecast(domain_forecast(name))))
     (case,) = root.iter("testcase")
     assert len(case.attrib["name"]) == len(name)
     if name.isprintable():
@@ -129,7 +129,7 @@ def test_domains_are_decided_as_the_verdict_decides_them() -> None:
     domains = [domain_forecast("law", **HARMED), domain_forecast("code"), domain_forecast("math", **UNSURE)]
     made, policy = forecast(*domains), PolicyConfig(dict.fromkeys(("law", "code", "math"), 0.1))
     judged = judge_domains(made, policy)
-    assert {name: decision for name, (decision, _) in judged.items()} == {"law": "no-go", "code": "go", "math": "cannot tell"}
+    assert {name: found.decision for name, found in judged.items()} == {"law": "no-go", "code": "go", "math": "cannot tell"}
     verdict = judge_forecast(made, policy)
     assert (verdict.decision, verdict.threatened) == ("no-go", ("law",))
     assert verdict.reasons == {name: reason for name, (_, reason) in judged.items()}
