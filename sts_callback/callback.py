@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 
-from sts_callback.config import PolicyConfig, ProbeConfig, finite, require, whole
+from sts_callback.config import PlainBudget, PolicyConfig, ProbeConfig, finite, require, whole
 from sts_callback.data.reader import Source, held
 from sts_callback.data.starter import choose_domains
 from sts_callback.distributed import Ranks
@@ -60,7 +60,7 @@ class STSCallback(TrainerCallback):
     def __init__(
         self,
         sae: SaeSource | Sequence[SaeSource] | None = None,
-        protect: Sequence[str] | Mapping[str, float] = (),
+        protect: Sequence[str] | Mapping[str, PlainBudget] = (),
         *,
         domains: Mapping[str, Source] | None = None,
         train_data: Source | None = None,
@@ -80,8 +80,9 @@ class STSCallback(TrainerCallback):
             sae: SAELens `release/sae_id`, a folder in SAELens format, a `sae_lens.SAE`, or `"auto"`; or several, of which each
                 makes a forecast and the first is the one that decides and watches drift. Without any argument at all, settings
                 are read from a file, see `training.arguments.STSArguments.of_environment`.
-            protect: names of domains that training must not harm, or names with budgets: the rise of answer NLL that each may
-                suffer, in nats per token (default 0.1).
+            protect: names of domains that training must not harm, or names with budgets: what each one's answers may lose, as a
+                number of nats a token (default 0.1), or as a text in another unit: `"0.05 bits/byte"`, which does not depend on
+                the tokenizer, or `"2 points"` of token accuracy.
             domains: own domains, name to file, data set or rows, in any format that TRL accepts. A protected name that is not
                 among them is one that ships with the package.
             train_data: the training examples with their answers, if the trainer's own data set cannot be read or has none.

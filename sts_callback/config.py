@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from sts_callback.errors import ConfigError
 
 ChatTemplateUse = Literal["auto", "always", "never"]
 CHAT_TEMPLATE: tuple[ChatTemplateUse, ...] = get_args(ChatTemplateUse)
+
+Unit = Literal["nats/token", "bits/byte", "points"]
+"""Of a budget: NLL over the answers' tokens, NLL over the bytes of their text, or percentage points of their token accuracy."""
+PlainBudget: TypeAlias = float | str
+"""A number of nats a token, or a text with another unit."""
 
 TRAIN = "train"
 """Name of the training data's probe set, which no domain may have."""
@@ -158,8 +164,57 @@ class ProbeConfig:
         require(self.chat_template in CHAT_TEMPLATE, "chat_template", self.chat_template, " or ".join(CHAT_TEMPLATE))
 
 
+DIGITS: Mapping[Unit, int] = {"nats/token": 2, "bits/byte": 3, "points": 1}
+"""That are shown of a number in each unit: what a budget of usual size is a few times of."""
+_SPELLINGS: Mapping[Unit, str] = {
+    "nats/token": r"|nats?((/| per | an? )token)?",
+    "bits/byte": r"bits?(/| per | an? )byte|bpb",
+    "points": r"points?|pp|(percentage )?points?( of( token)? accuracy)?",
+}
+_BUDGETS = (
+    "a budget above 0: a number of nats a token such as 0.1, or a text with another unit such as '0.05 bits/byte' or '2 points' "
+    "(of token accuracy, up to 100)"
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a protected domain's answers may lose."""
+
+    value: float
+    unit: Unit = "nats/token"
+
+    @classmethod
+    def of(cls, given: Any, where: str = "budget") -> Budget:
+        """Read a budget.
+
+        Args:
+            given: a number of nats a token, or a text of a number with a unit or without.
+            where: the setting's name.
+
+        Raises:
+            ConfigError: if it is something else, not above 0, or more points than there are.
+
+        """
+        unit: Unit | None = "nats/token"
+        if isinstance(given, str):
+            text = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*(.*?)\s*", given, re.IGNORECASE)
+            number, spelled = (float(text[1]), text[2]) if text else (math.nan, "")
+            unit = next((u for u, form in _SPELLINGS.items() if re.fullmatch(form, spelled, re.IGNORECASE)), None)
+        else:
+            number = finite(given, where, _BUDGETS)
+        require(unit is not None and 0 < number < math.inf, where, given, _BUDGETS)
+        require(unit != "points" or number <= 100, where, given, _BUDGETS)
+        return cls(number, unit)  # type: ignore[arg-type]  # it was required
+
+    @property
+    def plain(self) -> PlainBudget:
+        """As settings and JSON have it: a bare number is one of nats a token."""
+        return self.value if self.unit == "nats/token" else f"{repr(self.value).removesuffix('.0')} {self.unit}"
+
+
 DEFAULT_BUDGET = 0.1
-"""Nats per token that a protected domain's answers may lose. Our choice: perplexity up by a tenth is what a reader notices."""
+"""Nats a token that a protected domain's answers may lose. Our choice: perplexity up by a tenth is what a reader notices."""
 
 ROWS_READ, ROWS_SHOWN = 2000, 10
 """Training rows that `blame` reads and shows. Our choice: reading as many short rows takes about as long as a forecast."""
@@ -176,8 +231,8 @@ good as new rows: Muennighoff et al., NeurIPS 2023, arXiv 2305.16264)."""
 class PolicyConfig:
     """When movement becomes a verdict."""
 
-    budgets: Mapping[str, float] = field(default_factory=dict)
-    """Protected domains, and the rise of answer NLL each may suffer, in nats per token."""
+    budgets: Mapping[str, PlainBudget] = field(default_factory=dict)
+    """Protected domains, and what each one's answers may lose: a number of nats a token, or a text with its unit."""
     min_drift: float = 0.05
     """A domain moves if its squared feature drift is at least this share of its squared feature activity at step 0."""
     patience: int = 1
@@ -190,6 +245,11 @@ class PolicyConfig:
     max_masked_share: float = 0.05
     """With more than this share of tokens left out as attention sinks, what is said of a domain's movement cannot be trusted."""
 
+    @property
+    def limits(self) -> dict[str, Budget]:
+        """The budgets with their units."""
+        return {name: Budget.of(budget) for name, budget in self.budgets.items()}
+
     def __reduce__(self) -> tuple[Any, ...]:
         """How a process sends it to another: read-only mappings cannot be pickled."""
         return type(self), (dict(self.budgets), *list(vars(self).values())[1:])
@@ -197,11 +257,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         """Freeze the budgets and refuse thresholds that could never, or would always, be met."""
         require(isinstance(self.budgets, Mapping), "protect", self.budgets, "a mapping of domains to budgets")
-        budgets = {}
-        for name, budget in self.budgets.items():
-            where, allowed = f"protect[{name!r}]", "a budget above 0, in nats per token"
-            budgets[name] = finite(budget, where, allowed)
-            require(budgets[name] > 0, where, budget, allowed)
+        budgets = {name: Budget.of(budget, f"protect[{name!r}]").plain for name, budget in self.budgets.items()}
         object.__setattr__(self, "budgets", MappingProxyType(budgets))
         _plain_numbers(self)
         require(self.min_drift > 0, "min_drift", self.min_drift, "above 0")

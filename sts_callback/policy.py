@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from sts_callback.config import PolicyConfig, require
+from sts_callback.config import DIGITS, Budget, PolicyConfig, Unit, require
 from sts_callback.errors import CannotTell
 from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, State, Verdict
 from sts_callback.records.remedies import BudgetFinding
@@ -22,6 +22,7 @@ ENOUGH_QUERIES = 28
 """Queries of a protected domain below which a warning is due. Our choice; `examples/false_alarms.py` has the test's power."""
 NOISE_MARGIN = 10
 """Drift that is called movement must be this many times what another batch layout makes of unchanged weights."""
+_UNITS: Mapping[Unit, str] = {"nats/token": "nats a token", "bits/byte": "bits a byte", "points": "points of token accuracy"}
 _SUSPICION = 0.05
 """Level of the test, of one domain at one check by itself, from which on a domain is watched."""
 
@@ -46,7 +47,7 @@ _CANNOT_MOVE = (
 def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
     """Decide before training.
 
-    A protected domain is threatened if the training demonstrations raise the NLL of its answers beyond its budget. They are a
+    A protected domain is threatened if the training demonstrations take from its answers what is beyond its budget. They are a
     weaker push than training and know nothing of its rate and length: a forecast without harm is no promise of none.
 
     Returns:
@@ -67,7 +68,7 @@ def judge_domains(forecast: Forecast, policy: PolicyConfig) -> dict[str, Judgeme
 
     """
     _require_measured(policy, forecast.domains)
-    return {name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.budgets.items()}
+    return {name: _forecast_threat(forecast, name, budget, policy) for name, budget in policy.limits.items()}
 
 
 def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig, levels: Sequence[float] = ()) -> Verdict:
@@ -106,8 +107,8 @@ def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig, levels: 
 def judge_check(snapshot: DriftSnapshot, policy: PolicyConfig, level: float) -> dict[str, Judgement]:
     """Decide on each protected domain by one check alone.
 
-    The test: is the change of NLL above half the budget? One-sided Student t over queries, corrected for the number of protected
-    domains (Holm). With `level` the error of a whole run over its number of checks, that is the chance that any alarm of the run
+    The test: is the harm, in the budget's unit, above half the budget? One-sided Student t over queries, corrected for the number
+    of protected domains (Holm). With `level` the error of a whole run over its number of checks, that is the chance that any alarm of the run
     is false, as long as none of its domains has got worse by half its budget.
 
     Args:
@@ -125,11 +126,11 @@ def judge_check(snapshot: DriftSnapshot, policy: PolicyConfig, level: float) -> 
 
     """
     _require_measured(policy, snapshot.domains)
-    p_values = {name: _p_of_harm(snapshot.domains[name], budget) for name, budget in policy.budgets.items()}
+    p_values = {name: _p_of_harm(snapshot.domains[name], budget) for name, budget in policy.limits.items()}
     corrected = holm(p_values)
     return {
         name: _judged(snapshot, name, budget, p_values[name], corrected[name] <= level > 0, policy, level)
-        for name, budget in policy.budgets.items()
+        for name, budget in policy.limits.items()
     }
 
 
@@ -203,19 +204,19 @@ def power_needed(policy: PolicyConfig, n_looks: int = N_LOOKS) -> str:
     )
 
 
-def judge_budget(change: Estimate, budget: float) -> BudgetFinding:
-    """Whether a change of a domain's NLL keeps its budget, by the change and its interval alone.
+def judge_budget(harm: Estimate, budget: Budget) -> BudgetFinding:
+    """Whether harm keeps a budget, by the harm and its interval alone.
 
     Args:
-        change: of the NLL of its answers, nats a token, with its 95 % interval.
-        budget: in the same unit.
+        harm: what a domain's answers have lost, in the budget's unit, with its 95 % interval.
+        budget: what they may lose.
 
     Returns:
-        `within` if the interval lies under the budget, `beyond` if the change reaches it and the interval lies above 0, else
+        `within` if the interval lies under the budget, `beyond` if the harm reaches it and the interval lies above 0, else
         `cannot tell`.
 
     """
-    worse, _ = _worsens(change, budget)
+    worse = _worsens(harm, budget)
     return "cannot tell" if worse is None else "beyond" if worse else "within"
 
 
@@ -245,26 +246,30 @@ def _verdict(judged: dict[str, Judgement], step: int) -> Verdict:
     return Verdict(decision, threatened, {name: found.reason for name, found in judged.items()}, step)
 
 
-def _forecast_threat(forecast: Forecast, name: str, budget: float, policy: PolicyConfig) -> Judgement:
+def _forecast_threat(forecast: Forecast, name: str, budget: Budget, policy: PolicyConfig) -> Judgement:
     if doubt := _cannot_read(forecast, name, policy):
         return Judgement("cannot tell", doubt)
     domain, transfer = forecast.domains[name], forecast.domains[name].transfer
     known = math.isfinite(transfer.value)
     extent = f"transfer {transfer.value:.0%}, {transfer.low:.0%} to {transfer.high:.0%}" if known else "transfer unknown"
     extent += _outside(domain, policy)
-    worse, sentence = _worsens(domain.nll_change, budget)
+    harm, is_accuracy = domain.harm_in(budget.unit), budget.unit == "points"
+    sentence = f"{'' if is_accuracy else 'answer NLL '}{_told(harm, budget)}, budget {_limit(budget)}"
+    if not _is_known(harm):
+        sentence = _unknown(budget)
+    worse = _worsens(harm, budget)
     if worse is None:
         return Judgement("cannot tell", f"direction unsure ({sentence}; {extent}).")
     if worse:
-        return Judgement("no-go", f"NLL rises in context ({sentence}; {extent}).")
+        return Judgement("no-go", f"{'token accuracy falls' if is_accuracy else 'NLL rises'} in context ({sentence}; {extent}).")
     return Judgement("go", f"no harm in context ({sentence}; {extent}).")
 
 
-def _p_of_harm(domain: DomainDrift, budget: float) -> float:
-    """Whether its answers have got worse by more than half the budget, before correction; NaN if that is not known."""
+def _p_of_harm(domain: DomainDrift, budget: Budget) -> float:
+    """Whether its answers have lost more than half the budget, before correction; NaN if that is not known."""
     from sts_callback.metrics.statistics import p_above  # SciPy, which reading a verdict does not take
 
-    return p_above(domain.query_changes, domain.query_answer_tokens, budget / 2)
+    return p_above(*domain.query_harm_in(budget.unit), budget.value / 2)
 
 
 def _fewest(policy: PolicyConfig, level: float) -> int:
@@ -274,31 +279,43 @@ def _fewest(policy: PolicyConfig, level: float) -> int:
 
 
 def _judged(
-    snapshot: DriftSnapshot, name: str, budget: float, p_value: float, passed: bool, policy: PolicyConfig, level: float
+    snapshot: DriftSnapshot, name: str, budget: Budget, p_value: float, passed: bool, policy: PolicyConfig, level: float
 ) -> Judgement:
-    domain, change = snapshot.domains[name], snapshot.domains[name].nll_change
+    domain, harm, limit = snapshot.domains[name], snapshot.domains[name].harm_in(budget.unit), _limit(budget)
     moved = _movement(snapshot, domain, policy)
     if domain.n_not_finite:
         return _DIVERGED
-    if not (math.isfinite(change.value) and math.isfinite(p_value)):
-        return Judgement("cannot tell", f"answer NLL unknown; {moved}.")
-    at = f"at {change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}] nats a token after {_steps(snapshot.step)}"
+    if not (math.isfinite(harm.value) and math.isfinite(p_value)):
+        return Judgement("cannot tell", f"{_unknown(budget)}; {moved}.")
+    at = f"at {_told(harm, budget)} after {_steps(snapshot.step)}"
     against = f"p {_p(p_value)} against half of it"
     if passed and domain.n_queries < (fewest := _fewest(policy, level)):
         few = f"{domain.n_queries} queries are too few for an alarm, {fewest} are needed"
-        return Judgement("cannot tell", f"{at}, budget {budget:.2f}: {few}; {moved}.")
-    if passed and change.value >= budget:
-        return Judgement("no-go", f"{at}, over its budget of {budget:.2f} ({against}); {moved}.", "over")
+        return Judgement("cannot tell", f"{at}, budget {limit}: {few}; {moved}.")
     if passed:
-        return Judgement("no-go", f"{at}, on course to pass {budget:.2f} ({against}); {moved}.", "on course")
-    is_within = change.high < budget
+        is_over = harm.value >= budget.value
+        where = f"over its budget of {limit}" if is_over else f"on course to pass {limit}"
+        reason = f"{at}, {where} ({against}){_beside_loss(domain, budget)}; {moved}."
+        return Judgement("no-go", reason, "over" if is_over else "on course")
+    is_within = harm.high < budget.value
     state: State = "within" if is_within else "inconclusive"
     if p_value <= _SUSPICION:
         why = "not sure enough for an alarm" if level > 0 else "at a check beyond the planned ones, which alone may alarm"
-        return Judgement("watch", f"{at}, perhaps on course to pass {budget:.2f} ({against}, {why}); {moved}.", state)
+        return Judgement("watch", f"{at}, perhaps on course to pass {limit} ({against}, {why}); {moved}.", state)
     if is_within:
-        return Judgement("go", f"{at}, within its budget of {budget:.2f}; {moved}.", state)
-    return Judgement("cannot tell", f"{at}, too unsure for a budget of {budget:.2f}; {moved}.", state)
+        return Judgement("go", f"{at}, within its budget of {limit}; {moved}.", state)
+    return Judgement("cannot tell", f"{at}, too unsure for a budget of {limit}; {moved}.", state)
+
+
+def _beside_loss(domain: DomainDrift, budget: Budget) -> str:
+    """What has become of the answers' tokens where their NLL has risen: it may rise while no fewer of them are right."""
+    found = domain.accuracy
+    if budget.unit == "points" or found is None or not _is_known(found.change):
+        return ""
+    told = f"token accuracy {found.then:.1%} to {found.now:.1%}"
+    if found.change.high < 0:
+        return f"; {told}"
+    return f"; by loss alone: {told}{', no sure fall' if found.change.value < 0 else ''}"
 
 
 def _steps(n: int) -> str:
@@ -334,14 +351,32 @@ def _too_much_masked(domain: DomainForecast | DomainDrift, policy: PolicyConfig)
     return f"{share:.0%} of its tokens are attention sinks, more than {policy.max_masked_share:.0%}"
 
 
-def _worsens(change: Estimate, budget: float) -> tuple[bool | None, str]:
-    """Whether a change of NLL is beyond the budget; None if its interval does not allow to say."""
-    if not (math.isfinite(change.value) and math.isfinite(change.low)):
-        return None, "answer NLL unknown"
-    sentence = f"answer NLL {change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}] nats a token, budget {budget:.2f}"
-    if change.value >= budget:
-        return (True if change.low > 0 else None), sentence
-    return (False if change.high < budget else None), sentence
+def _worsens(harm: Estimate, budget: Budget) -> bool | None:
+    """Whether harm is beyond a budget; None if its interval does not allow to say."""
+    if not _is_known(harm):
+        return None
+    if harm.value >= budget.value:
+        return True if harm.low > 0 else None
+    return False if harm.high < budget.value else None
+
+
+def _is_known(estimate: Estimate) -> bool:
+    return math.isfinite(estimate.value) and math.isfinite(estimate.low)
+
+
+def _told(harm: Estimate, budget: Budget) -> str:
+    """Harm with its interval, as a change of NLL or of token accuracy: the one rises by it, the other falls."""
+    sign, form = (-1 if budget.unit == "points" else 1), f"+.{DIGITS[budget.unit]}f"
+    value, *ends = (sign * number + 0.0 for number in vars(harm).values())  # no -0.0
+    return f"{value:{form}} [{min(ends):{form}}, {max(ends):{form}}] {_UNITS[budget.unit]}"
+
+
+def _limit(budget: Budget) -> str:
+    return f"{budget.value:.{DIGITS[budget.unit]}f}"
+
+
+def _unknown(budget: Budget) -> str:
+    return f"{'token accuracy' if budget.unit == 'points' else 'answer NLL'} unknown"
 
 
 def _p(p_value: float) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from sts_callback.config import DEFAULT_BUDGET, PolicyConfig, ProbeConfig
+from sts_callback.config import DEFAULT_BUDGET, Budget, PolicyConfig, ProbeConfig, Unit
 from sts_callback.errors import ConfigError
 
 NAN = float("nan")
@@ -61,8 +61,49 @@ def test_defaults_are_those_of_the_paper_where_it_has_them() -> None:
 @pytest.mark.parametrize("budget", [0.0, -0.1, NAN])
 def test_budgets_must_be_above_nothing(budget: float) -> None:
     assert PolicyConfig({"law": 0.001}).budgets == {"law": 0.001}
-    with pytest.raises(ConfigError, match=r"^protect\['law'\]: got .*; allowed is a budget above 0, in nats per token\.$"):
+    with pytest.raises(ConfigError, match=r"^protect\['law'\]: got .*; allowed is a budget above 0: a number of nats a token "):
         PolicyConfig({"code": DEFAULT_BUDGET, "law": budget})
+
+
+SPELLINGS: dict[Unit, tuple[str, ...]] = {
+    "nats/token": ("0.5", " 5e-1 ", ".5 nats", "0.5 nats/token", "0.5nat", "0.5 nats a token", "0.50 nats per token", "+0.5"),
+    "bits/byte": ("0.5 bits/byte", "0.5bits/byte", "0.5 bit/byte", "0.5 bits per byte", "5E-1 BITS A BYTE", "0.5 bpb"),
+    "points": ("0.5 points", "0.5points", "0.5 point", ".5pp", "0.5 percentage points", "0.5 points of token accuracy"),
+}
+
+
+@pytest.mark.parametrize(("text", "unit"), [(text, unit) for unit, texts in SPELLINGS.items() for text in texts])
+def test_a_budget_may_be_a_text_with_its_unit(text: str, unit: Unit) -> None:
+    assert Budget.of(text) == Budget(0.5, unit)
+    plain = {"nats/token": 0.5, "bits/byte": "0.5 bits/byte", "points": "0.5 points"}[unit]
+    assert PolicyConfig({"law": text}) == PolicyConfig({"law": plain})
+    assert PolicyConfig({"law": text}).budgets == {"law": plain}
+    assert PolicyConfig({"law": text}).limits == {"law": Budget(0.5, unit)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("much", "", " ", "points", "two points", "2 %", "2%", "0.05 bits", "0.05 bits/token", "1 nat/byte", "2 points/byte"),
+        *("0 points", "-1 points", "100.5 points", "nan points", "inf bits/byte", "1e999", "1,5 points", "1 2 points", "1_0"),
+    ],
+)
+def test_a_text_that_is_no_budget_is_refused_with_what_is(text: str) -> None:
+    for refused in (lambda: PolicyConfig({"law": text}), lambda: Budget.of(text, "protect['law']")):
+        with pytest.raises(ConfigError) as error:
+            refused()
+        told = str(error.value)
+        assert told.startswith(f"protect['law']: got {text!r}; allowed is a budget above 0: ")
+        assert "0.1" in told and "'0.05 bits/byte'" in told and "'2 points'" in told
+
+
+@pytest.mark.parametrize("value", [2.0, 0.1, 1 / 3, 1e-7, 100])
+@pytest.mark.parametrize("unit", get_args(Unit))
+def test_a_budget_is_read_back_from_its_plain_form(value: float, unit: Unit) -> None:
+    plain = Budget(float(value), unit).plain
+    assert Budget.of(plain) == Budget(float(value), unit)
+    assert isinstance(plain, float) == (unit == "nats/token")
+    assert Budget.of("2 points").plain == "2 points"
 
 
 def test_settings_are_frozen() -> None:

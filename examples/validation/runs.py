@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.measure import scoring
-from sts_callback.measure.accumulators import ProbeStats
+from sts_callback.measure.accumulators import ZERO_SHOT, ProbeStats
 from sts_callback.measure.step_zero import StepZeroStats
 from sts_callback.metrics.scores import n_shared
 from sts_callback.model.undisturbed import undisturbed
@@ -111,7 +111,10 @@ def _check_baselines(lab: Lab, fine_tune: str) -> dict[str, StepZeroStats]:
         zero_shot = lab.bare_reading(key, probes)
         fields = ("counted", "acts", "sketches", "n_tokens", "energy", "raw_energy")
         zero[probes.name] = dataclasses.replace(
-            scoring.step_zero_stats(whole), **{field: getattr(zero_shot, field) for field in fields}, nll=zero_shot.zero_shot_nll
+            scoring.step_zero_stats(whole),
+            **{field: getattr(zero_shot, field) for field in fields},
+            nll=zero_shot.zero_shot_nll,
+            right=zero_shot.right[ZERO_SHOT],
         )
     return zero
 

@@ -23,8 +23,9 @@ def add_protect(command: argparse.ArgumentParser) -> None:
         "--protect",
         action="append",
         default=[],
-        metavar="NAME[=NATS]",
-        help="a domain that must not suffer, your own or a shipped one, with its budget in nats per token; repeatable",
+        metavar="NAME[=BUDGET]",
+        help="a domain that must not suffer, your own or a shipped one, with what its answers may lose: 0.1 (nats a token), "
+        "'0.05 bits/byte' or 2points (of token accuracy); repeatable",
     )
 
 

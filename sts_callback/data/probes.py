@@ -65,6 +65,8 @@ class ProbeSet:
     """SHA-256 of what a person wrote: rows, how they were drawn, the chat template's source; empty if that is not known."""
     read: RowsRead | None = field(default=None, compare=False)
     """What came of the rows that it was drawn from."""
+    answer_bytes: tuple[int, ...] = ()
+    """Length of the text of each answer, in bytes of UTF-8; empty if that is not known, as in sets kept by earlier versions."""
 
     def group(self, index: int) -> int:
         """The group that a query stands in; for training demonstrations the same number in every set means the same draw."""
@@ -142,14 +144,26 @@ def make_probe_set(
         notes.append(f"a stream, for which its first {len(rows):,} rows stand (at most {STREAM_ROWS:,})")
     if as_chat:
         notes.append("plain rows are asked in the chat template, as the training data are (chat_template='never' leaves them)")
+    queries = tuple(encoded[i][0] for i in asked)
     return ProbeSet(
         name,
-        tuple(encoded[i][0] for i in asked),
+        queries,
         tuple(tuple(token for i in one for token in (*encoded[i][0].tokens, *separator)) for one in shown),
         n_cut,
         _written(examples, [asked, shown, config.max_tokens], tokenizer),
         RowsRead(name, len(rows), reader.n_read, len(examples), n_cut, dict(reader.left_out), reader.unread, tuple(notes)),
+        tuple(_answer_bytes(query, tokenizer) for query in queries),
     )
+
+
+def _answer_bytes(query: Query, tokenizer: PreTrainedTokenizerBase) -> int:
+    """By what the answer adds to its query's text: many tokenizers drop the space that a text of its own would begin with."""
+
+    def n_bytes(tokens: Sequence[int]) -> int:
+        text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(str(text).encode())
+
+    return n_bytes(query.tokens) - n_bytes(query.query)
 
 
 def _written(examples: Sequence[Example], drawn: object, tokenizer: PreTrainedTokenizerBase) -> str:

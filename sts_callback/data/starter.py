@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sts_callback.config import DEFAULT_BUDGET, TRAIN, require, require_once
+from sts_callback.config import DEFAULT_BUDGET, TRAIN, PlainBudget, require, require_once
 from sts_callback.data.reader import Source, held
 from sts_callback.errors import ConfigError
 
@@ -22,12 +22,12 @@ def starter_domains() -> dict[str, Path]:
 
 
 def choose_domains(
-    protect: str | Sequence[str] | Mapping[str, float], domains: Mapping[str, Source] | None
-) -> tuple[dict[str, Source], dict[str, float]]:
+    protect: str | Sequence[str] | Mapping[str, PlainBudget], domains: Mapping[str, Source] | None
+) -> tuple[dict[str, Source], dict[str, PlainBudget]]:
     """Find what to measure and what to protect.
 
     Args:
-        protect: names of domains, or names with budgets in nats per token; `"all"`, alone or among them, are all shipped ones.
+        protect: names of domains, or names with budgets; `"all"`, alone or among them, are all shipped ones.
         domains: the user's own, name to source; a protected name that is not among them is a shipped one.
 
     Returns:
@@ -41,7 +41,7 @@ def choose_domains(
     names = names_in([protect] if isinstance(protect, str) and protect == ALL else protect)
     domains = {} if domains is None else domains
     require_domains(domains)
-    budgets = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, DEFAULT_BUDGET)
+    budgets: dict[str, PlainBudget] = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, DEFAULT_BUDGET)
     shipped = starter_domains()
     chosen = {name: held(source, f"domains[{name!r}]") for name, source in domains.items()}
     if ALL in budgets and ALL not in chosen:
@@ -61,7 +61,7 @@ def choose_domains(
     return chosen, budgets
 
 
-def names_in(given: Any) -> list[str] | Mapping[str, float]:
+def names_in(given: Any) -> list[str] | Mapping[str, PlainBudget]:
     """Names of domains, or names with budgets.
 
     Args:

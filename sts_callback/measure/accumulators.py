@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from sts_callback.measure.answers import Answers
 from sts_callback.measure.sae_reader import SAEReader
 from sts_callback.metrics.sums import SKETCH_WIDTH, QuerySums, SparseActs, sketch
 from sts_callback.model.sae import Reconstruction
@@ -96,6 +97,8 @@ class ProbeStats:
     """Answer tokens, `(n_queries,)`, int64."""
     nll: Mapping[str, torch.Tensor]
     """By the name of a context with answers, `ZERO_SHOT` among them: NLL of the answer in nats, `(n_queries,)`."""
+    right: Mapping[str, torch.Tensor]
+    """Likewise, which answer tokens are right, see `Answers`."""
     gradients: torch.Tensor | None
     """Of the answers' NLL without context by feature activations, summed over the tokens of each query and its answer,
     `(n_queries, d_sae)`, in nats per unit of activation; None where they were not asked for or cannot be had."""
@@ -168,8 +171,8 @@ class ProbeSums:
             by_feature = self._sae_reader.encoder.feature_gradient(x[chunk], gradient[chunk])
             self._gradients.add(by_feature, owner[chunk].to(by_feature.device))
 
-    def result(self, nll: Mapping[str, torch.Tensor], n_answer: torch.Tensor) -> ProbeStats:
-        """All of it, with the answers' NLL by context and their lengths."""
+    def result(self, answers: Mapping[str, Answers], n_answer: torch.Tensor) -> ProbeStats:
+        """All of it, with the answers by context and their lengths."""
         counted, sq_norms = torch.cat(self._counted), self._sq_norms.result
         return ProbeStats(
             n_tokens=torch.bincount(torch.cat(self._owner), minlength=self._n_queries),
@@ -181,7 +184,8 @@ class ProbeSums:
             raw_sq_norm=sq_norms[:, 1],
             shifts={name: sums.result for name, sums in self._shifts.items()},
             n_answer=n_answer,
-            nll=nll,
+            nll={name: read.nll for name, read in answers.items()},
+            right={name: read.right for name, read in answers.items()},
             gradients=None if self._gradients is None else self._gradients.result,
             counted=counted,
             acts=SparseActs.cat(self._acts),
@@ -217,6 +221,8 @@ class DriftStats:
     """Squared differences to step 0; those of raw activations and of the SAE's error estimated from sketches."""
     nll: torch.Tensor | None
     """NLL of the answers in nats, `(n_queries,)`; None without a language-model head."""
+    right: torch.Tensor | None
+    """Which answer tokens are right, see `Answers`; None likewise."""
     n_not_finite: int
     """Tokens with an activation that is NaN or infinite; they count among the sinks."""
 
@@ -263,9 +269,10 @@ class DriftSums:
                 one[~not_outlier[chunk].to(device)] = 0.0
             self._shift.add(differences, owner[chunk].to(device))
 
-    def result(self, nll: torch.Tensor | None) -> DriftStats:
-        """All of it, with the answers' NLL."""
-        return DriftStats(self._n_tokens, self._n_masked, self._shift.result, nll, self._n_not_finite.result)
+    def result(self, answers: Answers | None) -> DriftStats:
+        """All of it, with the answers."""
+        nll, right = (None, None) if answers is None else (answers.nll, answers.right)
+        return DriftStats(self._n_tokens, self._n_masked, self._shift.result, nll, right, self._n_not_finite.result)
 
 
 class ActivitySums:

@@ -1,8 +1,9 @@
-"""NLL of answers, from the logits that predict their tokens."""
+"""How a model takes answers, from the logits that predict their tokens: NLL, and which tokens it would have written itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,18 +11,57 @@ from torch import nn
 from sts_callback.data.probes import Query
 
 
-def losses_of(logits: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
-    """NLL of each answer token, `(n_answer_tokens,)`; in pieces, so that the float32 copy of the logits stays small."""
+@dataclass(frozen=True)
+class Answers:
+    """The answers of some queries; on the CPU."""
+
+    nll: torch.Tensor
+    """In nats, `(n_queries,)`."""
+    right: torch.Tensor
+    """Which answer tokens are the most likely next ones behind those before them, `(n_queries, longest)` booleans; False beyond an
+    answer's end."""
+
+    @classmethod
+    def unread(cls, queries: Sequence[Query]) -> Answers:
+        """Room for those of these queries."""
+        return cls(torch.zeros(len(queries)), torch.zeros(len(queries), _longest(queries), dtype=torch.bool))
+
+    @classmethod
+    def of(cls, losses: torch.Tensor, right: torch.Tensor, queries: Sequence[Query]) -> Answers:
+        """Put together what `read_tokens` gives of these queries."""
+        n = torch.tensor([len(q.answer) for q in queries])
+        owner = torch.repeat_interleave(torch.arange(len(queries)), n)
+        place = torch.arange(len(owner)) - (n.cumsum(0) - n)[owner]
+        made = cls.unread(queries)
+        made.nll.index_add_(0, owner, losses.cpu())
+        made.right[owner, place] = right.cpu()
+        return made
+
+    def put(self, places: Sequence[int] | slice, some: Answers) -> None:
+        """Write those of some of the queries to their places."""
+        self.nll[places] = some.nll
+        self.right[places, : some.right.shape[1]] = some.right
+
+
+def read_tokens(logits: torch.Tensor, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL of each answer token, and whether it is the most likely one; in pieces, so that float32 copies of logits stay small.
+
+    Args:
+        logits: at the positions before the answers' tokens, `(n_answer_tokens, vocab)`.
+        queries: whose answers they are.
+
+    Returns:
+        Nats, and booleans, both `(n_answer_tokens,)`. Of equal logits the first is the most likely one, as in greedy decoding;
+        where logits are not finite, no token is right.
+
+    """
     targets = torch.tensor([token for q in queries for token in q.answer], device=logits.device)
-    return torch.cat(
-        [
-            nn.functional.cross_entropy(some.float(), target, reduction="none")
-            for some, target in zip(torch.split(logits, 64), torch.split(targets, 64), strict=True)
-        ]
-    )
+    losses, right = [], []
+    for some, target in zip(torch.split(logits, 64), torch.split(targets, 64), strict=True):
+        losses.append(nn.functional.cross_entropy(some.float(), target, reduction="none"))
+        right.append((some.detach().argmax(dim=-1) == target) & losses[-1].detach().isfinite())
+    return torch.cat(losses), torch.cat(right)
 
 
-def by_query(losses: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
-    """Losses of answer tokens, `(n_answer_tokens,)`, summed for each query, `(len(queries),)`."""
-    answered_by = torch.repeat_interleave(torch.arange(len(queries)), torch.tensor([len(q.answer) for q in queries]))
-    return torch.zeros(len(queries)).index_add_(0, answered_by, losses.cpu())
+def _longest(queries: Sequence[Query]) -> int:
+    return max(len(q.answer) for q in queries)

@@ -46,7 +46,7 @@ from sts_callback.model.fingerprint import Weights, weights_of
 from sts_callback.model.hooks import find_layers, max_positions, model_name, vocab_size
 from sts_callback.model.sae import SaeSource, encoder_for, require_saes
 from sts_callback.model.undisturbed import undisturbed
-from sts_callback.records import TRAIN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
+from sts_callback.records import TRAIN, UNKNOWN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -306,7 +306,7 @@ class Monitor:
             make_completion_set("rollouts", rows, self.tokenizer, self.config, field="rollouts") for rows in (then, now)
         )
         if min(len(then_set.queries), len(now_set.queries)) < 2 or then_set == now_set:  # nothing was written since
-            return scoring.NAN_ESTIMATE
+            return UNKNOWN
         zero_shot = self._context((), with_answers=False)
         now_acts, then_acts = (self._runner.read_activity(s, zero_shot, batch_tokens=batch_tokens) for s in (now_set, then_set))
         return scoring.output_drift(now_acts, then_acts)

@@ -27,7 +27,7 @@ from sts_callback.measure.accumulators import (
     ProbeSums,
     StepZero,
 )
-from sts_callback.measure.answers import by_query, losses_of
+from sts_callback.measure.answers import Answers, read_tokens
 from sts_callback.measure.sae_reader import Fit, SAEReader
 from sts_callback.model.capture import Capture, Prefix, may_differ
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, vocab_size
@@ -38,7 +38,7 @@ _N_CALIBRATION = 4  # queries of each set that set the median norm
 
 OnBatch = Callable[[int], object]
 """Told the number of queries done, for progress."""
-_Ran = tuple[list[int], dict[str, torch.Tensor], torch.Tensor | None]
+_Ran = tuple[list[int], dict[str, torch.Tensor], Answers | None]
 """A batch, as places in its segment, with what `ProbeRunner._batch` gave."""
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Context:
 
     token_ids: tuple[int, ...]
     with_answers: bool
-    """Whether the answers follow and their NLL is wanted, which takes the whole depth of the model."""
+    """Whether the answers follow and are to be read, which takes the whole depth of the model."""
     run: Callable[[], Prefix]
     """Gives the tokens with their keys and values."""
 
@@ -203,19 +203,19 @@ class ProbeRunner:
             for sae_reader in self.sae_readers
         ]
         passes = {ZERO_SHOT: [zero_shot], **contexts}
-        nll = {name: torch.zeros(n_queries) for name, draws in passes.items() if draws[0].with_answers}
+        answers = {name: Answers.unread(probes.queries) for name, draws in passes.items() if draws[0].with_answers}
         for segment in segments(probes, self._config.batch_tokens):
             found: dict[str, dict[str, torch.Tensor]] = {}
             for name, draws in passes.items():
                 to_gradients = sums if differentiable and name == ZERO_SHOT else ()
-                found[name], losses = self._segment(probes, segment, draws, on_batch, to_gradients=to_gradients)
-                if losses is not None:
-                    nll[name][segment.start : segment.stop] = losses
+                found[name], some = self._segment(probes, segment, draws, on_batch, to_gradients=to_gradients)
+                if some is not None:
+                    answers[name].put(slice(segment.start, segment.stop), some)
             owner = _owner(probes, segment)
             for sae_reader, one in zip(self.sae_readers, sums, strict=True):
                 one.add({name: x[sae_reader.point.name] for name, x in found.items()}, owner)
         n_answer = torch.tensor([len(q.answer) for q in probes.queries])
-        return self._with_whole_gradients([one.result(nll, n_answer) for one in sums])
+        return self._with_whole_gradients([one.result(answers, n_answer) for one in sums])
 
     def _with_whole_gradients(self, readings: list[ProbeStats]) -> list[ProbeStats]:
         """Put together the gradients of queries, of each of which one process has them and the others zeros."""
@@ -256,14 +256,14 @@ class ProbeRunner:
         n_queries = len(probes.queries)
         sae_readers = self.sae_readers[: len(step_zeros)]
         sums = [DriftSums(sae_reader, n_queries, zero) for sae_reader, zero in zip(sae_readers, step_zeros, strict=True)]
-        nll = torch.zeros(n_queries) if zero_shot.with_answers else None
+        answers = Answers.unread(probes.queries) if zero_shot.with_answers else None
         for segment in segments(probes, self._config.batch_tokens):
-            x, losses = self._segment(probes, segment, [zero_shot], on_batch, batch_tokens)
-            if nll is not None and losses is not None:
-                nll[segment.start : segment.stop] = losses
+            x, some = self._segment(probes, segment, [zero_shot], on_batch, batch_tokens)
+            if answers is not None and some is not None:
+                answers.put(slice(segment.start, segment.stop), some)
             for sae_reader, one in zip(sae_readers, sums, strict=True):
                 one.add(x[sae_reader.point.name], _owner(probes, segment))
-        return [one.result(nll) for one in sums]
+        return [one.result(answers) for one in sums]
 
     def read_activity(
         self, probes: ProbeSet, zero_shot: Context, *, batch_tokens: int | None = None
@@ -313,20 +313,20 @@ class ProbeRunner:
         on_batch: OnBatch,
         batch_tokens: int | None = None,
         to_gradients: Sequence[ProbeSums] = (),
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and the answers' NLL, `(len(segment),)`."""
+    ) -> tuple[dict[str, torch.Tensor], Answers | None]:
+        """Activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and the answers."""
         queries = [probes.queries[i] for i in segment]
         candidates = Candidates(queries)
         everything: dict[str, torch.Tensor] = {}
-        nll = torch.zeros(len(queries)) if draws[0].with_answers else None
+        answers = Answers.unread(queries) if draws[0].with_answers else None
 
-        def keep(batch: list[int], acts: Mapping[str, torch.Tensor], losses: torch.Tensor | None) -> None:
+        def keep(batch: list[int], acts: Mapping[str, torch.Tensor], some: Answers | None) -> None:
             for name, x in acts.items():
                 if name not in everything:
                     everything[name] = x.new_empty(len(candidates.owner), x.shape[1])
                 everything[name][candidates.of(batch).to(x.device)] = x
-            if nll is not None and losses is not None:
-                nll[batch] = losses
+            if answers is not None and some is not None:
+                answers.put(batch, some)
             on_batch(len(batch))
 
         def share() -> list[_Ran]:
@@ -334,23 +334,23 @@ class ProbeRunner:
             ran: list[_Ran] = []
             for batch, context in own:
                 some = [queries[i] for i in batch]
-                acts, losses = (
+                acts, read = (
                     self._differentiated(some, context, [segment[i] for i in batch], to_gradients)
                     if to_gradients
                     else self._batch(some, context)
                 )
-                keep(batch, acts, losses)
+                keep(batch, acts, read)
                 if self._n_shares > 1:
-                    ran.append((batch, {name: x.cpu() for name, x in acts.items()}, losses))
+                    ran.append((batch, {name: x.cpu() for name, x in acts.items()}, read))
             for batch, context in idle:
                 self._batch([queries[i] for i in batch], context)
             return ran
 
         own, idle = self._own(list(self._layout(probes, segment, draws, batch_tokens or self._config.batch_tokens)))
         for rank, ran in enumerate(self._ranks.gathered(share)):
-            for batch, acts, losses in ran if rank != self._ranks.index else ():
-                keep(batch, {name: x.to(self._capture.device) for name, x in acts.items()}, losses)
-        return everything, nll
+            for batch, acts, read in ran if rank != self._ranks.index else ():
+                keep(batch, {name: x.to(self._capture.device) for name, x in acts.items()}, read)
+        return everything, answers
 
     def _own(self, layout: list[T]) -> tuple[list[T], list[T]]:
         """Of a pass's batches those of this process, neighbours since they may share a context, and what it runs for nothing.
@@ -373,24 +373,26 @@ class ProbeRunner:
             for batch in batches(queries, members, batch_tokens, self._vocab_size, len(context.token_ids)):
                 yield batch, context
 
-    def _batch(self, queries: Sequence[Query], context: Context) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """One forward: activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and NLL, `(len(queries),)`."""
+    def _batch(self, queries: Sequence[Query], context: Context) -> tuple[dict[str, torch.Tensor], Answers | None]:
+        """One forward: activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and answers."""
         suffixes = [q.tokens if context.with_answers else q.query for q in queries]
         select = answer_positions(queries) if context.with_answers else None
         captured = self._capture.run(suffixes, context.prefix, select=select)
         x = {name: candidate_rows(acts, queries) for name, acts in captured.activations.items()}
-        return x, None if captured.logits is None else by_query(losses_of(captured.logits, queries), queries)
+        return x, None if captured.logits is None else Answers.of(*read_tokens(captured.logits, queries), queries)
 
     def _differentiated(
         self, queries: Sequence[Query], context: Context, owners: Sequence[int], to_gradients: Sequence[ProbeSums]
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], Answers]:
         """The same with one backward, whose gradients go straight into sums."""
-        found = self._capture.gradient(
-            [q.tokens for q in queries],
-            context.prefix,
-            select=answer_positions(queries),
-            loss=lambda logits: losses_of(logits, queries),
-        )
+        right: list[torch.Tensor] = []
+
+        def loss(logits: torch.Tensor) -> torch.Tensor:
+            losses, is_right = read_tokens(logits, queries)
+            right.append(is_right)
+            return losses
+
+        found = self._capture.gradient([q.tokens for q in queries], context.prefix, select=answer_positions(queries), loss=loss)
         real = torch.arange(max(len(q.tokens) for q in queries)) < torch.tensor([[len(q.tokens)] for q in queries])
         owner = torch.tensor(owners).unsqueeze(1).expand(real.shape)[real]
         for sae_reader, sums in zip(self.sae_readers, to_gradients, strict=True):
@@ -398,7 +400,7 @@ class ProbeRunner:
             if sae_reader.encoder.reconstructs:
                 sums.add_gradients(acts[real.to(acts.device)], gradient[real.to(acts.device)], owner)
         x = {name: candidate_rows(acts, queries) for name, acts in found.activations.items()}
-        return x, by_query(found.losses, queries)
+        return x, Answers.of(found.losses, right[0], queries)
 
 
 def _owner(probes: ProbeSet, segment: range) -> torch.Tensor:

@@ -6,17 +6,19 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from scipy import stats
 
+from sts_callback.config import Unit
 from sts_callback.data.probes import ProbeSet
 from sts_callback.measure.accumulators import ZERO_SHOT, DriftStats, ProbeStats
 from sts_callback.measure.step_zero import StepZeroStats
 from sts_callback.metrics import scores, statistics
 from sts_callback.metrics.statistics import interval, p_above, rank_ranges, resampled_ratios
 from sts_callback.metrics.sums import token_mean
-from sts_callback.records import DomainDrift, DomainForecast, Estimate, Forecast, Score
+from sts_callback.records import UNKNOWN, DomainDrift, DomainForecast, Estimate, Forecast, Score, TokenAccuracy, harm_in
 
 DOMAIN_ICL, TRAIN_ICL, FILLER = "own demonstrations", "training demonstrations", "neutral"
 """Contexts beside `ZERO_SHOT`."""
@@ -54,10 +56,15 @@ class ForecastScorer:
         taught, own = reading.shifts[TRAIN_ICL], reading.shifts.get(DOMAIN_ICL, reading.shifts[TRAIN_ICL])
         taught_total = taught.features.sum(dim=1)
         sets = scores.matched_sets(token_mean(reading.activity, n), self.features)
-        changes = (NAN_ESTIMATE, NAN_ESTIMATE)
+        nll, nll_change, bits_change, accuracy, accuracy_change = UNKNOWN, UNKNOWN, UNKNOWN, _NAN, UNKNOWN
         if reading.nll:
             risen = reading.nll[TRAIN_ICL] - reading.nll[FILLER]
-            changes = estimate(reading.nll[ZERO_SHOT], reading.n_answer, alone), estimate(risen, reading.n_answer, taught_group)
+            n_right = {context: right.sum(dim=1) for context, right in reading.right.items()}
+            nll = estimate(reading.nll[ZERO_SHOT], reading.n_answer, alone)
+            nll_change = estimate(risen, reading.n_answer, taught_group)
+            bits_change = in_bits(probes, risen, taught_group)
+            accuracy = _ratio(n_right[ZERO_SHOT], reading.n_answer)
+            accuracy_change = estimate(n_right[TRAIN_ICL] - n_right[FILLER], reading.n_answer, taught_group)
         net = taught.features - reading.shifts[FILLER].features
         on_features = net[:, list(self.features)].sum(dim=1)
         return DomainForecast(
@@ -79,9 +86,12 @@ class ForecastScorer:
             raw_over_prose=estimate(taught.raw, reading.shifts[FILLER].raw, taught_group),
             sae_error_share=_ratio(taught.sae_error, taught.raw),
             cosine=float(torch.cosine_similarity(token_mean(reading.raw, n), self._train_raw, dim=0)),
-            nll=changes[0],
-            nll_change=changes[1],
+            nll=nll,
+            nll_change=nll_change,
             gradient_change=self._gradient_change(reading.gradients, reading.n_answer),
+            bits_change=bits_change,
+            accuracy=accuracy,
+            accuracy_change=accuracy_change,
         )
 
     def ranked(self, domains: Mapping[str, DomainForecast]) -> dict[str, DomainForecast]:
@@ -113,14 +123,14 @@ class ForecastScorer:
 
     def _gradient_change(self, gradients: torch.Tensor | None, n_answer: torch.Tensor) -> Estimate:
         if gradients is None or self._train_gradients is None or not self._train_n_answer.any():
-            return NAN_ESTIMATE
+            return UNKNOWN
         train = self._train_gradients.double()
         whole = train.sum(dim=0)
         # The square of a mean, without its noise: products of different queries only.
         n_pairs = float(self._train_n_answer.sum()) ** 2 * (1 - 1 / len(train))
         squared = float(whole.square().sum() - train.square().sum()) / n_pairs
         if squared <= 0:
-            return NAN_ESTIMATE
+            return UNKNOWN
         descent = -(gradients.double() @ whole) / float(self._train_n_answer.sum()) / squared
         return estimate(descent, n_answer, torch.arange(len(n_answer)))
 
@@ -167,6 +177,7 @@ def step_zero_stats(reading: ProbeStats) -> StepZeroStats:
         mean_own_shift=token_mean(own.features, reading.n_tokens),
         mean_train_shift=token_mean(reading.shifts[TRAIN_ICL].features, reading.n_tokens),
         mean_filler_shift=token_mean(reading.shifts[FILLER].features, reading.n_tokens),
+        right=reading.right.get(ZERO_SHOT),
     )
 
 
@@ -210,10 +221,11 @@ def domain_drift(
     """Score the drift of one set."""
     mean_drift = token_mean(reading.shift.features, reading.n_tokens)
     n_answer = torch.tensor([len(q.answer) for q in probes.queries])
-    nll, p_worse, risen, n_lost = _NAN, _NAN, torch.full((len(n_answer),), _NAN), 0
+    answers = answer_change(probes, reading, step_zero.nll, step_zero.right)
+    nll, p_worse, n_lost = _NAN, _NAN, 0
     if reading.nll is not None:
-        risen, n_lost = reading.nll - step_zero.nll, int((~reading.nll.isfinite()).sum())
-        nll, p_worse = _ratio(reading.nll, n_answer), p_above(risen.tolist(), n_answer.tolist(), 0.0)
+        nll, n_lost = _ratio(reading.nll, n_answer), int((~reading.nll.isfinite()).sum())
+        p_worse = p_above(answers.risen.tolist(), n_answer.tolist(), 0.0)
     return DomainDrift(
         name=probes.name,
         n_queries=len(probes.queries),
@@ -230,11 +242,14 @@ def domain_drift(
         sts_cross=scores.shift_share(step_zero.mean_train_shift, realised),
         sts_net=scores.net_share(step_zero.mean_train_shift, step_zero.mean_filler_shift, realised),
         nll=nll,
-        nll_change=nll_change(probes, reading.nll, step_zero.nll),
+        nll_change=answers.nll,
         p_worse=p_worse,
-        query_changes=tuple(risen.tolist()),
+        query_changes=tuple(answers.risen.tolist()),
         query_answer_tokens=tuple(n_answer.tolist()),
         n_not_finite=reading.n_not_finite + n_lost,
+        bits_change=answers.bits,
+        query_answer_bytes=probes.answer_bytes,
+        accuracy=answers.accuracy,
     )
 
 
@@ -249,19 +264,63 @@ def raw_drift(reading: DriftStats, step_zero: ProbeStats | StepZeroStats) -> flo
     return _ratio(reading.shift.raw * _token_scale(reading, step_zero), step_zero.raw_sq_norm)
 
 
-def nll_change(probes: ProbeSet, now: torch.Tensor | None, then: torch.Tensor) -> Estimate:
-    """Change of the answers' NLL, in nats per token.
+@dataclass(frozen=True)
+class AnswerChange:
+    """What has become of a set's answers."""
+
+    risen: torch.Tensor
+    """Change of each answer's NLL in nats, `(n_queries,)`; NaN without a language-model head."""
+    nll: Estimate
+    """The same of all together, in nats a token."""
+    bits: Estimate
+    """In bits a byte."""
+    accuracy: TokenAccuracy | None
+
+    def harm_in(self, unit: Unit) -> Estimate:
+        """In a budget's unit; above 0 is worse."""
+        return harm_in(unit, self.nll, self.bits, UNKNOWN if self.accuracy is None else self.accuracy.change)
+
+
+def answer_change(probes: ProbeSet, now: DriftStats, nll: torch.Tensor, right: torch.Tensor | None) -> AnswerChange:
+    """Compare a set's answers with those of step 0.
 
     Args:
-        probes: with the answers.
-        now: NLL of each answer in nats, `(n_queries,)`; None without a language-model head.
-        then: the same at step 0.
+        probes: the set.
+        now: its reading.
+        nll: of each answer at step 0, in nats, `(n_queries,)`.
+        right: which of their tokens were right at step 0, see `Answers`; None if that was not kept.
 
     """
-    if now is None:
-        return NAN_ESTIMATE
+    alone = torch.arange(len(probes.queries))
     n_answer = torch.tensor([len(q.answer) for q in probes.queries])
-    return estimate(now - then, n_answer, torch.arange(len(n_answer)))
+    risen = torch.full(alone.shape, _NAN) if now.nll is None else now.nll - nll
+    accuracy = None if now.right is None or right is None else _token_accuracy(now.right, right, n_answer)
+    return AnswerChange(risen, estimate(risen, n_answer, alone), in_bits(probes, risen, alone), accuracy)
+
+
+def _token_accuracy(now: torch.Tensor, then: torch.Tensor, n_answer: torch.Tensor) -> TokenAccuracy:
+    change, lost = now.sum(dim=1) - then.sum(dim=1), then & ~now
+    return TokenAccuracy(
+        then=_ratio(then, n_answer),
+        now=_ratio(now, n_answer),
+        change=estimate(change, n_answer, torch.arange(len(n_answer))),
+        n_lost=int(lost.sum()),
+        n_gained=int((now & ~then).sum()),
+        n_queries_lost=int(lost.any(dim=1).sum()),
+        query_changes=tuple(change.tolist()),
+    )
+
+
+def in_bits(probes: ProbeSet, change: torch.Tensor, group: torch.Tensor) -> Estimate:
+    """A change of the answers' NLL, in bits a byte of their text.
+
+    Args:
+        probes: with the answers; without their lengths nothing is known.
+        change: of each answer in nats, `(n_queries,)`.
+        group: what is resampled together, `(n_queries,)`.
+
+    """
+    return estimate(change / math.log(2), torch.tensor(probes.answer_bytes), group) if probes.answer_bytes else UNKNOWN
 
 
 def _token_scale(reading: DriftStats, step_zero: ProbeStats | StepZeroStats) -> float:
@@ -280,9 +339,6 @@ def output_drift(now: tuple[torch.Tensor, torch.Tensor], then: tuple[torch.Tenso
     value, resamples = statistics.mean_distance(*now, *then)
     low, high = interval(value, resamples, min(len(now[1]), len(then[1])))
     return Estimate(value, low, high)
-
-
-NAN_ESTIMATE = Estimate(_NAN, _NAN, _NAN)
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> float:

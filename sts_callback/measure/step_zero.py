@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ class StepZeroStats:
     """Mean squared shift by the training demonstrations, `(d_sae,)`: STS_cross."""
     mean_filler_shift: torch.Tensor
     """Mean squared shift by plain prose of equal length, `(d_sae,)`: STS_net."""
+    right: torch.Tensor | None = None
+    """Which answer tokens are right, see `Answers`; None without a language-model head, and in earlier files."""
 
 
 _PROBES = "probes"  # no set's, as those have a slash
 _KEYS = {"sq_norm": "energy", "raw_sq_norm": "raw_energy", "mean_filler_shift": "mean_neutral_shift"}
 """What files call fields that have been renamed since."""
-_TENSORS = {f.name: _KEYS.get(f.name, f.name) for f in fields(StepZeroStats) if f.name != "acts"}
+_TENSORS = {f.name: _KEYS.get(f.name, f.name) for f in fields(StepZeroStats) if f.name not in ("acts", "right")}
 _SPARSE = [f.name for f in fields(SparseActs)]
 
 
@@ -97,6 +99,7 @@ class StepZeroReference:
         for name, one in self.sets.items():
             tensors |= {f"{name}/{key}": getattr(one, field).contiguous() for field, key in _TENSORS.items()}
             tensors |= {f"{name}/acts.{key}": getattr(one.acts, key).contiguous() for key in _SPARSE}
+            tensors |= {} if one.right is None else {f"{name}/right": one.right.contiguous()}
         return tensors
 
     @classmethod
@@ -112,17 +115,18 @@ class StepZeroReference:
         )
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata, keys = file.metadata(), set(file.keys())
                 if metadata["fingerprint"] != fingerprint:
                     raise CannotTell(f"baseline: {path.name} was made with another model, SAE or probes; {remedy}")
                 sets = {
                     name: StepZeroStats(
                         acts=SparseActs(**{key: file.get_tensor(f"{name}/acts.{key}") for key in _SPARSE}),
                         **{field: file.get_tensor(f"{name}/{key}") for field, key in _TENSORS.items()},
+                        right=file.get_tensor(f"{name}/right") if f"{name}/right" in keys else None,
                     )
                     for name in json.loads(metadata["sets"])
                 }
-                kept = file.get_tensor(_PROBES).numpy().tobytes() if _PROBES in set(file.keys()) else b"[]"
+                kept = file.get_tensor(_PROBES).numpy().tobytes() if _PROBES in keys else b"[]"
                 probes = [_probes(**one) for one in json.loads(kept)]
                 return cls(fingerprint, Reference(**json.loads(metadata["reference"])), sets, {s.name: s for s in probes})
         except CannotTell:
@@ -136,6 +140,8 @@ def _told(probes: ProbeSet) -> dict[str, object]:
     return asdict(replace(probes, read=None))
 
 
-def _probes(queries: list[dict[str, list[int]]], demo_sets: list[list[int]], **others: Any) -> ProbeSet:
+def _probes(
+    queries: list[dict[str, list[int]]], demo_sets: list[list[int]], answer_bytes: Sequence[int] = (), **others: Any
+) -> ProbeSet:
     made = tuple(Query(**{name: tuple(values) for name, values in query.items()}) for query in queries)  # type: ignore[arg-type]
-    return ProbeSet(queries=made, demo_sets=tuple(map(tuple, demo_sets)), **others)
+    return ProbeSet(queries=made, demo_sets=tuple(map(tuple, demo_sets)), answer_bytes=tuple(answer_bytes), **others)

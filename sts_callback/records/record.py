@@ -94,8 +94,12 @@ def _typed(value: Any, kind: Any) -> Any:
         if different := (set(value) ^ set(keys.values())) - (optional - set(value)):
             raise ValueError(f"{kind.__name__}: keys differ: {sorted(different)}.")
         return kind(**{name: _typed(value[key], hints[name]) for name, key in keys.items() if key in value})
-    if origin in (types.UnionType, typing.Union):  # a record that may not be there
-        return None if value is None else _typed(value, next(a for a in arguments if a is not type(None)))
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:  # a record that may not be there
+            return None
+        if isinstance(value, str) and str in arguments:  # a number, or a text
+            return value
+        return _typed(value, next(a for a in arguments if a is not type(None)))
     if origin is tuple:
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(_typed(item, hint) for item, hint in zip(value, inner, strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from sts_callback.config import PlainBudget
 from sts_callback.records import Estimate, Identity, Record, Snippet
 from sts_callback.records.record import StoredAs
 
@@ -88,8 +89,10 @@ class ScaledDomain(Record):
     """Squared feature drift over squared activity without the adapter, at least 0."""
     nll_change: Estimate
     """Change of the answers' NLL, in nats per token; above 0 is worse."""
-    budget: float
-    """What it may rise, in nats per token."""
+    harm: Estimate
+    """What its answers have lost, in the budget's unit; above 0 is worse."""
+    budget: PlainBudget
+    """What they may lose."""
     finding: BudgetFinding
     """`within`: its interval lies under the budget; `beyond`: the change reaches the budget, and the interval lies above 0."""
 

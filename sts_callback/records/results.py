@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from sts_callback.config import TRAIN as TRAIN  # what records call the training data, beside the domains
+from sts_callback.config import Unit
 from sts_callback.records.record import Record, StoredAs
 
 Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
 State = Literal["within", "on course", "over", "inconclusive"]
 Status = Literal["pass", "warn", "refuse"]
 TrainSource = Literal["reference answers", "own rollouts"]
+
+_POINTS = 100  # of a share
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class Estimate(Record):
     value: float
     low: float
     high: float
+
+
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+"""What could not be measured."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,16 @@ class DomainForecast(Record):
     """Change of it by the training demonstrations against plain prose of equal length, nats per token; above 0 is worse."""
     gradient_change: Estimate
     """Change of it while a small step lowers the training data's own by one nat, by gradients of features; above 0 is worse."""
+    bits_change: Estimate = UNKNOWN
+    """The same as `nll_change`, in bits a byte of the answers' text."""
+    accuracy: float = math.nan
+    """Share of the answers' tokens that are right before training, see `TokenAccuracy`."""
+    accuracy_change: Estimate = UNKNOWN
+    """Change of that share by the training demonstrations against plain prose of equal length; below 0 is worse."""
+
+    def harm_in(self, unit: Unit) -> Estimate:
+        """What the training demonstrations take from the answers, in a budget's unit; above 0 is worse."""
+        return harm_in(unit, self.nll_change, self.bits_change, self.accuracy_change)
 
     @property
     def transfer(self) -> Estimate:
@@ -173,6 +190,25 @@ class Forecast(Record):
 
 
 @dataclass(frozen=True)
+class TokenAccuracy(Record):
+    """How many of the answers' tokens a model gets right: they are its most likely next ones, the right ones before them."""
+
+    then: float
+    """Share at step 0, in [0, 1]."""
+    now: float
+    change: Estimate
+    """Of that share since step 0, in [-1, 1]; below 0 is worse."""
+    n_lost: int
+    """Tokens that were right at step 0 and are wrong now."""
+    n_gained: int
+    """Tokens that were wrong at step 0 and are right now."""
+    n_queries_lost: int
+    """Queries whose answer has lost at least one."""
+    query_changes: tuple[int, ...]
+    """Tokens gained less tokens lost, of each query's answer."""
+
+
+@dataclass(frozen=True)
 class DomainDrift(Record):
     """What training has done to one domain since step 0."""
 
@@ -217,6 +253,27 @@ class DomainDrift(Record):
     """Answer tokens of each query."""
     n_not_finite: int = 0
     """Query tokens with an activation, and answers with an NLL, that is NaN or infinite: the model has diverged."""
+    bits_change: Estimate = UNKNOWN
+    """The same as `nll_change`, in bits a byte of the answers' text."""
+    query_answer_bytes: tuple[int, ...] = ()
+    """Length of the text of each query's answer, in bytes of UTF-8; empty if that is not known."""
+    accuracy: TokenAccuracy | None = None
+    """None without a language-model head, and where step 0 was measured by an earlier version."""
+
+    def harm_in(self, unit: Unit) -> Estimate:
+        """What training has taken from the answers since step 0, in a budget's unit; above 0 is worse."""
+        return harm_in(unit, self.nll_change, self.bits_change, UNKNOWN if self.accuracy is None else self.accuracy.change)
+
+    def query_harm_in(self, unit: Unit) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """The same of each query: what was taken, and over how many tokens or bytes; empty where it is not known."""
+        if unit == "nats/token":
+            return self.query_changes, self.query_answer_tokens
+        if unit == "bits/byte":
+            taken = tuple(change / math.log(2) for change in self.query_changes)
+            return (taken, self.query_answer_bytes) if self.query_answer_bytes else ((), ())
+        if self.accuracy is None:
+            return (), ()
+        return tuple(_POINTS * -change for change in self.accuracy.query_changes), self.query_answer_tokens
 
 
 @dataclass(frozen=True)
@@ -233,7 +290,7 @@ class DriftSnapshot(Record):
     domains: Mapping[str, DomainDrift]
     seconds: float
     """Wall-clock time of the check."""
-    output_drift: Annotated[Estimate, StoredAs("text_drift")] = Estimate(math.nan, math.nan, math.nan)
+    output_drift: Annotated[Estimate, StoredAs("text_drift")] = UNKNOWN
     """How far what the policy writes has moved since step 0, both texts read with the weights of now: squared distance of mean
     feature activations over the square of the mean then; 0 on average where nothing has moved; NaN without rollouts."""
     can_move: bool = True
@@ -299,6 +356,22 @@ class Verdict(Record):
     def explanation(self) -> str:
         """The reasons that matter in one text: of the threatened domains if there are any, else of all."""
         return " ".join(f"{name}: {reason}" for name, reason in self.reasons.items() if name in (self.threatened or self.reasons))
+
+
+def harm_in(unit: Unit, nll_change: Estimate, bits_change: Estimate, accuracy_change: Estimate) -> Estimate:
+    """What answers have lost, in a budget's unit; above 0 is worse.
+
+    Args:
+        unit: of the budget.
+        nll_change: of the answers' NLL, in nats a token.
+        bits_change: of the same, in bits a byte.
+        accuracy_change: of the share of tokens that are right.
+
+    """
+    if unit == "points":
+        value, low, high = (0.0 - _POINTS * end for end in vars(accuracy_change).values())  # no -0.0
+        return Estimate(value, high, low)
+    return nll_change if unit == "nats/token" else bits_change
 
 
 def in_capitals(decision: Decision, step: int) -> str:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from sts_callback.config import ProbeConfig, require_protected
+from sts_callback.config import PlainBudget, PolicyConfig, ProbeConfig, require_protected
 from sts_callback.data.chat import text_tokenizer
 from sts_callback.data.probes import check_lengths, check_tokens, filler_tokens, make_probe_set
 from sts_callback.data.reader import Source, read_rows
 from sts_callback.data.tokens import bos_tokens
 from sts_callback.errors import ConfigError, ModelError
 from sts_callback.measure import diagnostics, scoring
+from sts_callback.measure.accumulators import ZERO_SHOT
 from sts_callback.measure.identity import identity_of
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.model.hooks import max_positions, model_name, vocab_size
@@ -45,7 +46,7 @@ def dial(
     *,
     sae: SaeSource,
     domains: Mapping[str, Source],
-    budgets: Mapping[str, float],
+    budgets: Mapping[str, PlainBudget],
     scales: Sequence[float],
     config: ProbeConfig | None = None,
     progress: bool = True,
@@ -57,7 +58,7 @@ def dial(
         tokenizer: its tokenizer; not altered.
         sae: see `model.sae.SaeSource`.
         domains: name to source.
-        budgets: of protected domains, in nats per token; only these are measured.
+        budgets: of protected domains; only these are measured.
         scales: of the adapter, above 0, up to 1.
         config: numbers, limits and seed.
         progress: whether to show a progress bar.
@@ -75,7 +76,7 @@ def dial(
     return AdapterScales(knob.identity, points, time.monotonic() - started)
 
 
-def require_possible(budgets: Mapping[str, float], scales: Sequence[float]) -> None:
+def require_possible(budgets: Mapping[str, PlainBudget], scales: Sequence[float]) -> None:
     """Refuse what cannot be dialled, whatever the model.
 
     Args:
@@ -101,7 +102,7 @@ class AdapterScaler:
         *,
         sae: SaeSource,
         domains: Mapping[str, Source],
-        budgets: Mapping[str, float],
+        budgets: Mapping[str, PlainBudget],
         config: ProbeConfig | None = None,
     ) -> None:
         """Draw the probes and read them without the adapter. Arguments and errors as for `dial`."""
@@ -109,7 +110,7 @@ class AdapterScaler:
         tokenizer = text_tokenizer(tokenizer)
         self._bos = bos_tokens(tokenizer)
         config = replace(config or ProbeConfig(), n_features=1)  # none is selected: any width of SAE will do
-        self._model, self._budgets = model, budgets
+        self._model, self._budgets = model, PolicyConfig(budgets).limits
         with undisturbed(model), _scaled(model, 0.0):
             encoder = encoder_for(sae, model)
             self._sets = [
@@ -141,14 +142,17 @@ class AdapterScaler:
             for probes in self._sets:
                 step_zero = self._step_zero[probes.name]
                 reading = self._runner.read_drift(probes, zero_shot, [step_zero])[0]
-                change, budget = scoring.nll_change(probes, reading.nll, step_zero.zero_shot_nll), self._budgets[probes.name]
+                answers = scoring.answer_change(probes, reading, step_zero.zero_shot_nll, step_zero.right.get(ZERO_SHOT))
+                budget = self._budgets[probes.name]
+                harm = answers.harm_in(budget.unit)
                 found[probes.name] = ScaledDomain(
                     name=probes.name,
                     n_queries=len(probes.queries),
                     relative_drift=scoring.relative_drift(reading, step_zero),
-                    nll_change=change,
-                    budget=budget,
-                    finding=judge_budget(change, budget),
+                    nll_change=answers.nll,
+                    harm=harm,
+                    budget=budget.plain,
+                    finding=judge_budget(harm, budget),
                 )
         return ScalePoint(scale, gravest(domain.finding for domain in found.values()), found)
 

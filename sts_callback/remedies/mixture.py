@@ -79,10 +79,13 @@ def require_sources(replay: Mapping[str, Any], policy: PolicyConfig) -> None:
         policy: whose budgets are to be kept.
 
     Raises:
-        ConfigError: if nothing is protected or may be mixed in, or a name is taken.
+        ConfigError: if nothing is protected or may be mixed in, a name is taken, or a budget is not in nats a token.
 
     """
     require_protected(policy.budgets)
+    for name, budget in policy.limits.items():
+        allowed = "a number of nats a token: what is extrapolated to mixtures is the NLL by tokens alone"
+        require(budget.unit == "nats/token", f"protect[{name!r}]", budget.plain, allowed)
     if not replay or TRAIN in replay:
         raise ConfigError(f"replay: got {sorted(replay)}; give at least one source, and none by the name of {TRAIN!r}.")
 
@@ -141,7 +144,7 @@ def search(effects: Mapping[str, SourceEffect], policy: PolicyConfig, constraint
     high = constraints.weights({name: effect.n_rows for name, effect in effects.items()})
     rows = constraints.rows or effects[TRAIN].n_rows
     change = np.array([[effect.nll_change[d].high for d in names] for effect in effects.values()])
-    budgets = np.array([policy.budgets[d] for d in names])
+    budgets = np.array([budget.value for budget in policy.limits.values()])
     steering = np.flatnonzero(np.isfinite(change).all(axis=0))  # what cannot be told is judged but does not steer
     if not len(steering):
         return (_point(effects, {source: float(source == TRAIN) for source in sources}, policy, rows),)
@@ -159,19 +162,20 @@ def search(effects: Mapping[str, SourceEffect], policy: PolicyConfig, constraint
 def _point(effects: Mapping[str, SourceEffect], weights: Mapping[str, float], policy: PolicyConfig, rows: int) -> MixPoint:
     used = {source: weight for source, weight in weights.items() if weight > 0}
     domains = {}
-    for name, budget in policy.budgets.items():
+    for name, budget in policy.limits.items():
         changes = {source: effects[source].nll_change[name] for source in used}
         change = Estimate(
             *(sum(weight * getattr(changes[source], end) for source, weight in used.items()) for end in ("value", "low", "high"))
         )
-        domains[name] = MixedDomain(name, change, budget, _finding([effects[source] for source in used], name, change, policy))
+        finding = _finding([effects[source] for source in used], name, change, policy)
+        domains[name] = MixedDomain(name, change, budget.value, finding)
     counts = apportioned(np.array(list(weights.values())), rows)
-    finding = gravest(domain.finding for domain in domains.values())
-    return MixPoint(dict(weights), dict(zip(weights, counts, strict=True)), finding, domains)
+    worst = gravest(domain.finding for domain in domains.values())
+    return MixPoint(dict(weights), dict(zip(weights, counts, strict=True)), worst, domains)
 
 
 def _finding(used: list[SourceEffect], name: str, change: Estimate, policy: PolicyConfig) -> BudgetFinding:
-    finding = judge_budget(change, policy.budgets[name])
+    finding = judge_budget(change, policy.limits[name])
     uncovered = any(effect.sae_error_share[name] > policy.max_unseen for effect in used)
     return "cannot tell" if finding == "within" and uncovered else finding
 

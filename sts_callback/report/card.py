@@ -16,7 +16,7 @@ from sts_callback.errors import DataError
 from sts_callback.records import Decision, DomainDrift, DomainForecast
 from sts_callback.records.run import Logged
 from sts_callback.report.data import ReportData, build
-from sts_callback.report.formatting import UNKNOWN, counted, in_a_row, interval, nats, percent, percent_1
+from sts_callback.report.formatting import UNKNOWN, budget, counted, in_a_row, interval, nats, percent, percent_1
 from sts_callback.report.headline import ended_alarms
 from sts_callback.runs.directory import RunDirectory, run_directory_in
 from sts_callback.runs.files import write_whole
@@ -147,8 +147,7 @@ def _table(story: ReportData) -> str:
     titles = ("domain", "budget", "transfer, expected", "drift, found", "NLL change, expected", "NLL change, found")
     rows = [titles, ("---", *["---:"] * (len(titles) - 1))]
     for name in story.domains:
-        budget = story.budgets.get(name, math.nan)
-        cells = [f"{budget:.2f}" if math.isfinite(budget) else UNKNOWN] + [UNKNOWN] * 4
+        cells = [budget(story.budgets.get(name, math.nan)), *[UNKNOWN] * 4]
         if name in then:
             cells[1] = percent(then[name].transfer.value)
             cells[3] = nats(then[name].nll_change.value)

@@ -8,14 +8,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from sts_callback.records import Decision, DriftSnapshot, Estimate, Forecast, Record, Snippet, TopActivatingExamples, Verdict
+from sts_callback.config import PlainBudget
+from sts_callback.records import (
+    UNKNOWN,
+    Decision,
+    DriftSnapshot,
+    Estimate,
+    Forecast,
+    Record,
+    Snippet,
+    TopActivatingExamples,
+    Verdict,
+)
 from sts_callback.records.record import StoredAs
 from sts_callback.records.remedies import Attribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings
 from sts_callback.report.headline import Headline, headline
 
 _NAN = math.nan
-_UNKNOWN = Estimate(_NAN, _NAN, _NAN)
 _MOST_FEATURES = 24  # of which texts are quoted; what a reader looks at, and what keeps the page small
 _LONGEST_SIDE, _LONGEST_TOKEN = 90, 40  # characters of a quotation
 
@@ -107,7 +117,7 @@ class ReportData(Record):
     """All that a report says."""
 
     headline: Headline
-    budgets: Mapping[str, float]
+    budgets: Mapping[str, PlainBudget]
     """Protected domains and their budgets; NaN where the log does not tell."""
     domains: tuple[str, ...]
     """All domains in the order in which they are told: the threatened, the protected, then those that move most."""
@@ -152,7 +162,7 @@ def build(logged: Logged) -> ReportData:
     )
 
 
-def _budgets(logged: Logged) -> dict[str, float]:
+def _budgets(logged: Logged) -> dict[str, PlainBudget]:
     if logged.settings is not None:
         return dict(logged.settings.policy.budgets)
     verdicts = [*(c.verdict for c in logged.checks[-1:]), *([logged.forecast_verdict] if logged.forecast_verdict else [])]
@@ -205,8 +215,8 @@ def _series(name: str, checks: Sequence[JudgedCheck]) -> Series:
         if name in check.verdict.threatened and check.verdict.decision in steps:
             steps[check.verdict.decision].append(check.snapshot.step)
     return Series(
-        drift=tuple(_UNKNOWN if d is None else d.relative_drift for d in sets),
-        nll_change=tuple(_UNKNOWN if d is None else d.nll_change for d in sets),
+        drift=tuple(UNKNOWN if d is None else d.relative_drift for d in sets),
+        nll_change=tuple(UNKNOWN if d is None else d.nll_change for d in sets),
         alarmed_at=tuple(steps["no-go"]),
         watched_at=tuple(steps["watch"]),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from sts_callback.records import Estimate
+from sts_callback.config import PlainBudget
+from sts_callback.records import Estimate, TokenAccuracy
 
 UNKNOWN = "\N{EN DASH}"
 
@@ -28,6 +29,30 @@ def nats(change: float) -> str:
     if not math.isfinite(change):
         return UNKNOWN
     return f"{change:+.2f}" if abs(change) >= 0.005 else "0.00"
+
+
+def budget(given: PlainBudget) -> str:
+    """A budget: in nats a token a bare number, else with its unit."""
+    if isinstance(given, str):
+        return given
+    return f"{given:.2f}" if math.isfinite(given) else UNKNOWN
+
+
+def in_nats(given: PlainBudget) -> float:
+    """A budget as a threshold among changes of NLL in nats a token; NaN if it is none of these."""
+    return math.nan if isinstance(given, str) else given
+
+
+def accuracy(found: TokenAccuracy | None) -> str:
+    """Token accuracy then and now."""
+    return f"{percent_1(found.then)} to {percent_1(found.now)}" if found else UNKNOWN
+
+
+def points(change: float) -> str:
+    """A change of a share in percentage points, with its sign if it has one."""
+    if not math.isfinite(change):
+        return UNKNOWN
+    return f"{100 * change:+.1f}" if abs(change) >= 0.0005 else "0.0"
 
 
 def plain(number: float) -> str:

@@ -77,6 +77,8 @@ def _scores(domain: DomainForecast) -> dict[str, float]:
         "nll_change": change.value,
         "nll_change_low": change.low,
         "nll_change_high": change.high,
+        "bits_change": domain.bits_change.value,
+        "accuracy_change": domain.accuracy_change.value,
         "gradient_change": domain.gradient_change.value,
         "unseen": domain.sae_error_share,
         "n_queries": domain.n_queries,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,8 @@ def _remedy(name: tuple[str, ...], value: str, locked: Lock) -> str:
         case ("sae",) | ("hook_name",):
             return f"give --sae {locked.sae_name}, as it was then"
         case ("policy", "budgets", domain):
-            return f"leave out --protect {domain}" if value == _NONE else f"give --protect {domain}={value}"
+            given = shlex.quote(f"{domain}={value}")  # a budget with a unit has a space
+            return f"leave out --protect {domain}" if value == _NONE else f"give --protect {given}"
         case ("domains", domain) if value == _NONE:
             return f"leave out --domain {domain} and --protect {domain}"
         case ("domains", domain):

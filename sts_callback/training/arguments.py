@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import yaml
 
-from sts_callback.config import DEFAULT_BUDGET, ChatTemplateUse, PolicyConfig, ProbeConfig, finite, require, require_once
+from sts_callback.config import (
+    DEFAULT_BUDGET,
+    Budget,
+    ChatTemplateUse,
+    PlainBudget,
+    PolicyConfig,
+    ProbeConfig,
+    finite,
+    require,
+    require_once,
+)
 from sts_callback.errors import ConfigError
 from sts_callback.records import Verdict
 
@@ -67,7 +77,10 @@ class STSArguments:
 
     # HfArgumentParser knows `Optional[X]` and `list`, and no other union.
     sts_sae: list[str] = field(default_factory=list, metadata={"help": "SAELens release/sae_id, a folder, or auto; several"})
-    sts_protect: list[str] = field(default_factory=list, metadata={"help": "domains, each as NAME or NAME=NATS"})
+    sts_protect: list[str] = field(
+        default_factory=list,
+        metadata={"help": "domains, each as NAME or NAME=BUDGET: 0.1 nats a token, '0.05 bits/byte' or 2points"},
+    )
     sts_domains: list[str] = field(default_factory=list, metadata={"help": "own domains, each as NAME=FILE"})
     sts_train_data: Optional[str] = field(default=None, metadata={"help": "training examples with answers, a file"})  # noqa: UP045
     sts_check_on: str = field(default="save", metadata={"help": "save, evaluate, or a number of steps"})
@@ -182,19 +195,19 @@ def named(items: Any, field_name: str, form: str, default: object = None) -> dic
     return dict(found)
 
 
-def budgets_in(items: Any, field_name: str) -> dict[str, float]:
-    """Budgets by the names of protected domains, from a mapping or from texts `NAME` or `NAME=NATS`.
+def budgets_in(items: Any, field_name: str) -> dict[str, PlainBudget]:
+    """Budgets by the names of protected domains, from a mapping or from texts `NAME` or `NAME=BUDGET`.
 
     Raises:
-        ConfigError: as `named` and `number`.
+        ConfigError: as `named` and `Budget.of`.
 
     """
-    protect = named(items, field_name, "NAME or NAME=NATS", DEFAULT_BUDGET)
-    return {name: number(nats, f"{field_name} {name}") for name, nats in protect.items()}
+    protect = named(items, field_name, "NAME or NAME=BUDGET", DEFAULT_BUDGET)
+    return {name: Budget.of(budget, f"{field_name} {name}").plain for name, budget in protect.items()}
 
 
-def number(value: Any, field_name: str, allowed: str = "a number of nats per token, finite and above 0") -> float:
-    """A budget, or another number, also as a text: YAML takes 1e-3 for one.
+def number(value: Any, field_name: str, allowed: str) -> float:
+    """A number, also as a text: YAML takes 1e-3 for one.
 
     Raises:
         ConfigError: if it is no finite number.

@@ -31,6 +31,7 @@ def row(snapshot: DriftSnapshot) -> dict[str, float]:
     }
     for d in (snapshot.train, *snapshot.domains.values()):
         numbers |= {f"sts/{d.name}/drift": d.relative_drift.value, f"sts/{d.name}/nll_change": d.nll_change.value}
+        numbers[f"sts/{d.name}/accuracy"] = d.accuracy.now if d.accuracy else math.nan
     return {key: value for key, value in numbers.items() if not math.isnan(value)}
 
 

@@ -183,6 +183,7 @@ def reading(
         shifts={},
         n_answer=torch.ones(n_queries, dtype=torch.int64),
         nll={ZERO_SHOT: zero_shot, FILLER: zero_shot + rise * signs} if has_head else {},
+        right={name: torch.ones(n_queries, 1, dtype=torch.bool) for name in (ZERO_SHOT, FILLER)} if has_head else {},
         gradients=None,
         counted=torch.ones(n_counted, dtype=torch.bool),
         acts=SparseActs.of(torch.ones(2, 4)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from samples import EXAMINED, timeless
-from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.config import PolicyConfig, ProbeConfig, Unit
 from sts_callback.data.probes import ProbeSet, Query, filler_tokens
 from sts_callback.errors import CannotTell, ConfigError, ModelError, SaeError
 from sts_callback.measure import sae_reader
@@ -107,6 +107,8 @@ class Alone:
     """Hidden states of its query tokens, `(n_tokens, d)`."""
     nll: float
     """Of its answer, in nats."""
+    right: tuple[bool, ...]
+    """Whether each token of its answer is the likeliest one."""
 
 
 def run_alone(model: PreTrainedModel, prefix: Tokens, query: Query) -> Alone:
@@ -117,7 +119,8 @@ def run_alone(model: PreTrainedModel, prefix: Tokens, query: Query) -> Alone:
     logits = out.logits[0].double().numpy()
     log_p = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(1, keepdims=True)
     nll = -sum(log_p[position - 1, tokens[position]] for position in range(end, len(tokens)))
-    return Alone(out.hidden_states[LAYER + 1][0, start:end].double().numpy(), float(nll))
+    right = tuple(bool(logits[position - 1].argmax() == tokens[position]) for position in range(end, len(tokens)))
+    return Alone(out.hidden_states[LAYER + 1][0, start:end].double().numpy(), float(nll), right)
 
 
 def features(sae: SAE[Any], x: Array) -> Array:
@@ -304,6 +307,43 @@ def test_every_group_is_read_behind_its_own_demonstrations() -> None:
     assert_close(found.nll[FILLER], wanted.nll[FILLER])
 
 
+def partly_foretold(model: PreTrainedModel) -> ProbeSet:
+    """Answers that a model would write itself, but for every third token, which is another one."""
+    _, domain = probe_sets()
+    queries = []
+    for n, query in enumerate(domain.queries):
+        tokens = list(query.query)
+        for place in range(5 + n):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*BOS, *tokens]]), use_cache=False).logits[0, -1]
+            best, second = logits.topk(2).indices.tolist()
+            tokens.append(second if place % 3 == 2 else best)
+        queries.append(replace(query, answer=tuple(tokens[len(query.query) :])))
+    return replace(domain, queries=tuple(queries))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_are_right_that_the_model_would_write_itself(architecture: str, batch_tokens: int) -> None:
+    """Before and after, in whatever batches, with a backward and without; the longest answer has 11 tokens."""
+    model, config = tiny_model(architecture), replace(config_of(architecture), batch_tokens=batch_tokens)
+    probes = partly_foretold(model)
+    pattern = [[place < 5 + n and place % 3 != 2 for place in range(11)] for n in range(7)]
+    with gauge_of(model, rotated_sae(), config) as (runner, zero_shot):
+        for with_gradients in (False, True):
+            (before,) = runner.read(probes, zero_shot, contexts(runner), with_gradients=with_gradients)
+            assert before.right[ZERO_SHOT].tolist() == pattern
+        (same,) = runner.read_drift(probes, zero_shot, [before])
+        assert same.right is not None and same.right.tolist() == pattern
+        perturbed(model)
+        (moved,) = runner.read_drift(probes, runner.context(BOS, with_answers=True), [before])
+    assert moved.right is not None
+    assert moved.right.tolist() == [
+        [*one.right, *(False,) * (11 - len(one.right))] for one in (run_alone(model, BOS, q) for q in probes.queries)
+    ]
+    assert 0 < moved.right.sum() < before.right[ZERO_SHOT].sum()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_tokens", [1, 150])
 def test_what_is_kept_of_step_zero_is_that_of_numpy_in_the_order_of_queries(kind: str, batch_tokens: int) -> None:
@@ -379,6 +419,7 @@ def test_gradients_change_no_other_number() -> None:
             assert torch.equal(getattr(plain, name), getattr(differentiated, name))
         for name in (ZERO_SHOT, TRAIN_ICL, FILLER):
             assert torch.equal(plain.nll[name], differentiated.nll[name])
+            assert torch.equal(plain.right[name], differentiated.right[name])
 
 
 @pytest.mark.parametrize("with_answers", [True, False])
@@ -943,7 +984,11 @@ STILL = Estimate(0.0, 0.0, 0.0)
 
 def assert_still(snapshot: DriftSnapshot) -> None:
     for record in (snapshot.train, *snapshot.domains.values()):
-        assert record.relative_drift == record.nll_change == STILL
+        assert record.relative_drift == record.nll_change == record.bits_change == STILL
+        assert record.accuracy is not None
+        assert record.accuracy.change == STILL
+        assert record.accuracy.then == record.accuracy.now
+        assert record.accuracy.n_lost == record.accuracy.n_gained == record.accuracy.n_queries_lost == 0
         assert record.raw_drift == 0
         assert record.p_worse == 1
         assert record.n_masked == 0
@@ -1142,6 +1187,9 @@ def test_model_without_head_is_scored_without_likelihood(make: Any) -> None:
     still = monitor.check(0)
     assert still.train.relative_drift == STILL
     assert all(math.isnan(x) for x in (still.train.nll, still.train.nll_change.value, still.train.p_worse))
+    assert still.train.accuracy is None
+    assert all(math.isnan(still.train.harm_in(unit).value) for unit in get_args(Unit))
+    assert all(math.isnan(x) for x in (found.train.accuracy, found.train.accuracy_change.value, found.train.bits_change.value))
     perturbed(model)
     assert monitor.check(1).domains["poems"].relative_drift.value > 0
     checks = {check.name: check for check in monitor.examine(PolicyConfig(budgets={"poems": 0.1}))}

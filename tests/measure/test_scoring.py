@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 def probes(name: str = "law", n_queries: int = N_QUERIES, n_draws: int = N_DRAWS) -> ProbeSet:
     """Query i has an answer of 2 + i % 3 tokens."""
     queries = tuple(Query((5, 6, 7), (8,) * (2 + i % 3), (True,) * 3) for i in range(n_queries))
-    return ProbeSet(name, queries, ((9, 9),) * n_draws, n_cut=3)
+    return ProbeSet(name, queries, ((9, 9),) * n_draws, n_cut=3, answer_bytes=tuple(5 + i % 4 for i in range(n_queries)))
 
 
 def shift(rng: np.random.Generator, tokens: Array, by_feature: Array | None = None) -> Shift:
@@ -62,11 +62,19 @@ def reading(seed: int = 0, by_feature: Array | None = None, **changes: Any) -> P
         "n_answer": torch.from_numpy(n_answer),
         "gradients": None,
         "nll": {name: torch.from_numpy(rng.uniform(1, 3, N_QUERIES) * n_answer) for name in (ZERO_SHOT, TRAIN_ICL, FILLER)},
+        "right": {
+            name: right_tokens(rng, n_answer, share) for name, share in ((ZERO_SHOT, 0.5), (TRAIN_ICL, 0.7), (FILLER, 0.4))
+        },
         "counted": torch.ones(int(tokens.sum()), dtype=torch.bool),
         "acts": SparseActs.of(torch.ones(3, D_SAE)),
         "sketches": torch.zeros(3, 2, SKETCH_WIDTH),
     }
     return ProbeStats(**(fields | changes))
+
+
+def right_tokens(rng: np.random.Generator, n_answer: NDArray[np.int64], share: float) -> torch.Tensor:
+    """About this share of the tokens of each answer, and none behind its end."""
+    return torch.from_numpy((rng.uniform(size=(N_QUERIES, 4)) < share) & (np.arange(4) < n_answer[:, None]))
 
 
 def concentrated(where: range = range(20, 20 + N_FEATURES), times: float = 30.0) -> Array:
@@ -353,7 +361,10 @@ def test_a_baseline_keeps_what_drift_needs() -> None:
     for name in ("counted", "acts", "sketches", "n_tokens", "sq_norm", "raw_sq_norm"):
         assert getattr(step_zero, name) is getattr(LAW, name)
     assert torch.equal(step_zero.nll, LAW.nll[ZERO_SHOT])
-    assert scoring.step_zero_stats(dataclasses.replace(LAW, nll=MappingProxyType({}))).nll.isnan().all()
+    assert step_zero.right is LAW.right[ZERO_SHOT]
+    headless = scoring.step_zero_stats(dataclasses.replace(LAW, nll=MappingProxyType({}), right=MappingProxyType({})))
+    assert headless.nll.isnan().all()
+    assert headless.right is None
 
 
 def drift_reading(**changes: Any) -> DriftStats:
@@ -364,6 +375,7 @@ def drift_reading(**changes: Any) -> DriftStats:
         "n_not_finite": 0,
         "shift": shift(rng, LAW.n_tokens.double().numpy(), concentrated(range(30, 40))),
         "nll": LAW.nll[ZERO_SHOT] + torch.from_numpy(rng.normal(1, 1, N_QUERIES)),
+        "right": right_tokens(rng, LAW.n_answer.numpy(), 0.4),
     }
     return DriftStats(**(fields | changes))
 
@@ -405,12 +417,78 @@ def test_a_change_of_likelihood_is_that_of_its_equation_and_tested_over_queries(
     assert better.p_worse == pytest.approx(1, abs=1e-3)
 
 
+def test_a_change_of_likelihood_in_bits_is_by_the_bytes_of_the_answers_text() -> None:
+    now = drift_reading()
+    law = scoring.domain_drift(probes(), now, STEP_ZERO, (1,), (1,))
+    assert now.nll is not None
+    n_bytes = np.array([5.0 + i % 4 for i in range(N_QUERIES)])
+    assert law.query_answer_bytes == tuple(n_bytes.astype(int).tolist())
+    assert_estimate(law.bits_change, (now.nll - LAW.nll[ZERO_SHOT]).numpy() / math.log(2), n_bytes, N_QUERIES)
+    assert law.harm_in("bits/byte") == law.bits_change
+    taken, over = law.query_harm_in("bits/byte")
+    assert sum(taken) / sum(over) == pytest.approx(law.bits_change.value)
+    unknown = scoring.domain_drift(dataclasses.replace(probes(), answer_bytes=()), now, STEP_ZERO, (1,), (1,))
+    assert math.isnan(unknown.harm_in("bits/byte").value)
+    assert unknown.query_harm_in("bits/byte") == ((), ())
+
+
+def test_token_accuracy_by_hand() -> None:
+    """Answers of 2, 3 and 4 tokens: one loses a token and gains none, one loses one for another, one gains two."""
+    then = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    now = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+    nothing = Shift(torch.zeros(3, D_SAE), torch.zeros(3), torch.zeros(3))
+    reading = drift_reading(n_tokens=torch.ones(3), shift=nothing, nll=torch.tensor([1.0, 2.0, 3.0]), right=now)
+    step_zero = dataclasses.replace(
+        STEP_ZERO, n_tokens=torch.ones(3), sq_norm=torch.ones(3), raw_sq_norm=torch.ones(3), nll=torch.ones(3), right=then
+    )
+    law = scoring.domain_drift(probes(n_queries=3), reading, step_zero, (1,), (1,))
+    found = law.accuracy
+    assert found is not None
+    assert (found.then, found.now) == (4 / 9, 5 / 9)
+    assert (found.n_lost, found.n_gained, found.n_queries_lost) == (2, 3, 2)
+    assert found.query_changes == (-1, 0, 2)
+    assert_estimate(found.change, np.array([-1.0, 0.0, 2.0]), np.array([2.0, 3.0, 4.0]), 3)
+    assert law.query_harm_in("points") == ((100, 0, -200), (2, 3, 4))
+    harm = law.harm_in("points")
+    assert (harm.value, harm.low, harm.high) == (
+        pytest.approx(-100 / 9),
+        pytest.approx(-100 * found.change.high),
+        pytest.approx(-100 * found.change.low),
+    )
+    assert harm.low < harm.value < harm.high
+
+
+def test_token_accuracy_is_unknown_where_step_zero_was_kept_without_it() -> None:
+    law = scoring.domain_drift(probes(), drift_reading(), dataclasses.replace(STEP_ZERO, right=None), (1,), (1,))
+    assert law.accuracy is None
+    assert math.isfinite(law.nll_change.value)
+    assert math.isnan(law.harm_in("points").value)
+
+
+def test_what_examples_in_context_do_to_answers_is_told_in_every_unit() -> None:
+    _, _, law = scored()
+    n_answer, risen = LAW.n_answer.double().numpy(), (LAW.nll[TRAIN_ICL] - LAW.nll[FILLER]).numpy()
+    n_right = {name: right.sum(dim=1).double().numpy() for name, right in LAW.right.items()}
+    assert law.accuracy == n_right[ZERO_SHOT].sum() / n_answer.sum()
+    assert_estimate(law.accuracy_change, n_right[TRAIN_ICL] - n_right[FILLER], n_answer, N_DRAWS)
+    assert_estimate(law.bits_change, risen / math.log(2), np.array([5.0 + i % 4 for i in range(N_QUERIES)]), N_DRAWS)
+    assert law.harm_in("nats/token") == law.nll_change
+    assert law.harm_in("bits/byte") == law.bits_change
+    assert law.harm_in("points").value == pytest.approx(-100 * law.accuracy_change.value)
+
+
 def test_unchanged_weights_have_not_drifted() -> None:
     nothing = Shift(torch.zeros(N_QUERIES, D_SAE), torch.zeros(N_QUERIES), torch.zeros(N_QUERIES))
-    law = scoring.domain_drift(probes(), drift_reading(shift=nothing, nll=LAW.nll[ZERO_SHOT]), STEP_ZERO, (1,), ())
+    same = drift_reading(shift=nothing, nll=LAW.nll[ZERO_SHOT], right=LAW.right[ZERO_SHOT].clone())
+    law = scoring.domain_drift(probes(), same, STEP_ZERO, (1,), ())
     assert law.relative_drift == Estimate(0.0, 0.0, 0.0)
-    assert law.nll_change == Estimate(0.0, 0.0, 0.0)
+    assert law.nll_change == law.bits_change == Estimate(0.0, 0.0, 0.0)
     assert (law.raw_drift, law.p_worse, law.top_features) == (0.0, 1.0, ())
+    assert law.accuracy is not None
+    assert law.accuracy.then == law.accuracy.now > 0
+    assert law.accuracy.change == law.harm_in("points") == Estimate(0.0, 0.0, 0.0)
+    assert math.copysign(1, law.harm_in("points").value) == 1  # no minus before a nought
+    assert (law.accuracy.n_lost, law.accuracy.n_gained, law.accuracy.n_queries_lost) == (0, 0, 0)
 
 
 def test_tokens_that_have_become_sinks_do_not_make_the_drift_look_smaller() -> None:
@@ -428,7 +506,9 @@ def test_tokens_that_have_become_sinks_do_not_make_the_drift_look_smaller() -> N
 
 
 def test_without_a_head_a_drift_has_no_likelihood() -> None:
-    law = scoring.domain_drift(probes(), drift_reading(nll=None), STEP_ZERO, (1,), (1,))
+    law = scoring.domain_drift(probes(), drift_reading(nll=None, right=None), STEP_ZERO, (1,), (1,))
+    assert law.accuracy is None
+    assert math.isnan(law.bits_change.value)
     assert all(math.isnan(x) for x in (law.nll, law.nll_change.value, law.p_worse))
     assert math.isfinite(law.relative_drift.value)
 

@@ -30,6 +30,7 @@ def _set(seed: int, n_tokens: int = 9, n_queries: int = 4, d_sae: int = 6) -> St
         mean_own_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
         mean_train_shift=torch.rand(2 * d_sae, generator=generator, dtype=torch.float64)[::2],
         mean_filler_shift=torch.rand(d_sae, generator=generator, dtype=torch.float64),
+        right=None if seed == 1 else (torch.rand(5, n_queries, generator=generator) < 0.5).T,  # not contiguous
     )
 
 
@@ -49,10 +50,13 @@ def test_every_tensor_comes_back(baseline: StepZeroReference, tmp_path: Path) ->
     assert list(back.sets) == ["train", "law", "own/data 2"]
     for name, one in baseline.sets.items():
         for field in fields(StepZeroStats):
-            if field.name != "acts":
+            if field.name not in ("acts", "right"):
                 assert _same(getattr(back.sets[name], field.name), getattr(one, field.name)), (name, field.name)
         for field in fields(SparseActs):
             assert _same(getattr(back.sets[name].acts, field.name), getattr(one.acts, field.name)), (name, field.name)
+        kept, read = one.right, back.sets[name].right
+        assert (kept is None) == (read is None) == (name == "law")
+        assert kept is None or read is None or _same(read, kept)
     assert back.sets["law"].nll.isnan().all()
     assert back.sets["law"].sketches.isnan().all()
     assert (back.reference, back.fingerprint) == (baseline.reference, baseline.fingerprint)

@@ -17,7 +17,7 @@ from tiny import rows, saved_sae
 
 EVERYTHING: dict[str, Any] = {
     "sts_sae": ["one", "two"],
-    "sts_protect": ["law", "mine=0.25"],
+    "sts_protect": ["law", "mine=0.25", "code=0.05 bits/byte", "math=2points"],
     "sts_domains": ["mine=rows.jsonl"],
     "sts_train_data": "train.jsonl",
     "sts_check_on": "50",
@@ -39,7 +39,7 @@ EVERYTHING: dict[str, Any] = {
 }
 WANTED: dict[str, Any] = {
     "sae": ["one", "two"],
-    "protect": {"law": 0.1, "mine": 0.25},
+    "protect": {"law": 0.1, "mine": 0.25, "code": "0.05 bits/byte", "math": "2 points"},
     "domains": {"mine": "rows.jsonl"},
     "train_data": "train.jsonl",
     "check_on": 50,
@@ -89,9 +89,9 @@ def test_defaults_are_those_of_python() -> None:
 
 def test_mappings_and_single_texts_are_taken_too(tmp_path: Path) -> None:
     file = tmp_path / "sts.yaml"
-    file.write_text("sts_sae: one\nsts_protect: {law: 0.2, mine: 0.3}\nsts_domains: {mine: rows.jsonl}\nsts_check_on: 7\n")
+    file.write_text("sts_sae: one\nsts_protect: {law: 0.2, mine: 2 points}\nsts_domains: {mine: rows.jsonl}\nsts_check_on: 7\n")
     options = STSArguments.from_yaml(file).options()
-    assert (options["sae"], options["protect"]) == (["one"], {"law": 0.2, "mine": 0.3})
+    assert (options["sae"], options["protect"]) == (["one"], {"law": 0.2, "mine": "2 points"})
     assert (options["domains"], options["check_on"]) == ({"mine": "rows.jsonl"}, 7)
 
 
@@ -123,8 +123,8 @@ def test_a_callback_without_arguments_reads_the_file_and_watches_the_run(
         ("- law", "holds no settings; give lines such as"),
         ("a: [", "(?s)cannot be read .*; give a YAML file"),
         ("sts_protect: [law]", "sae: got none"),
-        ("sts_sae: x\nsts_protect: [law=much]", "sts_protect law: got 'much'; allowed is a number"),
-        ("sts_sae: x\nsts_protect: [law=]", "sts_protect: got 'law='; allowed is NAME or NAME=NATS"),
+        ("sts_sae: x\nsts_protect: [law=much]", "sts_protect law: got 'much'; allowed is a budget above 0"),
+        ("sts_sae: x\nsts_protect: [law=]", "sts_protect: got 'law='; allowed is NAME or NAME=BUDGET"),
         ("sts_sae: x\nsts_domains: [law]", "sts_domains: got 'law'; allowed is NAME=FILE"),
         ("sts_sae: x\nsts_protect: [law]\nsts_check_on: never", "check_on: got 'never'"),
         ("sts_sae: x\nsts_protect: [law]\nsts_n_queries: 2", "n_queries: got 2; allowed is 4 or more"),

@@ -93,7 +93,10 @@ def reproduce_section(story: ReportData) -> Html:
         settings = story.settings
         asked = {"check_on": settings.check_on, "action": settings.action, "max_overhead": settings.max_overhead}
         policy = {name: value for name, value in _fields(settings.policy).items() if name != "budgets"}
-        budgets = [[domain(name), f"{budget:g} nats a token"] for name, budget in settings.policy.budgets.items()]
+        budgets = [
+            [domain(name), budget if isinstance(budget, str) else f"{budget:g} nats a token"]
+            for name, budget in settings.policy.budgets.items()
+        ]
         parts += [
             more("Protected domains and their budgets", table(["domain", "budget"], budgets, cls="words")) if budgets else join(),
             more(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sts_callback.records import Estimate
+from sts_callback.records import DomainDrift, Estimate
 from sts_callback.report import formatting
 from sts_callback.report.data import Drift, ReportData
 from sts_callback.report.html import charts
@@ -29,7 +29,7 @@ def drift_section(story: ReportData) -> Html:
     else:
         thresholds = (
             f"Dashed: drift counts as movement from {formatting.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
-            "domain's budget on. An alarm needs such a rise that also passes the test of one check, at "
+            "domain's budget on, which is drawn where it is one of nats a token. An alarm needs such a rise that also passes the test of one check, at "
             f"{formatting.in_a_row(policy.patience)}."
         )
     train = drift.latest.train.name
@@ -107,7 +107,7 @@ def _card(story: ReportData, drift: Drift, name: str) -> Html:
         name == drift.latest.train.name,
     )
     scale = [name] if is_train else [other for other in drift.series if other != drift.latest.train.name]
-    budgets = [] if is_train else [x for x in story.budgets.values() if math.isfinite(x)]
+    budgets = [] if is_train else [x for x in map(formatting.in_nats, story.budgets.values()) if math.isfinite(x)]
     least = [policy.min_drift] if policy else []
     moved = charts.Axis.over([e for other in scale for e in drift.series[other].drift], 0.0, *least)
     worse = charts.Axis.over([e for other in scale for e in drift.series[other].nll_change], 0.0, *budgets)
@@ -129,7 +129,7 @@ def _card(story: ReportData, drift: Drift, name: str) -> Html:
         worse,
         label=f"NLL change of {name} over steps, {formatting.nats(change.value)} at the last check",
         form=formatting.nats,
-        levels=[(0.0, "zero"), (story.budgets.get(name, _NAN), "threshold")],
+        levels=[(0.0, "zero"), (formatting.in_nats(story.budgets.get(name, _NAN)), "threshold")],
         marks=marks,
     )
     return tag(
@@ -195,7 +195,37 @@ def _latest(story: ReportData, drift: Drift) -> Html:
                 "chance of such a rise of NLL if each query's change were as likely up as down, not corrected for other domains",
             ),
         ),
+        _accuracies(story, sets),
         tag("ul", *reasons),
+    )
+
+
+def _accuracies(story: ReportData, sets: Sequence[DomainDrift]) -> Html:
+    rows = [
+        [
+            name_row(d.name, story.budgets),
+            formatting.accuracy(found),
+            formatting.points(found.change.value),
+            formatting.interval(found.change, formatting.points),
+            str(found.n_lost),
+            str(found.n_gained),
+            f"{found.n_queries_lost} of {d.n_queries}",
+        ]
+        for d in sets
+        if (found := d.accuracy) is not None
+    ]
+    if not rows:
+        return join()
+    return join(
+        table(["domain", "token accuracy", "change", "95%", "tokens lost", "gained", "queries with a loss"], rows),
+        meanings(
+            (
+                "token accuracy",
+                "share of the answers' tokens that are the model's most likely next ones, the right ones before them, at step 0 "
+                "and now; its change in points",
+            ),
+            ("lost, gained", "answer tokens that were right at step 0 and are wrong now, and the other way round"),
+        ),
     )
 
 

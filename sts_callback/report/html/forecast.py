@@ -44,13 +44,13 @@ def forecast_section(story: ReportData) -> Html:
 
 def _pictures(story: ReportData, forecast: Forecast) -> Html:
     rows = [forecast.domains[name] for name in story.domains if name in forecast.domains]
-    budgets = [x for x in story.budgets.values() if math.isfinite(x)]
+    budgets = [x for x in map(formatting.in_nats, story.budgets.values()) if math.isfinite(x)]
     places = charts.Axis.over([d.transfer for d in rows], 0.0, 1.0)
     by_context = charts.Axis.over([d.nll_change for d in rows], 0.0, *budgets)
     by_gradient = charts.Axis.over([d.gradient_change for d in rows], 0.0)
 
     def budget(d: DomainForecast) -> list[tuple[float, str]]:
-        return [(0.0, "zero"), (story.budgets.get(d.name, _NAN), "threshold")]
+        return [(0.0, "zero"), (formatting.in_nats(story.budgets.get(d.name, _NAN)), "threshold")]
 
     return tag(
         "div",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from sts_callback.config import Budget, PlainBudget
 from sts_callback.errors import DataError
+from sts_callback.records import DomainDrift, DomainForecast
 from sts_callback.report import formatting
 from sts_callback.report.data import ReportData, build
 from sts_callback.report.html.components import badge, beyond, domain, more, name_row, say, table, with_interval
@@ -91,24 +93,36 @@ def _two_questions(story: ReportData) -> Html:
     policy = story.settings.policy if story.settings else None
     rows = []
     for name in story.domains:
-        budget, cells = story.budgets.get(name, math.nan), [formatting.UNKNOWN] * 4
+        budget, cells = story.budgets.get(name, math.nan), [formatting.UNKNOWN] * 5
         if name in then:
             transfer, change = then[name].transfer.value, then[name].nll_change
             cells[0] = formatting.percent(transfer)
-            cells[2] = beyond(change.value, budget, formatting.nats(change.value))
+            cells[2] = _marked(then[name], budget, formatting.nats(change.value))
         if name in now:
             drift, change = now[name].relative_drift, now[name].nll_change
             cells[1] = beyond(drift.value, policy.min_drift if policy else math.inf, with_interval(drift, formatting.percent_1))
-            cells[3] = beyond(change.value, budget, with_interval(change, formatting.nats))
-        rows.append([name_row(name, story.budgets), *cells, f"{budget:.2f}" if math.isfinite(budget) else ""])
-    titles = ["domain", "expected: transfer", "found: drift", "expected: NLL change", "found: NLL change", "budget"]
+            cells[3] = _marked(now[name], budget, with_interval(change, formatting.nats))
+            cells[4] = _marked(now[name], budget, formatting.accuracy(now[name].accuracy), is_accuracy=True)
+        rows.append([name_row(name, story.budgets), *cells, formatting.budget(budget) if name in story.budgets else ""])
+    titles = ["domain", "expected: transfer", "found: drift", "expected: NLL change", "found: NLL change"]
+    titles += ["found: token accuracy", "budget"]
     return join(
-        table(titles, rows, groups=[("", 1), ("Does it move?", 2), ("Does it get worse?", 3)]),
+        table(titles, rows, groups=[("", 1), ("Does it move?", 2), ("Does it get worse?", 4)]),
         say(
             "A verdict is about harm. Transfer and drift say how much a domain moves, never in which direction. \u25b2: reaches "
-            "its threshold. NLL change: in nats a token, above 0 is worse."
+            "its threshold. NLL change: in nats a token, above 0 is worse. Token accuracy: share of the answers' tokens that are the "
+            "model's most likely next ones, before training and now."
         ),
     )
+
+
+def _marked(measured: DomainForecast | DomainDrift, budget: PlainBudget, shown: str, *, is_accuracy: bool = False) -> Html:
+    """A change of NLL, or of token accuracy, with a sign if it is what the budget is about and reaches it."""
+    if not isinstance(budget, str) and math.isnan(budget):
+        return join(shown)
+    limit = Budget.of(budget)
+    is_meant = is_accuracy == (limit.unit == "points")
+    return beyond(measured.harm_in(limit.unit).value, limit.value if is_meant else math.inf, shown)
 
 
 def write_report(log: RunDirectory) -> Path:

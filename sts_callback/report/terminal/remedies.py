@@ -8,7 +8,9 @@ import textwrap
 from rich.table import Table
 from rich.text import Text
 
+from sts_callback.config import DIGITS, Budget
 from sts_callback.records.remedies import AdapterScales, Attribution, BudgetFinding, Mix
+from sts_callback.report.formatting import budget
 from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered
 
 _FINDINGS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
@@ -102,23 +104,24 @@ def mix_table(found: Mix, *, colour: bool | None = None) -> str:
 
 def adapter_scales_table(found: AdapterScales, *, colour: bool | None = None) -> str:
     """An adapter's scales: for each how far the protected domains have moved, and whether they keep their budgets."""
-    table = new_table("domain", "scale", "drift", "NLL change", "95 %", "budget", "finding")
+    table = new_table("domain", "scale", "drift", "harm", "95 %", "budget", "finding")
     for point in found.points:
         for domain in point.domains.values():
-            change = domain.nll_change
+            harm, unit = domain.harm, Budget.of(domain.budget).unit
             table.add_row(
                 Text("  " + domain.name),
                 f"{point.scale:g}",
                 f"{domain.relative_drift.value:.1%}",
-                f"{change.value:+.2f}",
-                f"{change.low:+.2f} to {change.high:+.2f}",
-                f"{domain.budget:.2f}",
+                f"{harm.value:+.{DIGITS[unit]}f}",
+                f"{harm.low:+.{DIGITS[unit]}f} to {harm.high:+.{DIGITS[unit]}f}",
+                budget(domain.budget),
                 Text(domain.finding, style=_FINDINGS[domain.finding]),
             )
     legend = (
-        "drift and change of the answers' NLL against the model without the adapter, nats\n"
-        "a token. within: the interval lies under the budget; beyond: the change reaches\n"
-        "the budget and the interval lies above 0.\n"
+        "drift and harm against the model without the adapter. harm: what the answers have\n"
+        "lost, in the budget's unit: by NLL in nats a token where it has none. within: the\n"
+        "interval lies under the budget; beyond: the harm reaches it and the interval lies\n"
+        "above 0.\n"
     )
     if found.largest is not None:
         answer = f"Largest scale that keeps every budget: {found.largest:g}"
