@@ -108,8 +108,8 @@ def judge_check(snapshot: DriftSnapshot, policy: PolicyConfig, level: float) -> 
     """Decide on each protected domain by one check alone.
 
     The test: is the harm, in the budget's unit, above half the budget? One-sided Student t over queries, corrected for the number
-    of protected domains (Holm). With `level` the error of a whole run over its number of checks, that is the chance that any alarm of the run
-    is false, as long as none of its domains has got worse by half its budget.
+    of protected domains (Holm). With `level` the error of a whole run over its number of checks, that is the chance that any
+    alarm of the run is false, as long as none of its domains has got worse by half its budget.
 
     Args:
         snapshot: the check.

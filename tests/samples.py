@@ -11,7 +11,17 @@ from typing import Any, TypeVar, get_type_hints
 
 from scipy import stats
 
-from sts_callback.records import DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Identity, Record, Score, Verdict
+from sts_callback.records import (
+    DomainDrift,
+    DomainForecast,
+    DriftSnapshot,
+    Estimate,
+    Forecast,
+    Identity,
+    Record,
+    Score,
+    Verdict,
+)
 
 R = TypeVar("R", bound=Record)
 
@@ -60,6 +70,9 @@ def domain_forecast(name: str = "law", **changes: Any) -> DomainForecast:
         "nll": 2.5,
         "nll_change": 0.0,
         "gradient_change": -0.25,
+        "bits_change": 0.0,
+        "accuracy": 0.5,
+        "accuracy_change": 0.0,
     }
     return _made(DomainForecast, fields | changes)
 
@@ -104,6 +117,8 @@ def domain_drift(name: str = "law", **changes: Any) -> DomainDrift:
         "p_worse": 0.5,
         "query_changes": (0.25, -0.25),
         "query_answer_tokens": (20, 20),
+        "bits_change": 0.0,
+        "query_answer_bytes": (80, 80),
     }
     return _made(DomainDrift, fields | changes)
 

@@ -18,8 +18,8 @@ class Answers:
     nll: torch.Tensor
     """In nats, `(n_queries,)`."""
     right: torch.Tensor
-    """Which answer tokens are the most likely next ones behind those before them, `(n_queries, longest)` booleans; False beyond an
-    answer's end."""
+    """Which answer tokens are the most likely next ones, the right ones before them: `(n_queries, longest)` booleans, False
+    beyond an answer's end."""
 
     @classmethod
     def unread(cls, queries: Sequence[Query]) -> Answers:

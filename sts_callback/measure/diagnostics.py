@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sts_callback.config import PolicyConfig
+from sts_callback.config import DIGITS, PolicyConfig, Unit
 from sts_callback.data.probes import ProbeSet
 from sts_callback.errors import CannotTell, ModelError
 from sts_callback.measure.accumulators import ZERO_SHOT, ProbeStats
@@ -114,11 +114,14 @@ def fit_checks(encoder: SaeEncoder, fit: Fit, layer: int, by_layer: Mapping[int,
     )
 
 
-def probe_checks(readings: Mapping[str, ProbeStats], noise_floor: float, policy: PolicyConfig) -> tuple[Check, ...]:
+def probe_checks(
+    readings: Mapping[str, ProbeStats], sets: Sequence[ProbeSet], noise_floor: float, policy: PolicyConfig
+) -> tuple[Check, ...]:
     """Whether probes can tell movement and harm from nothing.
 
     Args:
         readings: of all sets under `FILLER`, whose effect stands in for that of a training that changes nothing.
+        sets: the same sets.
         noise_floor: relative drift of unchanged weights.
         policy: whose thresholds are to be reached.
 
@@ -140,7 +143,7 @@ def probe_checks(readings: Mapping[str, ProbeStats], noise_floor: float, policy:
             f"unchanged weights drift by {noise_floor:.1e} in other batches; {policy.min_drift:.0%} counts as movement",
             "" if noisy == "pass" else "raise policy.min_drift, or measure in float32",
         ),
-        _power(readings, policy),
+        _power(readings, {s.name: s.answer_bytes for s in sets}, policy),
     )
 
 
@@ -240,8 +243,8 @@ def _origin(encoder: SaeEncoder, model_name: str) -> Check:
     return Check("trained on", "warn", f"{made_for}, the model is {model_name}", "explained variance says how far it has moved")
 
 
-def _power(readings: Mapping[str, ProbeStats], policy: PolicyConfig) -> Check:
-    wanted = {name: budget for name, budget in policy.budgets.items() if name in readings}
+def _power(readings: Mapping[str, ProbeStats], answer_bytes: Mapping[str, Sequence[int]], policy: PolicyConfig) -> Check:
+    wanted = {name: budget for name, budget in policy.limits.items() if name in readings}
     if not wanted:
         return Check("alarm power", "warn", "no domain is protected", "name some with protect=")
     n_queries = {name: len(r.n_tokens) for name, r in readings.items()}
@@ -249,19 +252,31 @@ def _power(readings: Mapping[str, ProbeStats], policy: PolicyConfig) -> Check:
         found = f"queries: {_each(short)}; {power_needed(policy).rstrip('.')}"
         return Check("alarm power", "refuse", found, "give more rows, raise n_queries, or protect fewer domains")
     smallest = {}
-    for name in wanted:
-        r, n = readings[name], len(readings[name].n_tokens)
-        if ZERO_SHOT not in r.nll:
+    for name, budget in wanted.items():
+        if ZERO_SHOT not in readings[name].nll:
             return Check("alarm power", "warn", "the model has no language-model head, so harm cannot be measured", "")
-        error = float(resampled_ratios(r.nll[FILLER] - r.nll[ZERO_SHOT], r.n_answer, torch.arange(n)).std())
-        smallest[name] = wanted[name] / 2 + detectable_rise(error, n, policy.alpha / N_LOOKS / len(wanted))
-    weak = [name for name in wanted if not smallest[name] <= wanted[name]]
+        taken, over = _harm_by_prose(budget.unit, readings[name], answer_bytes[name])
+        error = float(resampled_ratios(taken, over, torch.arange(len(over))).std())
+        smallest[name] = budget.value / 2 + detectable_rise(error, len(over), policy.alpha / N_LOOKS / len(wanted))
+    weak = [name for name, budget in wanted.items() if not smallest[name] <= budget.value]
     few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
     remedies = [f"more queries for {', '.join(weak)}: that is above the budget"] if weak else []
     remedies += [f"{ENOUGH_QUERIES} queries or more a domain: {_each(few)}"] if few else []
-    found = ", ".join(f"{name} {rise:.2f}" for name, rise in smallest.items())
-    found = f"smallest rise of NLL that one check finds 4 times in 5, nats a token: {found}"
+    found = ", ".join(f"{name} {_number(smallest[name], budget.unit)}" for name, budget in wanted.items())
+    found = f"smallest harm that one check finds 4 times in 5, nats a token unless another unit is named: {found}"
     return Check("alarm power", "warn" if remedies else "pass", found, "; ".join(remedies))
+
+
+def _harm_by_prose(unit: Unit, r: ProbeStats, answer_bytes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What plain prose in front takes from each answer, in a budget's unit, and over how many tokens or bytes."""
+    if unit == "points":
+        return 100 * (r.right[ZERO_SHOT].sum(dim=1) - r.right[FILLER].sum(dim=1)), r.n_answer
+    risen = r.nll[FILLER] - r.nll[ZERO_SHOT]
+    return (risen, r.n_answer) if unit == "nats/token" else (risen / math.log(2), torch.tensor(answer_bytes))
+
+
+def _number(harm: float, unit: Unit) -> str:
+    return f"{harm:.{DIGITS[unit]}f}" + ("" if unit == "nats/token" else f" {unit}")
 
 
 def _each(n_queries: Mapping[str, int]) -> str:

@@ -70,23 +70,23 @@ def interval(value: float, resamples: torch.Tensor, n_groups: int) -> tuple[floa
     return value - reach, value + reach
 
 
-def p_above(change: Sequence[float], n_tokens: Sequence[float], threshold: float) -> float:
-    """One-sided p-value that a change a token lies above a threshold: Student's t over queries.
+def p_above(change: Sequence[float], weight: Sequence[float], threshold: float) -> float:
+    """One-sided p-value that a change, by weight, lies above a threshold: Student's t over queries.
 
     Args:
-        change: after minus before, per query, `(n_queries,)`, in nats.
-        n_tokens: answer tokens of each query, `(n_queries,)`.
-        threshold: of the change a token, in nats.
+        change: after minus before, per query, `(n_queries,)`, in nats, bits or points.
+        weight: what it is divided by, tokens or bytes of each query's answer, `(n_queries,)`.
+        threshold: of the sum of the changes over that of the weights.
 
     Returns:
         In [0, 1], low where the change is above. Where all queries lie above or below by the same, 0 or 1. NaN with fewer than
         two queries or a number that is not finite.
 
-    Source: Student, The Probable Error of a Mean, Biometrika 6, 1908, of `change - threshold * n_tokens`, whose mean is above 0
+    Source: Student, The Probable Error of a Mean, Biometrika 6, 1908, of `change - threshold * weight`, whose mean is above 0
     exactly where the ratio of sums is above the threshold; computed by `scipy.stats.ttest_1samp`.
 
     """
-    changed, n = np.asarray(change, dtype=float), np.asarray(n_tokens, dtype=float)
+    changed, n = np.asarray(change, dtype=float), np.asarray(weight, dtype=float)
     excess = changed - threshold * n
     if len(excess) < 2 or not np.isfinite(excess).all():
         return math.nan

@@ -144,6 +144,37 @@ def test_long_prompts_keep_their_end_and_long_answers_their_start() -> None:
             assert (len(q.query), len(q.answer)) == (36, 36)
 
 
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters, with spaces as Llama 2 has them: decoding drops the one that a text begins with."""
+    letters = {letter: i for i, letter in enumerate(["\u2581", *"abcdefghijklmnopqrstuvwxyz?é"])}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize(
+    ("answer", "max_tokens", "n_bytes"),
+    [
+        (" so", 512, 3),
+        (" so<eos>", 512, 3),  # what ends an answer is no text
+        (" größer 大", 512, 13),
+        (" " + "y" * 30, 8, 8),  # what was cut is not counted
+        ("", 512, 0),
+    ],
+)
+def test_the_bytes_of_an_answer_are_those_of_the_text_that_is_read(answer: str, max_tokens: int, n_bytes: int) -> None:
+    probes = made([{"prompt": "why?", "completion": answer or "<eos>"}] * 6, replace(CONFIG, max_tokens=max_tokens))
+    assert probes.answer_bytes == (n_bytes,) * len(probes.queries)
+
+
+def test_a_space_that_a_tokenizer_drops_before_a_text_is_counted_before_an_answer() -> None:
+    tokenizer = metaspace_tokenizer()
+    assert tokenizer.decode(tokenizer(" so")["input_ids"]) == "so"
+    probes = made([{"prompt": "why?", "completion": " so é"}] * 6, tokenizer=tokenizer)
+    assert set(probes.answer_bytes) == {6}
+
+
 # Groups and their demonstrations
 
 

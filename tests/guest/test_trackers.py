@@ -22,7 +22,7 @@ from sts_callback.errors import ConfigError
 KEYS = {
     "sts/n_shared_features",
     "sts/check_s",
-    *(f"sts/{name}/{number}" for name in ("train", "near", "far") for number in ("drift", "nll_change")),
+    *(f"sts/{name}/{number}" for name in ("train", "near", "far") for number in ("drift", "nll_change", "accuracy")),
 }
 LOGGED = KEYS | {"sts/overhead_s", "sts/overhead_share"}  # of the run, not of what an evaluation has found
 Rows = list[dict[str, Any]]
@@ -155,7 +155,7 @@ def test_only_python_numbers_enter_logs_metrics_and_state(kind: str, attached: b
     trainer.train()
     rows = [row for row in trainer.state.log_history if "sts/near/drift" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    expected = KEYS if kind == "SFT" else {key for key in KEYS if not key.endswith("nll_change")}
+    expected = KEYS if kind == "SFT" else {key for key in KEYS if not key.endswith(("nll_change", "accuracy"))}
     for row, metrics in zip(rows, listener.metrics, strict=True):
         assert {key for key in row if key.startswith("sts/")} == expected | (LOGGED - KEYS)
         assert {key for key in metrics if "sts/" in key} == {f"eval_{key}" for key in expected}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
@@ -192,12 +195,18 @@ def reading(
 
 
 def probe_check(name: str, policy: PolicyConfig = POLICY, noise_floor: float = 0.0, **readings: ProbeStats) -> Check:
-    found = diagnostics.probe_checks({"train": reading(), "law": reading()} | readings, noise_floor, policy)
+    found = probe_checks({"train": reading(), "law": reading()} | readings, noise_floor, policy)
     return next(check for check in found if check.name == name)
 
 
+def probe_checks(readings: dict[str, ProbeStats], noise_floor: float, policy: PolicyConfig) -> tuple[Check, ...]:
+    """Answers of two bytes each."""
+    sets = [ProbeSet(name, (), ((),), 0, answer_bytes=(2,) * len(r.n_tokens)) for name, r in readings.items()]
+    return diagnostics.probe_checks(readings, sets, noise_floor, policy)
+
+
 def test_nothing_is_the_matter_with_good_probes() -> None:
-    checks = diagnostics.probe_checks({"train": reading(), "law": reading()}, 0.0, POLICY)
+    checks = probe_checks({"train": reading(), "law": reading()}, 0.0, POLICY)
     assert [(c.name, c.status, c.remedy) for c in checks] == [
         (name, "pass", "") for name in ("attention sinks", "noise floor", "alarm power")
     ]
@@ -252,6 +261,25 @@ def test_the_smallest_rise_is_that_of_the_test_at_the_standard_error_of_the_neut
     check = probe_check("alarm power", policy, **{name: reading(rise=0.5) for name in names})
     shown = float(check.found.rsplit(" ", maxsplit=1)[1])
     assert shown == pytest.approx(0.25 + detectable_rise(0.5 / 31**0.5, 32, 0.003125 / n_domains), abs=0.03)
+
+
+@pytest.mark.parametrize(("n_flipped", "status"), [(0, "pass"), (2, "warn")])
+def test_power_is_that_of_each_budget_in_its_own_unit(n_flipped: int, status: Status) -> None:
+    """Bits: the spread in nats by ln 2, over two bytes. Points: prose in front turns two answers of 32 wrong, one right."""
+    right = {name: torch.ones(32, 1, dtype=torch.bool) for name in (ZERO_SHOT, FILLER)}
+    right[FILLER][:n_flipped] = False
+    right[ZERO_SHOT][31] = n_flipped == 0
+    policy = dataclasses.replace(POLICY, budgets={"law": "1 bits/byte", "code": "4 points"})
+    check = probe_check("alarm power", policy, law=reading(rise=0.5), code=dataclasses.replace(reading(), right=right))
+    assert check.status == status
+    assert check.remedy == ("more queries for code: that is above the budget" if status == "warn" else "")
+    found = re.fullmatch(r".*: law ([\d.]+) bits/byte, code ([\d.]+) points", check.found)
+    assert found is not None
+    in_bits = 0.5 + detectable_rise(0.5 / math.log(2) / 2 / 31**0.5, 32, 0.003125 / 2)
+    assert float(found[1]) == pytest.approx(in_bits, abs=0.01)
+    changes = np.array([100.0] * 2 + [-100.0] + [0.0] * 29) * (n_flipped > 0)
+    in_points = 2 + detectable_rise(changes.std(ddof=1) / 32**0.5, 32, 0.003125 / 2)
+    assert float(found[2]) == pytest.approx(in_points, abs=0.4)
 
 
 def test_only_weak_domains_are_named() -> None:

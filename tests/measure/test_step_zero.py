@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.errors import CannotTell
 from sts_callback.measure.sae_reader import Reference
 from sts_callback.measure.step_zero import StepZeroReference, StepZeroStats
@@ -139,3 +140,13 @@ def test_the_digest_is_that_of_all_contents_and_of_nothing_else(baseline: StepZe
         replace(baseline, sets={name: one for name, one in baseline.sets.items() if name != "law"}),
     ]
     assert len({baseline.digest, *(other.digest for other in others)}) == 5
+
+
+def test_what_was_read_comes_back_with_the_bytes_of_its_answers(baseline: StepZeroReference, tmp_path: Path) -> None:
+    queries = (Query((5, 6), (7, 8, 9), (True, False)), Query((5,), (), (True,)))
+    law = ProbeSet("law", queries, ((1, 2), (3,)), 4, "written", answer_bytes=(11, 0))
+    file = tmp_path / "b.safetensors"
+    replace(baseline, probes={"law": law, "old": replace(law, name="old", answer_bytes=())}).save(file)
+    back = StepZeroReference.load(file, baseline.fingerprint).probes
+    assert back == {"law": law, "old": replace(law, name="old", answer_bytes=())}
+    assert hash(back["law"].answer_bytes) == hash((11, 0))

@@ -11,6 +11,7 @@ import pytest
 
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback import records
+from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.records import (
     Check,
     DomainDrift,
@@ -21,6 +22,7 @@ from sts_callback.records import (
     Record,
     Score,
     Snippet,
+    TokenAccuracy,
     TopActivatingExamples,
     Verdict,
     remedies,
@@ -38,11 +40,15 @@ from sts_callback.records.remedies import (
     ScalePoint,
     SourceEffect,
 )
+from sts_callback.records.run import RunSettings
 
 SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
 BLAMED = AttributedRow(17, 0.5, 7, SNIPPET)
 BLAMED_DOMAIN = DomainAttribution("law", 0.75, -0.125, 0.375, 2, (BLAMED,))
-DIALED = ScaledDomain("law", 32, estimate(0.25, 0.125, 0.375), estimate(0.5, 0.25, 0.75), 0.1, "beyond")
+CHANGE = estimate(0.5, 0.25, 0.75)
+DIALED = ScaledDomain("law", 32, estimate(0.25, 0.125, 0.375), CHANGE, CHANGE, 0.1, "beyond")
+DIALED_IN_POINTS = ScaledDomain("law", 32, estimate(0.25, 0.125, 0.375), CHANGE, estimate(2.5, 2.0, 3.0), "2 points", "beyond")
+ACCURACY = TokenAccuracy(0.5, 0.375, estimate(-0.125, -0.25, 0.0), 7, 2, 3, (-5, 0, 0))
 DIAL_POINT = ScalePoint(0.5, "beyond", {"law": DIALED})
 MIXED = MixedDomain("law", estimate(0.25, 0.125, 0.375), 0.1, "beyond")
 MIX_POINT = MixPoint({"train": 0.75, "cases": 0.25}, {"train": 300, "cases": 100}, "beyond", {"law": MIXED})
@@ -56,7 +62,9 @@ ALL: list[Record] = [
     TopActivatingExamples(7, 0.5, "https://neuronpedia.org/x", {"train": (SNIPPET, SNIPPET), "law": ()}),
     domain_forecast(),
     forecast(domain_forecast("law"), domain_forecast("code", sts_rel=0.75), train_source="own rollouts"),
+    domain_drift(accuracy=ACCURACY),
     domain_drift(),
+    ACCURACY,
     snapshot(40, domain_drift("law"), domain_drift("code", top_features=()), output_drift=estimate(0.5, -0.25, 0.75)),
     Verdict(
         "no-go",
@@ -70,6 +78,7 @@ ALL: list[Record] = [
     BLAMED_DOMAIN,
     Attribution(IDENTITY, 5000, 2000, 3, {"law": BLAMED_DOMAIN}, (17, 4711), 1.5),
     DIALED,
+    DIALED_IN_POINTS,
     DIAL_POINT,
     AdapterScales(IDENTITY, (DIAL_POINT,), 1.5),
     MIXED,
@@ -129,6 +138,27 @@ def test_nan_within_a_tuple_comes_back_too() -> None:
     assert back.top_features[1] == (3, 0.5)
     assert back.top_features[0][0] == 7
     assert math.isnan(back.top_features[0][1])
+
+
+def test_a_budget_comes_back_as_a_number_of_nats_or_a_text_with_its_unit() -> None:
+    policy = PolicyConfig({"law": 1, "code": "0.05bits per byte", "math": "2 points"})
+    settings = RunSettings.of(policy, ProbeConfig(), check_on="save", action="warn", max_overhead=0.01)
+    written = _strict(settings.to_json())["policy"]["budgets"]
+    assert written == {"law": 1.0, "code": "0.05 bits/byte", "math": "2 points"}
+    back = RunSettings.from_json(settings.to_json().replace('"law": 1.0', '"law": 1')).policy
+    assert back == policy
+    assert type(back.budgets["law"]) is float
+
+
+def test_a_drift_of_before_there_was_accuracy_has_none() -> None:
+    written = _strict(domain_drift().to_json())
+    for key in ("bits_change", "query_answer_bytes", "accuracy"):
+        del written[key]
+    back = DomainDrift.from_dict(written)
+    assert back.accuracy is None
+    assert back.harm_in("nats/token") == back.nll_change
+    assert [back.query_harm_in(unit) for unit in ("bits/byte", "points")] == [((), ()), ((), ())]
+    assert all(math.isnan(x) for unit in ("bits/byte", "points") for x in vars(back.harm_in(unit)).values())
 
 
 def test_types_come_back_as_annotated() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from samples import IDENTITY
-from sts_callback.config import ProbeConfig
+from sts_callback.config import Budget, PlainBudget, ProbeConfig, Unit
 from sts_callback.errors import ConfigError, ModelError
 from sts_callback.measure.runner import ProbeRunner
 from sts_callback.policy import judge_budget
@@ -48,11 +49,13 @@ def adapted(tmp_path: Path) -> nn.Module:
     return with_adapter(tiny_model(), bos_tokenizer(), saved_adapter(tmp_path / "adapter"))
 
 
-def made_knob(model: nn.Module, budgets: dict[str, float] | None = None) -> AdapterScaler:
+def made_knob(model: nn.Module, budgets: dict[str, PlainBudget] | None = None) -> AdapterScaler:
     return AdapterScaler(model, bos_tokenizer(), sae=rotated_sae(), domains=DOMAINS, budgets=budgets or BUDGETS, config=CONFIG)
 
 
-def made_dial(model: nn.Module, scales: tuple[float, ...] = (0.5, 1.0), budgets: dict[str, float] | None = None) -> AdapterScales:
+def made_dial(
+    model: nn.Module, scales: tuple[float, ...] = (0.5, 1.0), budgets: dict[str, PlainBudget] | None = None
+) -> AdapterScales:
     options: dict[str, Any] = {"domains": DOMAINS, "config": CONFIG, "progress": False, "scales": scales}
     return dial(model, bos_tokenizer(), sae=rotated_sae(), budgets=BUDGETS if budgets is None else budgets, **options)
 
@@ -122,6 +125,25 @@ def test_the_largest_scale_within_budget_is_found(tmp_path: Path) -> None:
     assert made_dial(model, (1.0,), {"poems": 10 * change.high}).largest == 1.0
 
 
+def test_each_budget_is_judged_in_its_own_unit(adapted: nn.Module) -> None:
+    """One probe set by three names: its harm in bits is that in nats by ln 2 and by the tokens over the bytes of its answers."""
+    rows = DOMAINS["poems"]
+    budgets: dict[str, PlainBudget] = {"poems": 9.0, "bits": "9 bits/byte", "points": "90 points"}
+    knob = AdapterScaler(
+        adapted, bos_tokenizer(), sae=rotated_sae(), domains=dict.fromkeys(budgets, rows), budgets=budgets, config=CONFIG
+    )
+    still, found = knob.at(0.0).domains, knob.at(1.0).domains
+    assert {name: domain.budget for name, domain in found.items()} == budgets
+    assert {domain.finding for domain in found.values()} == {"within"}
+    assert {domain.harm for domain in still.values()} == {Estimate(0, 0, 0)}
+    assert found["poems"].harm == found["poems"].nll_change
+    texts = [q.answer for q in knob._sets[1].queries]
+    n_bytes = sum(len(str(bos_tokenizer().decode(list(answer))).encode()) for answer in texts)
+    in_bits = found["bits"].nll_change.value / math.log(2) * sum(map(len, texts)) / n_bytes
+    assert found["bits"].harm.value == pytest.approx(in_bits)
+    assert found["points"].harm == Estimate(0, 0, 0)  # a random model gets no token right, and loses none
+
+
 def test_all_is_as_it_was_afterwards_also_after_an_error(adapted: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     before = scalings(adapted)
     assert before and all(value == 3 for one in before for value in one.values())
@@ -168,7 +190,8 @@ def test_what_several_scales_come_to(findings: tuple[BudgetFinding, ...], larges
     ],
 )
 def test_a_budget_is_judged_by_its_interval(change: Estimate, finding: BudgetFinding) -> None:
-    assert judge_budget(change, 0.1) == finding
+    for unit in get_args(Unit):
+        assert judge_budget(change, Budget(0.1, unit)) == finding
 
 
 @pytest.mark.parametrize("scales", [(), (0.0, 1.0), (1.5,), (float("nan"),)])

@@ -483,8 +483,10 @@ def test_blame_of_all_rows_speaks_of_no_sample() -> None:
 
 def _dial(**findings: Any) -> AdapterScales:
     def point(scale: float, finding: Any) -> ScalePoint:
-        law = ScaledDomain("law", 32, estimate(scale, 0.0, 2.0), estimate(0.12, -0.1, 0.3), 0.1, finding)
-        return ScalePoint(scale, finding, {"law": law})
+        change = estimate(0.12, -0.1, 0.3)
+        law = ScaledDomain("law", 32, estimate(scale, 0.0, 2.0), change, change, 0.1, finding)
+        code = ScaledDomain("code", 32, estimate(scale, 0.0, 2.0), change, estimate(1.25, -0.5, 3.0), "2 points", finding)
+        return ScalePoint(scale, finding, {"law": law, "code": code})
 
     return AdapterScales(IDENTITY, tuple(point(float(scale[1:]) / 100, finding) for scale, finding in findings.items()), 1.5)
 
@@ -506,6 +508,7 @@ def test_a_dial_shows_the_curve_and_answers(findings: dict[str, Any], answer: st
     for scale, finding in findings.items():
         row = rf"law +{float(scale[1:]) / 100:g} +{float(scale[1:]):.1f}% +\+0\.12 -0\.10 to \+0\.30 +0\.10 +{finding}"
         assert re.search(row, shown), shown
+        assert re.search(rf"code .* \+1\.2 +-0\.5 to \+3\.0 2 points +{finding}", shown), shown
 
 
 def _mix(train_change: float, replay_change: float) -> Mix:

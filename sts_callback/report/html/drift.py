@@ -29,7 +29,7 @@ def drift_section(story: ReportData) -> Html:
     else:
         thresholds = (
             f"Dashed: drift counts as movement from {formatting.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
-            "domain's budget on, which is drawn where it is one of nats a token. An alarm needs such a rise that also passes the test of one check, at "
+            "domain's budget on, if that is in nats. An alarm needs such a rise that also passes the test of one check, at "
             f"{formatting.in_a_row(policy.patience)}."
         )
     train = drift.latest.train.name

@@ -110,8 +110,8 @@ def _two_questions(story: ReportData) -> Html:
         table(titles, rows, groups=[("", 1), ("Does it move?", 2), ("Does it get worse?", 4)]),
         say(
             "A verdict is about harm. Transfer and drift say how much a domain moves, never in which direction. \u25b2: reaches "
-            "its threshold. NLL change: in nats a token, above 0 is worse. Token accuracy: share of the answers' tokens that are the "
-            "model's most likely next ones, before training and now."
+            "its threshold. NLL change: in nats a token, above 0 is worse. Token accuracy: share of the answers' tokens that are "
+            "the model's most likely next ones, before training and now."
         ),
     )
 

@@ -118,10 +118,10 @@ def adapter_scales_table(found: AdapterScales, *, colour: bool | None = None) ->
                 Text(domain.finding, style=_FINDINGS[domain.finding]),
             )
     legend = (
-        "drift and harm against the model without the adapter. harm: what the answers have\n"
-        "lost, in the budget's unit: by NLL in nats a token where it has none. within: the\n"
-        "interval lies under the budget; beyond: the harm reaches it and the interval lies\n"
-        "above 0.\n"
+        "drift and harm against the model without the adapter. harm: what the answers\n"
+        "have lost, in nats a token unless the budget names another unit. within: the\n"
+        "interval lies under the budget; beyond: the harm reaches it and the interval\n"
+        "lies above 0.\n"
     )
     if found.largest is not None:
         answer = f"Largest scale that keeps every budget: {found.largest:g}"
