@@ -16,7 +16,7 @@ from reading import Page
 from samples import domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import DataError
-from sts_callback.records import Check, Snippet
+from sts_callback.records import Check, Snippet, TokenAccuracy
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed
 from sts_callback.report.data import ReportData, build
 from sts_callback.report.html.page import page, write_report
@@ -106,6 +106,37 @@ def test_what_reaches_a_threshold_has_a_sign_and_nothing_has_one_without_setting
     assert re.findall("\u25b2 [0-9]", unknown.text) == []
     assert "none is drawn" in unknown.section("drift")
     assert 'class="level threshold"' not in unknown.source
+
+
+def in_other_units() -> Logged:
+    """Law has lost 4 points and risen by half a nat, code 0.06 bits a byte."""
+    accuracy = TokenAccuracy(0.43, 0.39, estimate(-0.04, -0.05, -0.03), 41, 3, 17, (-2, 0))
+    law = domain_drift("law", nll_change=estimate(0.5), accuracy=accuracy)
+    code = domain_drift("code", nll_change=estimate(0.25), bits_change=estimate(0.06), accuracy=accuracy)
+    train = domain_drift("train", accuracy=None)
+    policy = PolicyConfig({"law": "2 points", "code": "0.05 bits/byte"})
+    return whole_run(
+        settings=dataclasses.replace(SETTINGS, policy=policy),
+        checks=(JudgedCheck(snapshot(10, law, code, train=train), verdict("go", step=10), None),),
+    )
+
+
+def test_what_a_budget_is_about_has_the_sign_and_its_unit() -> None:
+    read = made(in_other_units())
+    law, code = (re.search(rf"{name} protected (\S+%.*?(?:points|byte))", read.text) for name in ("law", "code"))
+    assert law is not None and law[1].endswith(" +0.50 +0.50 to +0.50 \u25b2 43.0% to 39.0% 2 points")
+    assert code is not None and code[1].endswith(" \u25b2 +0.25 +0.25 to +0.25 43.0% to 39.0% 0.05 bits/byte")
+    assert "law 2 points code 0.05 bits/byte" in read.section("reproduce")
+    in_nats = made(dataclasses.replace(in_other_units(), settings=SETTINGS)).source
+    assert in_nats.count('class="level threshold"') - read.source.count('class="level threshold"') == 2  # over steps
+    assert (in_nats.count('class="bar threshold"'), read.source.count('class="bar threshold"')) == (2, 0)  # before training
+
+
+def test_accuracy_is_told_with_its_interval_and_its_flips_where_it_is_known() -> None:
+    drift = made(in_other_units()).section("drift")
+    assert "token accuracy change 95% tokens lost gained queries with a loss" in drift
+    assert "law protected 43.0% to 39.0% -4.0 -5.0 to -3.0 41 3 17 of 8" in drift
+    assert "tokens lost" not in made(whole_run()).section("drift")
 
 
 def test_the_token_that_fires_is_marked() -> None:

@@ -63,6 +63,13 @@ VERSIONS = dict(LOCK.versions)
         ({"policy": PolicyConfig({"law": 0.2})}, "policy.budgets.law", "0.1", "0.2", "give --protect law=0.1"),
         ({"policy": PolicyConfig()}, "policy.budgets.law", "0.1", "none", "give --protect law=0.1"),
         (
+            {"policy": PolicyConfig({"law": "2points"})},
+            "policy.budgets.law",
+            "0.1",
+            "2 points",
+            "give --protect law=0.1",
+        ),
+        (
             {"policy": PolicyConfig({"law": 0.1, "code": 0.3})},
             "policy.budgets.code",
             "none",
@@ -85,6 +92,14 @@ def test_each_difference_is_named_with_both_values_and_what_to_do(
     assert remedy in found.remedy
     for option in re.findall(r"--[a-z-]+", found.remedy):
         assert option in parser()._subparsers._group_actions[0].choices["forecast"]._option_string_actions  # type: ignore
+
+
+def test_a_budget_with_a_unit_is_given_again_as_the_shell_takes_it(tmp_path: Path) -> None:
+    locked = replace(LOCK, policy=PolicyConfig({"law": "0.05 bits/byte"}))
+    write_lock(tmp_path / "sts.lock", locked)
+    assert read_lock(tmp_path / "sts.lock") == locked
+    (found,) = differences(locked, LOCK)
+    assert (found.locked, found.here, found.remedy) == ("0.05 bits/byte", "0.1", "give --protect 'law=0.05 bits/byte'")
 
 
 def test_all_differences_are_told_at_once() -> None:
