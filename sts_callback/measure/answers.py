@@ -56,11 +56,15 @@ def read_tokens(logits: torch.Tensor, queries: Sequence[Query]) -> tuple[torch.T
 
     """
     targets = torch.tensor([token for q in queries for token in q.answer], device=logits.device)
-    losses, right = [], []
-    for some, target in zip(torch.split(logits, 64), torch.split(targets, 64), strict=True):
-        losses.append(nn.functional.cross_entropy(some.float(), target, reduction="none"))
-        right.append((some.detach().argmax(dim=-1) == target) & losses[-1].detach().isfinite())
+    pieces = [_read_piece(*piece) for piece in zip(torch.split(logits, 64), torch.split(targets, 64), strict=True)]
+    losses, right = zip(*pieces, strict=True)
     return torch.cat(losses), torch.cat(right)
+
+
+def _read_piece(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = logits.float()
+    losses = nn.functional.cross_entropy(wide, targets, reduction="none")
+    return losses, (wide.detach().argmax(dim=-1) == targets) & losses.detach().isfinite()
 
 
 def _longest(queries: Sequence[Query]) -> int:
