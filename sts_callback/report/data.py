@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from sts_callback.config import PlainBudget
+from sts_callback.config import Budget, PlainBudget, Unit
 from sts_callback.records import (
     UNKNOWN,
     Decision,
+    DomainDrift,
+    DomainForecast,
     DriftSnapshot,
     Estimate,
     Forecast,
@@ -160,6 +162,14 @@ def build(logged: Logged) -> ReportData:
         faults=_told_faults(logged.faults),
         unreadable=logged.unreadable,
     )
+
+
+def reached_in(measured: DomainForecast | DomainDrift, budget: PlainBudget) -> Unit | None:
+    """Whether a domain's harm has reached its budget: the budget's unit if so, else, or if there is no budget, None."""
+    if not isinstance(budget, str) and math.isnan(budget):
+        return None
+    limit = Budget.of(budget)
+    return limit.unit if measured.harm_in(limit.unit).value >= limit.value else None
 
 
 def _budgets(logged: Logged) -> dict[str, PlainBudget]:

@@ -75,9 +75,12 @@ def meanings(*pairs: tuple[str, str]) -> Html:
 
 def beyond(value: float, threshold: float, shown: str) -> Html:
     """A number with a sign if it reaches a threshold that is known."""
-    if math.isfinite(value) and value >= threshold:
-        return tag("strong", "\u25b2 ", shown)
-    return join(shown)
+    return flagged(math.isfinite(value) and value >= threshold, shown)
+
+
+def flagged(is_reached: bool, shown: str) -> Html:
+    """A number, with a sign if what it is about has reached its threshold."""
+    return tag("strong", "\u25b2 ", shown) if is_reached else join(shown)
 
 
 def with_interval(estimate: Estimate, form: formatting.Form) -> Html:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from sts_callback.config import Budget, PlainBudget
 from sts_callback.errors import DataError
-from sts_callback.records import DomainDrift, DomainForecast
 from sts_callback.report import formatting
-from sts_callback.report.data import ReportData, build
-from sts_callback.report.html.components import badge, beyond, domain, more, name_row, say, table, with_interval
+from sts_callback.report.data import ReportData, build, reached_in
+from sts_callback.report.html.components import badge, beyond, domain, flagged, more, name_row, say, table, with_interval
 from sts_callback.report.html.cost import cost_section, faults_section, reproduce_section
 from sts_callback.report.html.drift import drift_section, overlap_section
 from sts_callback.report.html.forecast import forecast_section
@@ -32,6 +30,7 @@ _SECTIONS = {
     "reproduce": ("Reproduce", reproduce_section),
 }
 _MOST_REASONS = 4  # unfolded; the table below has the same numbers of all domains
+_OF_NLL = ("nats/token", "bits/byte")  # units of budgets; the other one is of token accuracy
 _NOTHING_LOADED = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -97,12 +96,14 @@ def _two_questions(story: ReportData) -> Html:
         if name in then:
             transfer, change = then[name].transfer.value, then[name].nll_change
             cells[0] = formatting.percent(transfer)
-            cells[2] = _marked(then[name], budget, formatting.nats(change.value))
+            reached = reached_in(then[name], budget)
+            cells[2] = flagged(reached in _OF_NLL, formatting.nats(change.value))
         if name in now:
             drift, change = now[name].relative_drift, now[name].nll_change
             cells[1] = beyond(drift.value, policy.min_drift if policy else math.inf, with_interval(drift, formatting.percent_1))
-            cells[3] = _marked(now[name], budget, with_interval(change, formatting.nats))
-            cells[4] = _marked(now[name], budget, formatting.accuracy(now[name].accuracy), is_accuracy=True)
+            reached = reached_in(now[name], budget)
+            cells[3] = flagged(reached in _OF_NLL, with_interval(change, formatting.nats))
+            cells[4] = flagged(reached == "points", formatting.accuracy(now[name].accuracy))
         rows.append([name_row(name, story.budgets), *cells, formatting.budget(budget) if name in story.budgets else ""])
     titles = ["domain", "expected: transfer", "found: drift", "expected: NLL change", "found: NLL change"]
     titles += ["found: token accuracy", "budget"]
@@ -114,15 +115,6 @@ def _two_questions(story: ReportData) -> Html:
             "the model's most likely next ones, before training and now."
         ),
     )
-
-
-def _marked(measured: DomainForecast | DomainDrift, budget: PlainBudget, shown: str, *, is_accuracy: bool = False) -> Html:
-    """A change of NLL, or of token accuracy, with a sign if it is what the budget is about and reaches it."""
-    if not isinstance(budget, str) and math.isnan(budget):
-        return join(shown)
-    limit = Budget.of(budget)
-    is_meant = is_accuracy == (limit.unit == "points")
-    return beyond(measured.harm_in(limit.unit).value, limit.value if is_meant else math.inf, shown)
 
 
 def write_report(log: RunDirectory) -> Path:
