@@ -132,7 +132,7 @@ def test_domains_are_decided_as_the_verdict_decides_them() -> None:
     assert {name: found.decision for name, found in judged.items()} == {"law": "no-go", "code": "go", "math": "cannot tell"}
     verdict = judge_forecast(made, policy)
     assert (verdict.decision, verdict.threatened) == ("no-go", ("law",))
-    assert verdict.reasons == {name: reason for name, (_, reason) in judged.items()}
+    assert verdict.reasons == {name: reason for name, (_, reason, _) in judged.items()}
 
 
 @pytest.mark.parametrize(
