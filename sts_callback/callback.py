@@ -19,6 +19,7 @@ from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError
 from sts_callback.model.sae import require_saes
 from sts_callback.records import TRAIN, Forecast, Verdict
+from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.training import trainer_log
 from sts_callback.training.arguments import (
     Action,
@@ -27,6 +28,7 @@ from sts_callback.training.arguments import (
     OnError,
     OnForecast,
     OnForecastError,
+    Rehearse,
     Settings,
     STSArguments,
 )
@@ -69,6 +71,7 @@ class STSCallback(TrainerCallback):
         on_forecast: OnForecast = "warn",
         on_forecast_error: OnForecastError = "raise",
         on_error: OnError = "warn",
+        rehearse: Rehearse = "auto",
         max_overhead: float | None = 0.01,
         ledger: str | Path | None = None,
         probes: ProbeConfig | None = None,
@@ -94,6 +97,9 @@ class STSCallback(TrainerCallback):
             on_forecast_error: when there can be no forecast, or after a resume no comparison with step 0, `"raise"` before the
                 first step, or `"train unwatched"`, which the last line of the run then says.
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
+            rehearse: before the first step, take a few at the run's own rate, measure what they move, and put all back to the
+                bit; the forecast's verdict is then that of these steps. True and False, or `"auto"`: in runs of ten steps or
+                more, where it takes no more than `max_overhead` of the training's time. It needs `attach`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
                 skipped until the next one that is due and does not. The early one is made if all of the training pays for it,
                 the last one, when training ends, always. None checks whenever asked.
@@ -117,6 +123,7 @@ class STSCallback(TrainerCallback):
         _one_of("on_forecast", on_forecast, get_args(OnForecast))
         _one_of("on_forecast_error", on_forecast_error, get_args(OnForecastError))
         _one_of("on_error", on_error, get_args(OnError))
+        require(rehearse == "auto" or isinstance(rehearse, bool), "rehearse", rehearse, "'auto', True or False")
         if max_overhead is not None:
             allowed = "a share above 0, up to 1, or None for no limit"
             max_overhead = finite(max_overhead, "max_overhead", allowed)
@@ -141,6 +148,7 @@ class STSCallback(TrainerCallback):
             on_forecast=on_forecast,
             on_forecast_error=on_forecast_error,
             on_error=on_error,
+            rehearse=rehearse,
             max_overhead=1.0 if max_overhead is None else max_overhead,
             ledger=ledger,
             probes=probes,
@@ -151,7 +159,7 @@ class STSCallback(TrainerCallback):
         self._session: Session | None = None
 
     def attach(self, trainer: Trainer) -> STSCallback:
-        """Let the callback read the trainer's raw training data and write into its log. Optional.
+        """Let the callback rehearse the run, read the trainer's raw training data and write into its log. Optional.
 
         Args:
             trainer: the trainer that this callback was given to.
@@ -198,8 +206,13 @@ class STSCallback(TrainerCallback):
         return None if self._session is None else self._session.forecast
 
     @property
+    def rehearsal(self) -> Rehearsal | None:
+        """What a rehearsal found, or why there was none, from train begin on."""
+        return None if self._session is None else self._session.rehearsal
+
+    @property
     def verdict(self) -> Verdict | None:
-        """The newest verdict: the forecast's, then each check's."""
+        """The newest verdict: the forecast's, the rehearsal's in its place if there is one, then each check's."""
         return None if self._session is None else self._session.verdict
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -210,6 +223,11 @@ class STSCallback(TrainerCallback):
                 "sae=[...] takes several SAEs, domains={...} any number of domains."
             )
         settings, ranks = self._settings, Ranks.of_run()
+        if settings.rehearse is True and self._attached() is None:
+            raise ConfigError(
+                "rehearse: got True, but the callback has no trainer, whose loss and collator a rehearsal needs; call "
+                "callback.attach(trainer) before trainer.train(), or take rehearse='auto'."
+            )
         if ranks.n > 1:
             _require_whole_sequences(AcceleratorState().parallelism_config)
         names = (TRAIN, *settings.domains)

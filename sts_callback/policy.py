@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sts_callback.config import DIGITS, Budget, PolicyConfig, Unit, require
 from sts_callback.errors import CannotTell
 from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, State, Verdict
+from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.remedies import BudgetFinding
 
 N_LOOKS = 10
@@ -132,6 +133,25 @@ def judge_check(snapshot: DriftSnapshot, policy: PolicyConfig, level: float) -> 
         name: _judged(snapshot, name, budget, p_values[name], corrected[name] <= level > 0, policy, level)
         for name, budget in policy.limits.items()
     }
+
+
+def judge_rehearsal(rehearsal: Rehearsal, policy: PolicyConfig) -> Verdict:
+    """Decide before training by what a few steps at the run's own rate have done.
+
+    Args:
+        rehearsal: one that was made; of its doses, those at other rates do not matter.
+        policy: thresholds; the one check here may make all of the error that a run may.
+
+    Returns:
+        As `judge_drift`, at step 0.
+
+    Raises:
+        ConfigError: if the run was not rehearsed, or a protected domain was not measured.
+
+    """
+    own = [dose.check for dose in rehearsal.doses if dose.multiple == 1]
+    require(len(own) == 1, "rehearsal", rehearsal.skipped, "one with a dose at the run's own rate")
+    return replace(judge_drift(own, replace(policy, patience=1), [policy.alpha]), step=0, supersedes_forecast=False)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

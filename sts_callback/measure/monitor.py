@@ -263,7 +263,12 @@ class Monitor:
         self._forecast = forecast
 
     def check(
-        self, step: int, *, batch_tokens: int | None = None, rollouts: tuple[Sequence[Row], Sequence[Row]] = ((), ())
+        self,
+        step: int,
+        *,
+        batch_tokens: int | None = None,
+        rollouts: tuple[Sequence[Row], Sequence[Row]] = ((), ()),
+        title: str = "Drift check at step",
     ) -> DriftSnapshot:
         """Measure how far the model has moved from step 0. Needs `forecast` or `restore` before.
 
@@ -272,6 +277,7 @@ class Monitor:
             batch_tokens: tokens in one forward, where it cannot be as many as at step 0; unchanged weights then drift by the
                 forecast's noise floor instead of not at all.
             rollouts: prompts with completions that the model wrote at step 0, and such that it writes now.
+            title: of the progress bar, before the number of the step.
 
         Raises:
             CannotTell: if there is no step 0 to compare with.
@@ -279,7 +285,7 @@ class Monitor:
         """
         step_zero, forecast = self._at_step_zero()
         started = time.monotonic()
-        with undisturbed(self._model), self._bar(f"Drift check at step {step}", self._n_queries) as bar:
+        with undisturbed(self._model), self._bar(f"{title} {step}", self._n_queries) as bar:
             zero_shot = self._context((), with_answers=True)
             readings = {
                 s.name: self._runner.read_drift(s, zero_shot, [step_zero[s.name]], bar.update, batch_tokens=batch_tokens)[0]

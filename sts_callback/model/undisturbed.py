@@ -27,24 +27,42 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     back, and each module's own `training` flag (not `model.train()`: TRL picks its log bucket by it).
     """
     flags = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state, cpu_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     default_dtype = torch.get_default_dtype()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    with random_state_kept():
+        try:
+            for module, _ in flags:
+                module.training = False
+            torch.set_default_dtype(torch.float32)  # sums take no less, whatever the user's new tensors are
+            with _state_aside(model), _logits_alone(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            torch.set_default_dtype(default_dtype)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """On exit, the random state of Python, NumPy, the CPU and every device is as it was."""
+    python_state, numpy_state, cpu_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device: Any = _device_in_use()
+    on_all = hasattr(device, "get_rng_state_all")  # of CUDA and its like; Apple's GPU is one
+    states = None if device is None else device.get_rng_state_all() if on_all else device.get_rng_state()
     try:
-        for module, _ in flags:
-            module.training = False
-        torch.set_default_dtype(torch.float32)  # sums take no less, whatever the user's new tensors are
-        with _state_aside(model), _logits_alone(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
-        for module, flag in flags:
-            module.training = flag
-        torch.set_default_dtype(default_dtype)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(cpu_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+        if device is not None:
+            (device.set_rng_state_all if on_all else device.set_rng_state)(states)
+
+
+def _device_in_use() -> Any:
+    """What torch knows of the accelerator that has been used by now, if any: asking one for its state would start it."""
+    kind = torch.accelerator.current_accelerator()
+    device = None if kind is None else torch.get_device_module(kind)
+    return device if device is not None and getattr(device, "is_initialized", lambda: True)() else None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from sts_callback import __version__
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.records import DriftSnapshot, Forecast, Record, TopActivatingExamples, Verdict
+from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.remedies import Attribution
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sae-lens")
@@ -107,11 +108,19 @@ class Logged(Record):
     faults: tuple[Fault, ...]
     unreadable: tuple[str, ...]
     """What is there and cannot be read, with the reason, a sentence a file."""
+    rehearsal: Rehearsal | None = None
+    rehearsal_verdict: Verdict | None = None
+    """None also where the run was not rehearsed."""
 
     @property
     def verdict(self) -> Verdict | None:
-        """The newest: the last check's, else the forecast's."""
-        return self.checks[-1].verdict if self.checks else self.forecast_verdict
+        """The newest: the last check's, else the rehearsal's, else the forecast's."""
+        return self.checks[-1].verdict if self.checks else self.verdict_before
+
+    @property
+    def verdict_before(self) -> Verdict | None:
+        """Before the first step: the rehearsal's, else the forecast's."""
+        return self.rehearsal_verdict or self.forecast_verdict
 
     @property
     def is_empty(self) -> bool:

@@ -133,8 +133,9 @@ def _verdicts(logged: Logged) -> str:
     if logged.checks:
         when = f"After {counted(newest.step, 'step')} of training"
     lines.append(f"{when}: **{newest.decision}**, that is, {_MEANINGS[newest.decision]}.")
-    if logged.checks and logged.forecast_verdict is not None and logged.forecast_verdict.reasons:
-        lines.append(f"The forecast before training had said: **{logged.forecast_verdict.decision}**.")
+    before, by = logged.verdict_before, "rehearsal" if logged.rehearsal_verdict else "forecast"
+    if logged.checks and before is not None and before.reasons:
+        lines.append(f"The {by} before training had said: **{before.decision}**.")
     reasons = "\n".join(f"- {_code(name)}: {reason}" for name, reason in newest.reasons.items())
     ended = ended_alarms([check.verdict for check in logged.checks])
     told = "".join(f" An alarm for {_code(name)} at step {steps[0]} has ended since." for name, steps in ended.items())

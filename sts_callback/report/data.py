@@ -23,6 +23,7 @@ from sts_callback.records import (
     Verdict,
 )
 from sts_callback.records.record import StoredAs
+from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.remedies import Attribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings
 from sts_callback.report.headline import Headline, headline
@@ -136,6 +137,8 @@ class ReportData(Record):
     cost: Cost
     faults: tuple[FaultRow, ...]
     unreadable: tuple[str, ...]
+    rehearsal: Rehearsal | None = None
+    rehearsal_verdict: Verdict | None = None
 
 
 def build(logged: Logged) -> ReportData:
@@ -161,6 +164,8 @@ def build(logged: Logged) -> ReportData:
         cost=_cost(logged),
         faults=_told_faults(logged.faults),
         unreadable=logged.unreadable,
+        rehearsal=logged.rehearsal,
+        rehearsal_verdict=logged.rehearsal_verdict,
     )
 
 
@@ -175,7 +180,7 @@ def reached_in(measured: DomainForecast | DomainDrift, budget: PlainBudget) -> U
 def _budgets(logged: Logged) -> dict[str, PlainBudget]:
     if logged.settings is not None:
         return dict(logged.settings.policy.budgets)
-    verdicts = [*(c.verdict for c in logged.checks[-1:]), *([logged.forecast_verdict] if logged.forecast_verdict else [])]
+    verdicts = [*(c.verdict for c in logged.checks[-1:]), *([logged.verdict_before] if logged.verdict_before else [])]
     return {name: _NAN for verdict in verdicts for name in verdict.reasons}
 
 

@@ -78,8 +78,14 @@ def headline(logged: Logged) -> Headline:
 
 def _notes(logged: Logged) -> Iterator[str]:
     verdicts = [check.verdict for check in logged.checks]
-    if verdicts and logged.forecast_verdict is not None and logged.forecast_verdict.reasons:
-        yield f"Before training, the forecast said: {logged.forecast_verdict.decision}."
+    before, by = logged.verdict_before, "rehearsal" if logged.rehearsal_verdict else "forecast"
+    if verdicts and before is not None and before.reasons:
+        yield f"Before training, the {by} said: {before.decision}."
+    in_context = logged.forecast_verdict
+    if logged.rehearsal_verdict and in_context is not None and in_context.reasons:
+        yield f"In context, without any step, the forecast said: {in_context.decision}."
+    if logged.rehearsal is not None and logged.rehearsal.skipped:
+        yield f"The run was not rehearsed: {logged.rehearsal.skipped}"
     if logged.forecast is not None and not verdicts:
         yield "No drift check can be read: this is what was expected before training, not what training did."
     for name, steps in ended_alarms(verdicts).items():

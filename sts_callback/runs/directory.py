@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.records import DriftSnapshot, Forecast, TopActivatingExamples, Verdict
+from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.remedies import Attribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
 from sts_callback.runs.files import write_whole
@@ -36,6 +37,7 @@ class RunDirectory:
         self.baseline_file = folder / "baseline.safetensors"
         self._settings_file = folder / "settings.json"
         self._forecast_file = folder / "forecast.json"
+        self._rehearsal_file = folder / "rehearsal.json"
         self._drift_file = folder / "drift.jsonl"
         self._features_file = folder / "features.jsonl"
         self._blame_file = folder / "blame.json"
@@ -124,6 +126,25 @@ class RunDirectory:
                 "Drift can be measured only from step 0: start the run anew."
             ) from error
 
+    def write_rehearsal(self, rehearsal: Rehearsal, verdict: Verdict | None) -> None:
+        """Write what a rehearsal found, or why there was none, whole or not at all.
+
+        Args:
+            rehearsal: with doses or without.
+            verdict: what follows from its doses; None without.
+
+        """
+        content = {"rehearsal": rehearsal.to_dict(), "verdict": verdict.to_dict() if verdict else None}
+        self._make_ready()
+        write_whole(self._rehearsal_file, json.dumps(content, indent=1) + "\n")
+
+    def read_rehearsal(self) -> Rehearsal | None:
+        """Read the rehearsal of this run; None if it is missing, damaged or of another version."""
+        try:
+            return Rehearsal.from_dict(json.loads(self._rehearsal_file.read_text(encoding="utf-8"))["rehearsal"])
+        except (OSError, *_NOT_OURS):
+            return None
+
     def write_rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what the policy wrote at step 0, if anything is known of it, whole or not at all."""
         self._make_ready()
@@ -206,6 +227,8 @@ class RunDirectory:
             forecast=next(iter(told(self._forecast_file, lambda row: Forecast.from_dict(row["forecast"]))), None),
             forecast_verdict=next(iter(told(self._forecast_file, lambda row: Verdict.from_dict(row["verdict"]))), None),
             other_forecasts=next(iter(told(self._forecast_file, _others_of)), ()),
+            rehearsal=next(iter(told(self._rehearsal_file, lambda row: Rehearsal.from_dict(row["rehearsal"]))), None),
+            rehearsal_verdict=next(iter(told(self._rehearsal_file, _rehearsal_verdict_of)), None),
             checks=tuple(checks[step] for step in sorted(checks)),
             top_examples=tuple(told(self._features_file, TopActivatingExamples.from_dict)),
             blame=next(iter(told(self._blame_file, Attribution.from_dict)), None),
@@ -311,6 +334,10 @@ def _check_of(row: dict[str, Any]) -> JudgedCheck:
 
 def _others_of(row: dict[str, Any]) -> tuple[Forecast, ...]:
     return tuple(Forecast.from_dict(other) for other in row.get("other_saes", ()))
+
+
+def _rehearsal_verdict_of(row: dict[str, Any]) -> Verdict | None:
+    return Verdict.from_dict(row["verdict"]) if row["verdict"] else None
 
 
 def _fault_of(row: dict[str, Any]) -> Fault:

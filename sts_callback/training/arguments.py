@@ -41,6 +41,7 @@ Action = NamedAction | Callable[[Verdict], object]
 OnForecast = Literal["warn", "refuse"]
 OnForecastError = Literal["raise", "train unwatched"]
 OnError = Literal["warn", "raise"]
+Rehearse = Literal["auto"] | bool
 
 VARIABLE = "STS_CALLBACK_CONFIG"
 """Environment variable that names the YAML file which `STSCallback()` reads."""
@@ -62,6 +63,7 @@ class Settings:
     on_forecast: OnForecast
     on_forecast_error: OnForecastError
     on_error: OnError
+    rehearse: Rehearse
     max_overhead: float
     """From 1 on there is no limit."""
     probes: ProbeConfig
@@ -90,6 +92,7 @@ class STSArguments:
         default="raise", metadata={"help": "if there can be no forecast, or no taking up after a resume"}
     )
     sts_on_error: OnError = field(default="warn", metadata={"help": "if a measurement fails in mid-run"})
+    sts_rehearse: str = field(default="auto", metadata={"help": "a few steps before the first: auto, true or false"})
     sts_max_overhead: Optional[float] = field(default=0.01, metadata={"help": "share of training time for checks"})  # noqa: UP045
     sts_ledger: Optional[str] = field(default=None, metadata={"help": "file that keeps finished runs, to learn from"})  # noqa: UP045
     sts_n_queries: int = field(default=ProbeConfig.n_queries, metadata={"help": "queries of each set"})
@@ -122,6 +125,7 @@ class STSArguments:
             "on_forecast": self.sts_on_forecast,
             "on_forecast_error": self.sts_on_forecast_error,
             "on_error": self.sts_on_error,
+            "rehearse": {"true": True, "false": False}.get(str(self.sts_rehearse).lower(), self.sts_rehearse),
             "max_overhead": None
             if self.sts_max_overhead is None
             else number(self.sts_max_overhead, "sts_max_overhead", "a share above 0, up to 1, or nothing for no limit"),

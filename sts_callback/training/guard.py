@@ -85,7 +85,14 @@ class Guard:
             self.run(state, sink.name, sink.write, first_only=sink.first_only)
 
     def measure(
-        self, state: TrainerState, what: str, work: Callable[[int], T], batch_tokens: int, *, reraise: Errors = ()
+        self,
+        state: TrainerState,
+        what: str,
+        work: Callable[[int], T],
+        batch_tokens: int,
+        *,
+        reraise: Errors = (),
+        way_out: str = _UNWATCHED,
     ) -> T | None:
         """Do work that takes memory, in ever smaller batches while memory does not suffice.
 
@@ -98,6 +105,7 @@ class Guard:
             work: what to do, given the number of tokens in a batch.
             batch_tokens: to begin with.
             reraise: see `run`.
+            way_out: how the user does without, a sentence.
 
         Returns:
             What the work gives; None if it failed on this or another process, which is recorded.
@@ -111,7 +119,7 @@ class Guard:
                 failure = self._agreed(error, reraise)
                 is_over = failure != _SHORT or divisor == _DIVISORS[-1]
                 if failure == _RAISED or (is_over and (self._raises or Exception in reraise)):
-                    self._raise(what, error)
+                    self._raise(what, error, way_out)
                 self._record_error(state, f"{what}, {size} tokens a batch" if failure == _SHORT else what, error)
             # Out here what the failed attempt held in memory is free: its traceback is gone.
             if is_over:
@@ -127,18 +135,18 @@ class Guard:
             except OSError as write_error:
                 logger.warning("STS cannot write this fault to %s yet: %r", self._log.folder, write_error)
 
-    def _raise(self, what: str, error: Exception) -> NoReturn:
+    def _raise(self, what: str, error: Exception, way_out: str = _UNWATCHED) -> NoReturn:
         """Let an error out. With `on_error="raise"` as it is; else, at set-up, in words for the user, who is to do something."""
         if self._raises or isinstance(error, StsError):
             raise error
         if is_short_of_memory(error):
             raise CannotTell(
                 f"{what}: memory does not suffice, not even for an eighth of the tokens in a batch. Lower "
-                f"ProbeConfig(max_tokens=..., n_domain_demonstrations=...), take a smaller SAE, or a larger device. {_UNWATCHED}"
+                f"ProbeConfig(max_tokens=..., n_domain_demonstrations=...), take a smaller SAE, or a larger device. {way_out}"
             ) from None  # the trainer would take its text for its own and begin again with smaller batches
         raise CannotTell(
             f"{what}: it failed before the first step with {error!r}. If data, model and settings are in order, this is a fault "
-            f"of ours: please report it with the lines above. {_UNWATCHED}"
+            f"of ours: please report it with the lines above. {way_out}"
         ) from error
 
     def _agreed(self, error: Exception, reraise: Errors) -> int:

@@ -11,9 +11,11 @@ from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.scoring import rank_agreement
 from sts_callback.policy import judge_forecast
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
+from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import RunSettings, TimeSpent
 from sts_callback.report.terminal.forecast import check_lines, forecast_table, layers_table
 from sts_callback.report.terminal.ledger import expectations_table
+from sts_callback.report.terminal.rehearsal import rehearsal_lines
 from sts_callback.report.terminal.rows import rows_table
 from sts_callback.runs import ledger, track_record
 from sts_callback.runs.directory import RunDirectory
@@ -56,6 +58,10 @@ class RunRecorder:
         tqdm.write(forecast_table(forecasts[0], verdict))
         if len(forecasts) > 1:
             tqdm.write(layers_table(forecasts, [rank_agreement(forecasts[0], f) for f in forecasts]))
+
+    def show_rehearsal(self, rehearsal: Rehearsal, verdict: Verdict | None) -> None:
+        """Print what a rehearsal found, or why there was none."""
+        tqdm.write(rehearsal_lines(rehearsal, verdict))
 
     def show_expectations(self, forecast: Forecast) -> None:
         """Print what past runs make of a forecast, if there are enough of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ from sts_callback.distributed import Ranks
 from sts_callback.errors import CannotTell, ConfigError, NoGo
 from sts_callback.measure.monitor import Monitor
 from sts_callback.model.undisturbed import undisturbed
-from sts_callback.policy import judge_drift, judge_forecast, require_power
+from sts_callback.policy import judge_drift, judge_forecast, judge_rehearsal, require_power
 from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
+from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import TimeSpent
 from sts_callback.report.html.page import write_report
 from sts_callback.runs.directory import RunDirectory
@@ -27,6 +29,7 @@ from sts_callback.training.arguments import Settings
 from sts_callback.training.guard import Errors, Guard, Sink
 from sts_callback.training.overhead import Overhead, first_guess
 from sts_callback.training.recorder import RunRecorder
+from sts_callback.training.rehearsal import rehearsal_of
 from sts_callback.training.rollouts import Rollouts, require_enough, require_possible, samples
 from sts_callback.training.train_data import find_train_data
 
@@ -85,6 +88,7 @@ class Session:
         self._train_batch_size = state.train_batch_size
 
         self._forecasts: tuple[Forecast, ...] = earlier._forecasts if earlier else ()
+        self.rehearsal: Rehearsal | None = earlier.rehearsal if earlier else None
         self.verdict: Verdict | None = earlier.verdict if earlier else None
         self._step_zero: dict[str, Any] = (
             earlier._step_zero if earlier and self._is_restart else dict(_kept_with_checkpoints(state).get(_STATE_KEY, {}))
@@ -116,7 +120,7 @@ class Session:
         if self._awaits_rollouts:
             self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), reraise=self._refusals)
         if not self._forecasts_from_rollouts:
-            self._set_up(state, control, **kwargs)
+            self._set_up(args, state, control, **kwargs)
 
     def take_rollouts(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take those of step 0, once, and forecast from them if there are no answers: the weights have not moved yet."""
@@ -126,7 +130,7 @@ class Session:
         if not self._guard.run(state, "rollouts", lambda: self._take_rollouts(args), reraise=self._refusals):
             return
         if self._forecasts_from_rollouts:
-            self._set_up(state, control, **kwargs)
+            self._set_up(args, state, control, **kwargs)
         elif self._monitor is not None:
             self._guard.tell(state, Sink("run log", lambda: self._directory.write_rollouts(self._rollouts.first)))
 
@@ -185,7 +189,7 @@ class Session:
             and (state.train_batch_size or 0) < (self._train_batch_size or 0)
         )
 
-    def _set_up(self, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def _set_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline, or take up what was kept of them."""
         settings, model = self._settings, kwargs["model"]
 
@@ -216,6 +220,9 @@ class Session:
             expected_s = self._recent[-1].seconds
         elif self.forecast is not None:
             expected_s = first_guess(self.forecast.seconds_by_part.get("readings", self.forecast.seconds))
+        if self._monitor is not None and self._is_new:
+            self._rehearse(self._monitor, expected_s, args, state, **kwargs)
+            self._guard.run(state, "forecast", self._refuse_no_go, reraise=self._refusals)
         self._overhead, self._first_step = Overhead(settings.max_overhead, expected_s), state.global_step
         if settings.check_on == "save" and not self._is_new and self._monitor is not None:
             self._guard.run(state, "resume", lambda: self._catch_up(state, control, model))
@@ -277,7 +284,62 @@ class Session:
             Sink("screen", lambda: self._recorder.show_forecast(monitor, forecasts, verdict)),
             Sink("ledger", lambda: self._recorder.show_expectations(forecasts[0])),
         )
-        if verdict.decision == "no-go" and self._settings.on_forecast == "refuse":
+
+    def _rehearse(
+        self,
+        monitor: Monitor,
+        check_s: float,
+        args: TrainingArguments,
+        state: TrainerState,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take a few steps of the run before its first, unless that is not wanted, cannot be or does not pay."""
+        settings, trainer = self._settings, self._trainer()
+        if settings.rehearse is False:
+            return
+        share = settings.max_overhead if settings.max_overhead < 1 else math.inf
+
+        def measured(batch_tokens: int) -> Rehearsal:
+            self._batch_tokens = batch_tokens
+
+            def checked(step: int) -> DriftSnapshot:
+                check = functools.partial(monitor.check, step, batch_tokens=batch_tokens, title="Rehearsed step")
+                return self._ranks.gathered(check)[0]
+
+            return rehearsal_of(
+                trainer,
+                train_dataloader,
+                checked,
+                share=None if settings.rehearse is True else share,
+                check_s=check_s,
+                ranks=self._ranks,
+                progress=self._bars,
+            )
+
+        reraise = () if args.auto_find_batch_size else self._refusals  # the batch may be too large, and training finds another
+        made = self._guard.measure(
+            state,
+            "rehearsal",
+            measured,
+            self._batch_tokens,
+            reraise=reraise,
+            way_out="STSCallback(rehearse=False) trains without a rehearsal.",
+        )
+        if made is None:
+            made = Rehearsal((), state.max_steps, math.nan, 0.0, skipped="it failed; faults.jsonl has the reason.")
+        self.rehearsal = made
+        verdict = self._ranks.from_first(lambda: judge_rehearsal(made, self._settings.policy)) if made.doses else None
+        self.verdict = verdict or self.verdict
+        self._guard.tell(
+            state,
+            Sink("run log", lambda: self._directory.write_rehearsal(made, verdict)),
+            Sink("screen", lambda: self._recorder.show_rehearsal(made, verdict)),
+        )
+
+    def _refuse_no_go(self) -> None:
+        verdict = self.verdict
+        if verdict is not None and verdict.decision == "no-go" and self._settings.on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(verdict.threatened)}. "
                 f"{verdict.explanation} Change the data, raise the budget, or take on_forecast='warn'."
@@ -297,6 +359,9 @@ class Session:
         self._guard.tell(state, Sink("run log", self._recorder.write_settings))
         checks = self._ranks.from_first(lambda: self._directory.judged_checks(state.global_step))
         self._forecasts, self.verdict = (forecast,), judge_forecast(forecast, self._settings.policy)
+        self.rehearsal = self._ranks.from_first(self._directory.read_rehearsal)
+        if self.rehearsal is not None and self.rehearsal.doses:
+            self.verdict = judge_rehearsal(self.rehearsal, self._settings.policy)
         if checks:
             self._recent = [snapshot for snapshot, _ in checks][-self._settings.policy.patience :]
             self._last_check = self._last_try = self._recent[-1].step

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sts_callback import ProbeConfig, STSCallback
+from sts_callback.records.rehearsal import Dose, Rehearsal
 from tiny import rows, saved_sae, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 TRAINERS = ("Trainer", "SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "Distillation")
@@ -187,6 +188,8 @@ class Outcome:
     model_settings: tuple[Any, ...]
     """Its configuration, hooks, and which modules train and which parameters have gradients."""
     tokenizer: str
+    counters: dict[str, Any]
+    """Numbers that the trainer keeps, and its state's, without timings."""
 
     def differences(self, other: Outcome) -> list[str]:
         """Names of the fields in which two runs differ by as little as a bit."""
@@ -214,6 +217,12 @@ def finished(trainer: Trainer) -> Outcome:
             [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
         ),
         tokenizer=trainer.processing_class.backend_tokenizer.to_str() + repr(trainer.processing_class),  # type: ignore
+        counters={
+            name: value
+            for one in (trainer, trainer.state)
+            for name, value in vars(one).items()
+            if isinstance(value, (int, float)) and not name.endswith(_TIMINGS)
+        },
     )
 
 
@@ -231,6 +240,11 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and one != one:
         return isinstance(other, float) and other != other
     return type(one) is type(other) and bool(one == other)
+
+
+def doses(out: Path) -> list[Dose]:
+    """Of the rehearsal of a run."""
+    return list(Rehearsal.from_dict(json.loads((out / "sts" / "rehearsal.json").read_text())["rehearsal"]).doses)
 
 
 def checked_steps(out: Path) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 
-from guest.runs import SAMPLING, TRAINERS, Outcome, Shelf, checked_steps, finished, made_trainer, taste
+from guest.runs import SAMPLING, TRAINERS, Outcome, Shelf, checked_steps, doses, finished, made_trainer, taste
 from sts_callback import STSCallback
 from tiny import rows
 
@@ -207,7 +207,8 @@ def test_a_run_is_the_same_with_and_without(
 ) -> None:
     setting = SETTINGS[name]
     answers = {"train_data": rows(40)} if kind in SAMPLING and not setting.tapped else {}  # their own rows are prompts alone
-    ours = shelf.callback(check_on=setting.check_on, **answers)
+    rehearsed = setting.attached and kind not in ("GRPO", "RLOO")
+    ours = shelf.callback(check_on=setting.check_on, rehearse=rehearsed or "auto", **answers)
     _, without = run(name, kind, lora, shelf, tmp_path / "without", None)
     n_graphs = counters["stats"]["unique_graphs"]
     _, with_ours = run(name, kind, lora, shelf, tmp_path / "with", ours)
@@ -220,6 +221,14 @@ def test_a_run_is_the_same_with_and_without(
     assert ours.forecast.train_source == ("own rollouts" if setting.tapped else "reference answers")
     assert checked_steps(tmp_path / "with") == list(setting.checks)
     assert not (tmp_path / "with" / "sts" / "faults.jsonl").exists()
+    assert ours.rehearsal is not None
+    if rehearsed:
+        assert [dose.multiple for dose in doses(tmp_path / "with")] == [1]
+        changes = [dose.check.domains["near"].query_changes for dose in doses(tmp_path / "with")]
+        assert kind == "Reward" or all(map(any, changes))  # a model without a head has no NLL
+        assert all(dose.check.domains["near"].relative_drift.value > 0 for dose in doses(tmp_path / "with"))
+    else:
+        assert ours.rehearsal.skipped
 
 
 class DrawsANumber(TrainerCallback):

@@ -16,7 +16,7 @@ _LONGEST_ERROR, _LONGEST_TRACE = 400, 4000  # characters
 
 
 def cost_section(story: ReportData) -> Html:
-    """Time spent: on the forecast by parts, on checks, and what was skipped to keep it low."""
+    """Time spent: on the forecast by parts, on the rehearsal, on checks, and what was skipped to keep it low."""
     cost, parts = story.cost, []
     if story.forecast is not None:
         whole = story.forecast.seconds
@@ -27,6 +27,16 @@ def cost_section(story: ReportData) -> Html:
         ]
         parts.append(say(f"The forecast took {formatting.seconds(whole)}, once, before training."))
         parts.append(table(["part of the forecast", "time", "share"], rows) if rows else join())
+    if story.rehearsal is not None and story.rehearsal.doses:
+        doses = story.rehearsal.doses
+        n_steps = sum(dose.n_steps for dose in doses)
+        checks_s = sum(dose.check.seconds for dose in doses)
+        parts.append(
+            say(
+                f"The rehearsal took {formatting.seconds(story.rehearsal.seconds)}, once, before training: {n_steps} steps, and "
+                f"{formatting.seconds(checks_s)} of that for {formatting.counted(len(doses), 'check')}."
+            )
+        )
     if cost.n_checks:
         sentence = (
             f"{formatting.counted(cost.n_checks, 'drift check')} took {formatting.seconds(cost.checks_s)} together, the longest "

@@ -14,11 +14,13 @@ from sts_callback.report.html.drift import drift_section, overlap_section
 from sts_callback.report.html.forecast import forecast_section
 from sts_callback.report.html.limits import attribution_section, blind_section, examples_section, left_out_section
 from sts_callback.report.html.markup import Html, join, tag
+from sts_callback.report.html.rehearsal import rehearsal_section
 from sts_callback.runs.directory import RunDirectory
 
 _STYLE = Path(__file__).with_name("page.css")
 _SECTIONS = {
     "forecast": ("Forecast", forecast_section),
+    "rehearsal": ("Rehearsal", rehearsal_section),
     "drift": ("Drift", drift_section),
     "overlap": ("Overlap", overlap_section),
     "features": ("Features", examples_section),

@@ -23,7 +23,7 @@ from sts_callback.records import (
 from sts_callback.report.terminal.text import WIDTH, downwards, marked, new_table, rendered
 from sts_callback.report.validated import WHAT_HOLDS
 
-_COLOURS: dict[Decision, str] = {
+COLOURS: dict[Decision, str] = {
     "go": "green",
     "watch": "yellow",
     "no-go": "bold red",
@@ -49,7 +49,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
             f"{change.low:+.2f} to {change.high:+.2f}",
             f"{row.gradient_change.value:+.2f}",
             str(places.get(row.name, "")),
-            style=_COLOURS[verdict.decision] if row.name in verdict.threatened else None,
+            style=COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
     baselines = new_table("domain", "net", "cross", "random", "rel", "ICL", "act", "raw", "cosine", "NLL", "unseen")
     for row in rows:
@@ -86,7 +86,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         f"unexplained; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
         + (f"\n({parts_of_time})" if parts_of_time else "")
     )
-    verdict_line = Text(f"Verdict: {in_capitals(verdict.decision, verdict.step)}", style=_COLOURS[verdict.decision])
+    verdict_line = Text(f"Verdict: {in_capitals(verdict.decision, verdict.step)}", style=COLOURS[verdict.decision])
     parts: list[Text | Table] = [
         Text(f"STS forecast: what training will move ({held})", style="bold"),
         table,
@@ -97,7 +97,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         *([Text(_OWN_ROLLOUTS, style="yellow")] if forecast.train_source == "own rollouts" else []),
         *(Text(f"{c.name}: {c.found}; {c.remedy}", style="yellow") for c in forecast.checks if c.status == "warn"),
     ]
-    return rendered([*parts, verdict_line, *_reasons(verdict)], colour)
+    return rendered([*parts, verdict_line, *reason_lines(verdict)], colour)
 
 
 def layers_table(forecasts: Sequence[Forecast], agreement: Sequence[float], *, colour: bool | None = None) -> str:
@@ -143,13 +143,8 @@ def examples_lines(words: Sequence[TopActivatingExamples], *, colour: bool | Non
 
 def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, colour: bool | None = None) -> str:
     """A drift check: a line of how far each domain has moved, and reasons if a protected one is threatened."""
-    moved = sorted(snapshot.domains.values(), key=lambda d: downwards(d.relative_drift.value))
-    items = [f"{d.name} {d.relative_drift.value:.1%} ({d.nll_change.value:+.2f})" for d in (snapshot.train, *moved)]
-    head = Text(f"STS step {snapshot.step}: {in_capitals(verdict.decision, verdict.step)}", style=_COLOURS[verdict.decision])
+    head = Text(f"STS step {snapshot.step}: {in_capitals(verdict.decision, verdict.step)}", style=COLOURS[verdict.decision])
     head.append(f"; drift (change of NLL) since step 0; {snapshot.seconds:.0f} s", style="not bold default")
-    # textwrap breaks at plain spaces only, so that an item stays on its line.
-    lines = textwrap.wrap("  ".join(item.replace(" ", "\u00a0") for item in items), WIDTH - 2)
-    body = [Text("  " + line.replace("\u00a0", " ")) for line in lines]
     superseded = " and is superseded" if verdict.supersedes_forecast else ""
     foot = [
         Text(f"  the forecast named {snapshot.n_shared} of the {n_features} features that moved most{superseded}", style="dim")
@@ -158,10 +153,19 @@ def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, c
     if not math.isnan(text.value):
         interval = f"{text.low:.1%} to {text.high:.1%}"
         foot.append(Text(f"  what the policy writes has moved by {text.value:.1%} ({interval})", style="dim"))
-    return rendered([head, *body, *foot, *(_reasons(verdict) if verdict.threatened else [])], colour)
+    return rendered([head, *moved_lines(snapshot), *foot, *(reason_lines(verdict) if verdict.threatened else [])], colour)
 
 
-def _reasons(verdict: Verdict) -> list[Text]:
+def moved_lines(snapshot: DriftSnapshot) -> list[Text]:
+    """How far each set has moved, the training data first, then the most moved."""
+    moved = sorted(snapshot.domains.values(), key=lambda d: downwards(d.relative_drift.value))
+    items = [f"{d.name} {d.relative_drift.value:.1%} ({d.nll_change.value:+.2f})" for d in (snapshot.train, *moved)]
+    # textwrap breaks at plain spaces only, so that an item stays on its line.
+    lines = textwrap.wrap("  ".join(item.replace(" ", "\u00a0") for item in items), WIDTH - 2)
+    return [Text("  " + line.replace("\u00a0", " ")) for line in lines]
+
+
+def reason_lines(verdict: Verdict) -> list[Text]:
     """The reasons that matter: of the threatened domains if there are any, else of all."""
     shown = verdict.threatened or verdict.reasons
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
