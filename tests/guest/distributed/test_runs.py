@@ -16,6 +16,7 @@ from guest.distributed.launch import launch, seen
 from guest.distributed.worker import N_STEPS, Witness, full_weights, made_model, made_monitor
 from guest.runs import same
 from sts_callback.measure.monitor import Monitor
+from sts_callback.training.rehearsal import N_STEPS as N_REHEARSED
 
 SHARDED = ("fsdp2", "tp", "zero3")
 MODES = [
@@ -32,10 +33,18 @@ SECONDS = {"ddp": 120, "fsdp2": 180, "tp": 180, "zero3": 280}
 STOP = {"callback": {"harmful": True, "action": "stop"}, "options": {"learning_rate": 0.5, "max_steps": 2 * N_STEPS}}
 CASES: dict[str, dict[str, Any]] = {
     "without": {"callback": None},
-    "with": {"callback": {}},
+    "with": {"callback": {"rehearse": True}, "attached": True},
     "LoRA without": {"callback": None, "lora": True},
-    "LoRA with": {"callback": {}, "lora": True},
+    "LoRA with": {"callback": {"rehearse": True}, "attached": True, "lora": True},
 }
+ALIKE = {
+    "callback": {"rehearse": True, "check_on": N_REHEARSED},
+    "attached": True,
+    "without_dropout": True,
+    "n_rows": 8,  # two processes, two batches a step, two rows a batch: each step takes all
+    "options": {"max_steps": N_REHEARSED, "lr_scheduler_type": "constant", "learning_rate": 1e-3, "max_grad_norm": 0.1},
+}
+"""A run whose rehearsal and training can differ in nothing."""
 FAULTS: dict[str, dict[str, Any]] = {
     "stop": STOP,
     "check fails on the second": {"callback": {}, "fault": "check@1"},
@@ -96,6 +105,29 @@ def test_training_is_bit_identical_with_and_without(mode: str, lora: bool, runs:
         assert identical(without, with_it)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_whole_on_each_process_is_rehearsed(mode: str, lora: bool, runs: Runs) -> None:
+    one, other = (rank["rehearsal"] for rank in seen(runs(mode, "plain"), kind(mode, lora) + "with"))
+    if mode in SHARDED:
+        assert one["doses"] == []
+        assert one["skipped"] == "its model is sharded."
+    else:
+        (dose,) = one["doses"]
+        assert any(dose["check"]["domains"]["near"]["query_changes"])
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_a_rehearsal_of_two_processes_does_what_their_training_then_does(tmp_path: Path) -> None:
+    launch(tmp_path, {"alike": {"mode": "ddp", **ALIKE}}, seconds=SECONDS["ddp"])
+    one, other = seen(tmp_path, "alike")
+    assert one["error"] is other["error"] is None
+    (dose,), (trained,) = one["rehearsal"]["doses"], snapshots(tmp_path, "alike")
+    for name, domain in trained["domains"].items():
+        assert max(map(abs, domain["query_changes"])) > 1e-3
+        assert dose["check"]["domains"][name]["query_changes"] == pytest.approx(domain["query_changes"], rel=0.02, abs=1e-4)
+
+
 def kind(mode: str, lora: bool) -> str:
     """How the names of such cases begin."""
     if mode == "tp" and lora:
@@ -138,7 +170,7 @@ def test_all_ranks_decide_alike_and_run_as_many_forwards(mode: str, lora: bool, 
 def test_only_the_first_rank_writes(mode: str, runs: Runs) -> None:
     one, other = seen(runs(mode, "plain"), "with")
     read = ("baseline.safetensors", "drift.jsonl", "features.jsonl", "forecast.json")
-    assert one["ours"] == [f"sts/{name}" for name in (*read, "report.html", "report.json", "settings.json")]
+    assert one["ours"] == [f"sts/{name}" for name in (*read, "rehearsal.json", "report.html", "report.json", "settings.json")]
     assert other["ours"] == []
 
 
@@ -207,7 +239,7 @@ def test_processes_share_the_probes(mode: str, runs: Runs) -> None:
     alone = forwards_of(model)
     monitor = made_monitor(model)
     monitor.forecast()
-    for step in range(1, N_STEPS + 1):
+    for step in range(1, N_STEPS + 1 + (mode not in SHARDED)):  # the last one is the rehearsal's
         monitor.check(step)
     for rank in seen(runs(mode, "plain"), "with"):
         share = n_tokens(rank["forwards"]) / n_tokens(alone)

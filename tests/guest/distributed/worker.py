@@ -232,11 +232,17 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         trainer = Trainer(
             model=split_model(folder / "model") if case["mode"] == "tp" else made_model(case.get("lora", False)),
             args=args,
-            train_dataset=tokenised(rows(40), tokenizer),
+            train_dataset=tokenised(rows(case.get("n_rows", 40)), tokenizer),
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             callbacks=[First(witness, case), *([callback] if callback else []), witness],
         )
+        if callback is not None and case.get("attached"):
+            callback.attach(trainer)
+        if case.get("without_dropout"):
+            for module in trainer.model.modules():
+                if hasattr(module, "attention_dropout"):
+                    module.attention_dropout = 0.0
         error = None
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -256,6 +262,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "weights": witness.weights,
         "forwards": witness.forwards,
         "decisions": witness.decisions,
+        "rehearsal": callback.rehearsal.to_dict() if callback and callback.rehearsal else None,
         "ours": sorted(str(file.relative_to(out)) for file in out.rglob("*") if "sts" in file.parts and file.is_file()),
     }
 
