@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.records import Check, Decision, Snippet, TopActivatingExamples, Verdict
 from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttribution
@@ -63,6 +63,8 @@ def whole_run(**changes: Any) -> Logged:
         "top_examples": (words(7, link="https://example.org/7"), words(3), words(4), words(99)),
         "blame": blamed(),
         "postponed": (Postponed(15, "a check takes about 2 s"),),
+        "rehearsal": rehearsal(*(check(step).snapshot for step in (5, 10))),
+        "rehearsal_verdict": verdict("go", states={"law": "within", "code": "inconclusive"}),
         "faults": (Fault(5, "screen", "OSError('gone')", "Traceback"), Fault(6, "screen", "OSError('gone')", "Traceback")),
     }
     return Logged(**(vars(EMPTY) | fields | changes))
@@ -85,6 +87,8 @@ def written(log: RunDirectory, logged: Logged) -> None:
         log.write_settings(logged.settings)
     if logged.forecast is not None and logged.forecast_verdict is not None:
         log.write_forecast(logged.forecast, logged.forecast_verdict, logged.other_forecasts)
+    if logged.rehearsal is not None:
+        log.write_rehearsal(logged.rehearsal, logged.rehearsal_verdict)
     log.append_top_examples(logged.top_examples)
     if logged.blame is not None:
         log.write_attribution(logged.blame)

@@ -22,6 +22,7 @@ from sts_callback.records import (
     Score,
     Verdict,
 )
+from sts_callback.records.rehearsal import Dose, Rehearsal
 
 R = TypeVar("R", bound=Record)
 
@@ -149,6 +150,18 @@ def snapshot(step: int, *domains: DomainDrift, **changes: Any) -> DriftSnapshot:
         "seconds": 2.5,
     }
     return DriftSnapshot(**(fields | changes))
+
+
+def rehearsal(*checks: DriftSnapshot, **changes: Any) -> Rehearsal:
+    """One whose first dose is at the run's own rate, any second one at 4 times that; each with its check."""
+    multiples = (1.0, 4.0)
+    fields: dict[str, Any] = {
+        "doses": tuple(Dose(m, m * 1e-3, 5, check) for m, check in zip(multiples, checks, strict=False)),
+        "steps_planned": 60,
+        "rate_sum": 0.0625,
+        "seconds": 12.5,
+    }
+    return Rehearsal(**(fields | changes))
 
 
 GO = Verdict("go", (), {"law": "has not moved."}, 0)

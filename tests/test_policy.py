@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samples import answers, domain_drift, domain_forecast, estimate, forecast, score, snapshot
+from samples import answers, domain_drift, domain_forecast, estimate, forecast, rehearsal, score, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.metrics.statistics import p_above
@@ -22,6 +22,7 @@ from sts_callback.policy import (
     judge_check,
     judge_drift,
     judge_forecast,
+    judge_rehearsal,
     require_power,
     short_of_queries,
 )
@@ -488,6 +489,19 @@ def test_the_gravest_of_several_forecasts_decides() -> None:
     for domains, expected in (((worse, unsure, stays), "no-go"), ((unsure, stays), "cannot tell"), ((stays,), "go")):
         found = judge_forecast(forecast(*domains), PolicyConfig({d.name: 0.25 for d in domains}))
         assert (found.decision, len(found.reasons), found.states) == (expected, len(domains), {})
+
+
+def test_a_rehearsal_is_judged_by_the_runs_own_rate_with_all_of_its_error() -> None:
+    rising = answers(0.1875, 0.125)
+    own = snapshot(5, domain_drift(**rising), train=domain_drift("train", relative_drift=0.5))
+    harsher = snapshot(10, domain_drift(**HARM))
+    for alpha, decision in ((p_of(rising), "no-go"), (0.9 * p_of(rising), "watch")):
+        policy = PolicyConfig({"law": 0.25}, alpha=alpha, patience=2)
+        found = judge_rehearsal(rehearsal(own, harsher), policy)
+        assert (found.decision, found.step, found.supersedes_forecast) == (decision, 0, False)
+    assert judge_rehearsal(rehearsal(harsher), POLICY).states == {"law": "over"}
+    with pytest.raises(ConfigError, match="rehearsal: got 'a stream'"):
+        judge_rehearsal(rehearsal(skipped="a stream"), POLICY)
 
 
 def test_states_are_told_of_each_protected_domain() -> None:

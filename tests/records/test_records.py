@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, rehearsal, score, snapshot
 from sts_callback import records
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.records import (
@@ -28,6 +28,7 @@ from sts_callback.records import (
     remedies,
 )
 from sts_callback.records.record import SCHEMA_VERSION, has_default
+from sts_callback.records.rehearsal import Dose
 from sts_callback.records.remedies import (
     AdapterScales,
     AttributedRow,
@@ -53,6 +54,7 @@ DIAL_POINT = ScalePoint(0.5, "beyond", {"law": DIALED})
 MIXED = MixedDomain("law", estimate(0.25, 0.125, 0.375), 0.1, "beyond")
 MIX_POINT = MixPoint({"train": 0.75, "cases": 0.25}, {"train": 300, "cases": 100}, "beyond", {"law": MIXED})
 EFFECT = SourceEffect(400, {"law": estimate(0.25, 0.125, 0.375)}, {"law": 0.5})
+REHEARSED = snapshot(5, domain_drift(), output_drift=estimate(0.5))
 ALL: list[Record] = [
     IDENTITY,
     Check("layer", "refuse", "reads layer 2, but fits layer 1 better", "correct hook_name"),
@@ -74,6 +76,8 @@ ALL: list[Record] = [
         True,
         {"law": "on course", "code": "over"},
     ),
+    rehearsal(),
+    rehearsal(REHEARSED, REHEARSED, expected={"law": estimate(0.25, 0.125, 0.375)}),
     BLAMED,
     BLAMED_DOMAIN,
     Attribution(IDENTITY, 5000, 2000, 3, {"law": BLAMED_DOMAIN}, (17, 4711), 1.5),
@@ -85,6 +89,7 @@ ALL: list[Record] = [
     MIX_POINT,
     EFFECT,
     Mix(IDENTITY, {"train": EFFECT}, (MIX_POINT,), 1.5),
+    Dose(1.0, 1e-3, 5, REHEARSED),
 ]
 
 
@@ -104,7 +109,7 @@ def test_round_trip_is_exact(record: Record) -> None:
 
 
 def test_every_kind_of_record_is_tried() -> None:
-    defined = [*vars(records).values(), *vars(remedies).values()]
+    defined = [value for module in (records, records.rehearsal, remedies) for value in vars(module).values()]
     kinds = {k for k in defined if isinstance(k, type) and issubclass(k, Record) and k is not Record}
     assert kinds == {type(record) for record in ALL}
 

@@ -52,7 +52,8 @@ def test_a_run_is_told_with_forecast_and_outcome_side_by_side(section_of: Callab
     section = section_of(whole_run())
     assert section.startswith(f"{BEGIN}\n") and section.endswith(f"\n{END}")
     assert "After 30 steps of training: **no-go**" in section
-    assert "The forecast before training had said: **go**." in section
+    assert "The rehearsal before training had said: **go**." in section
+    assert "The forecast before training had said: **go**." in section_of(whole_run(rehearsal_verdict=None))
     assert "- `law`: why law is no-go." in section
     rows_of = table(section)
     assert rows_of["domain"][1:] == ["transfer, expected", "drift, found", "NLL change, expected", "NLL change, found"]
@@ -76,7 +77,7 @@ def test_a_forecast_alone_is_told_as_such(section_of: Callable[[Logged], str]) -
 
 
 def test_checks_alone_are_told_too(section_of: Callable[[Logged], str]) -> None:
-    section = section_of(whole_run(forecast=None, forecast_verdict=None, settings=None))
+    section = section_of(whole_run(forecast=None, forecast_verdict=None, rehearsal_verdict=None, settings=None))
     assert table(section)["`law`"][:4] == ["\u2013", "\u2013", "50.0%", "\u2013"]
     assert "After 30 steps" in section and "had said" not in section
 
@@ -87,7 +88,7 @@ def test_an_alarm_that_has_ended_is_not_hidden(section_of: Callable[[Logged], st
 
 
 def test_where_nothing_is_protected_nothing_is_judged(section_of: Callable[[Logged], str]) -> None:
-    section = section_of(whole_run(checks=(), forecast_verdict=verdict("go", about=())))
+    section = section_of(whole_run(checks=(), forecast_verdict=verdict("go", about=()), rehearsal_verdict=None))
     assert "No domain was protected, so nothing was judged." in section
     assert "**go**" not in section
 

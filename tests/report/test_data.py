@@ -69,7 +69,8 @@ def test_what_bears_on_the_verdict_is_noted() -> None:
     lost = Fault(40, "drift check, 1024 tokens a batch", "MemoryError()", "")
     ended = check(40, verdict("go", step=40))
     notes = " ".join(headline(whole_run(faults=(lost,))).notes)
-    assert "Before training, the forecast said: go." in notes
+    assert "Before training, the rehearsal said: go. In context, without any step, the forecast said: go." in notes
+    assert "Before training, the forecast said: go." in headline(whole_run(rehearsal_verdict=None)).notes
     assert "A drift check at step 40 failed" in notes
     notes = " ".join(headline(whole_run(checks=(*whole_run().checks, ended), unreadable=("x is cut.",))).notes)
     assert "An alarm for law stood at step 30 and ended." in notes
@@ -112,7 +113,7 @@ def test_the_same_verdict_in_a_row_is_told_once() -> None:
 def test_the_threatened_come_first_then_the_protected_then_what_moves_most() -> None:
     crosses = {"art": 0.9, "law": 0.1, "code": 0.2, "maths": 0.95, "void": NAN}
     expected = forecast(*(domain_forecast(name, sts_net=cross) for name, cross in crosses.items()))
-    logged = whole_run(forecast=expected, forecast_verdict=verdict("no-go", "law"), checks=())
+    logged = whole_run(forecast=expected, rehearsal_verdict=verdict("no-go", "law"), checks=())
     assert build(logged).domains == ("law", "code", "maths", "art", "void")
 
 

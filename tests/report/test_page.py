@@ -13,7 +13,7 @@ import pytest
 
 from logs import EMPTY, SETTINGS, blamed, check, verdict, whole_run, words, written
 from reading import Page
-from samples import domain_drift, domain_forecast, estimate, forecast, snapshot
+from samples import domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import DataError
 from sts_callback.records import Check, Snippet, TokenAccuracy
@@ -23,7 +23,19 @@ from sts_callback.report.html.page import page, write_report
 from sts_callback.runs.directory import RunDirectory
 
 NAN = math.nan
-SECTIONS = ("forecast", "drift", "overlap", "features", "blame", "blind-spots", "left-out", "cost", "faults", "reproduce")
+SECTIONS = (
+    "forecast",
+    "rehearsal",
+    "drift",
+    "overlap",
+    "features",
+    "blame",
+    "blind-spots",
+    "left-out",
+    "cost",
+    "faults",
+    "reproduce",
+)
 NASTY = [
     "<script>alert(1)</script>",
     "</style></title><img src=x onerror=alert(1)>",
@@ -90,6 +102,32 @@ def test_a_whole_run_has_every_part_with_its_numbers() -> None:
     assert "2 times, from step 5 to 6" in read.section("faults")
     for part in ("tiny-llama", "s" * 64, "max_norm_multiple", "0.2 nats a token", "2.9.0"):
         assert part in read.section("reproduce")
+
+
+def test_a_rehearsal_is_told_dose_by_dose() -> None:
+    law = domain_drift("law", nll_change=estimate(0.25, 0.125, 0.375), sts_net=0.625)
+    doses = snapshot(5, law, domain_drift("code")), snapshot(10, domain_drift("law", nll_change=1.5), domain_drift("code"))
+    judged = verdict("no-go", "law", states={"law": "over", "code": "within"})
+    read = made(whole_run(rehearsal=rehearsal(*doses), rehearsal_verdict=judged))
+    section = read.section("rehearsal")
+    assert "Before the first of 60 steps, the trainer took 5 steps at a rate of 0.001" in section
+    assert "5 steps at a rate of 0.004, 4.0 times that, followed." in section
+    assert "law protected over +0.25 +0.12 to +0.38 1.0% 0.625 +1.50" in section
+    assert "code protected within 0.00" in section
+    assert "NO-GO" in section and "why law is no-go." in section
+    assert "Of the 3 features that the first 5 steps moved most on the training data, the forecast had named 2" in section
+    assert "The rehearsal took 12 s, once, before training: 10 steps, and 5.0 s of that for 2 checks." in read.section("cost")
+    before = made(whole_run(rehearsal=rehearsal(*doses), rehearsal_verdict=judged, checks=()))
+    assert "NO-GO Training is expected to make law worse." in before.text
+    assert "In context, without any step, the forecast said: go." in before.text
+
+
+def test_where_there_was_no_rehearsal_the_reason_stands() -> None:
+    read = made(whole_run(rehearsal=rehearsal(skipped="its model is sharded."), rehearsal_verdict=None))
+    assert "The run was not rehearsed: its model is sharded." in read.section("rehearsal")
+    assert "The run was not rehearsed: its model is sharded." in read.text[: read.text.index("Forecast: what training")]
+    assert "rehears" not in read.section("cost")
+    assert "No rehearsal can be read" in made(whole_run(rehearsal=None, rehearsal_verdict=None)).section("rehearsal")
 
 
 def test_movement_and_harm_stand_apart() -> None:
@@ -165,6 +203,8 @@ def test_whatever_a_text_says_it_is_text(text: str) -> None:
         postponed=(Postponed(1, text),),
         faults=(Fault(1, text, text, text),),
         unreadable=(text,),
+        rehearsal=rehearsal(snapshot(5, domain_drift(text))),
+        rehearsal_verdict=verdict("no-go", text, about=(text,)),
     )
     read, plain = made(logged), made(whole_run())
     assert set(read.elements) <= set(plain.elements)

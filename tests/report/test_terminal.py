@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from past import forecast_of, lawful_runs, run
-from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, rehearsal, score, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.data.starter import starter_domains
 from sts_callback.policy import judge_drift, judge_forecast
@@ -26,6 +26,7 @@ from sts_callback.records.remedies import (
 from sts_callback.remedies.mixture import MixtureConstraints, search
 from sts_callback.report.terminal.forecast import check_lines, doctor_table, examples_lines, forecast_table, layers_table
 from sts_callback.report.terminal.ledger import expectations_table, ledger_table
+from sts_callback.report.terminal.rehearsal import rehearsal_lines
 from sts_callback.report.terminal.remedies import adapter_scales_table, attribution_table, mix_table
 from sts_callback.runs.track_record import expectations, track_records
 
@@ -267,6 +268,27 @@ def test_a_check_breaks_its_lines_between_domains_only() -> None:
     lines = check_lines(_check(*(f"domain{i}" for i in range(12))), Verdict("go", (), {}, 40), 3, colour=False).splitlines()
     assert len(lines) > 4
     assert all(re.fullmatch(r"(  \w+ \d+\.\d% \(\+0\.00\))+", line) for line in lines[1:-1])
+
+
+def test_a_rehearsal_is_told_with_its_rates_its_verdict_and_the_overlap() -> None:
+    doses = _check("law", "code", step=5, **HARM), _check("law", "code", step=10, nll_change=1.5)
+    judged = Verdict("no-go", ("law",), {"law": "at +0.50 after 5 steps.", "code": "is within."}, 0)
+    lines = rehearsal_lines(rehearsal(*doses), judged, colour=False).splitlines()
+    assert lines == [
+        "STS rehearsal: NO-GO; 5 steps at a rate of 0.001, then put back; 12 s",
+        "  drift (change of NLL) by these steps:",
+        "  train 30.0% (+0.00)  law 30.0% (+0.50)  code 30.0% (+0.00)",
+        "  the forecast named 2 of the 3 features that they moved most",
+        "  and after 5 steps at a rate of 0.004 more, 4.0 times that:",
+        "  train 30.0% (+0.00)  law 30.0% (+1.50)  code 30.0% (+0.00)",
+        "  law: at +0.50 after 5 steps.",
+    ]
+    _assert_narrow(rehearsal_lines(rehearsal(_check(*(f"domain{i}" for i in range(12)))), judged, colour=False))
+
+
+def test_why_there_is_no_rehearsal_is_told_in_a_line() -> None:
+    text = rehearsal_lines(rehearsal(skipped="its model is sharded."), None, colour=False)
+    assert text == "STS: this run is not rehearsed: its model is sharded."
 
 
 def test_a_check_lists_what_moved_most_first() -> None:

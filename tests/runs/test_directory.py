@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from logs import EMPTY, SETTINGS, whole_run, written
-from samples import GO, domain_drift, domain_forecast, estimate, forecast, snapshot
+from samples import GO, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
 from sts_callback.errors import CannotTell
 from sts_callback.records import Snippet, TopActivatingExamples
 from sts_callback.records.run import RunSettings, TimeSpent
@@ -241,6 +241,23 @@ def test_all_that_was_written_is_read_at_once(log: RunDirectory) -> None:
     read = log.read_all()
     assert read.to_json() == run.to_json()
     assert not read.is_empty
+
+
+def test_a_rehearsal_that_was_not_made_has_no_verdict(log: RunDirectory) -> None:
+    log.write_rehearsal(rehearsal(skipped="its model is sharded."), None)
+    assert log.read_rehearsal() is not None
+    read = log.read_all()
+    assert read.rehearsal is not None
+    assert (read.rehearsal.skipped, read.rehearsal_verdict, read.unreadable) == ("its model is sharded.", None, ())
+
+
+def test_a_damaged_rehearsal_is_none(log: RunDirectory) -> None:
+    assert log.read_rehearsal() is None
+    log.write_rehearsal(rehearsal(), None)
+    file = log.folder / "rehearsal.json"
+    file.write_text(file.read_text()[:-9])
+    assert log.read_rehearsal() is None
+    assert log.read_all().unreadable == ("rehearsal.json cannot be read: cut off or damaged.",)
 
 
 def test_where_nothing_was_written_there_is_nothing_to_read(log: RunDirectory, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ EVERYTHING: dict[str, Any] = {
     "sts_on_forecast": "refuse",
     "sts_on_forecast_error": "train unwatched",
     "sts_on_error": "raise",
+    "sts_rehearse": "false",
     "sts_max_overhead": 0.5,
     "sts_ledger": "past.jsonl",
     "sts_n_queries": 16,
@@ -47,6 +48,7 @@ WANTED: dict[str, Any] = {
     "on_forecast": "refuse",
     "on_forecast_error": "train unwatched",
     "on_error": "raise",
+    "rehearse": False,
     "max_overhead": 0.5,
     "ledger": "past.jsonl",
     "probes": ProbeConfig(n_queries=16, n_draws=4, n_features=50, max_tokens=99, batch_tokens=77, seed=5, chat_template="never"),
@@ -72,6 +74,13 @@ def test_a_file_takes_all_and_leaves_other_keys_alone(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(EVERYTHING | {"learning_rate": 1e-4, "plugins": ["x"]}))
     assert STSArguments.from_yaml(file).options() == WANTED
+
+
+@pytest.mark.parametrize(
+    ("written", "rehearse"), [("auto", "auto"), ("true", True), ("True", True), (True, True), (False, False)]
+)
+def test_yes_and_no_may_be_words(written: Any, rehearse: Any) -> None:
+    assert STSArguments(sts_rehearse=written).options()["rehearse"] is rehearse
 
 
 def test_every_setting_is_in_the_test_above() -> None:
