@@ -255,7 +255,8 @@ class _Steps:
 
 def _batches(trainer: Trainer, loader: Any, ranks: Ranks, n_batches: int) -> Iterator[Any]:
     """This process's batches, of rows that all draw alike and share; where rows run out, they are drawn anew."""
-    n_rows = getattr(loader.batch_sampler, "batch_size", None) or trainer._train_batch_size
+    n_rows = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or trainer._train_batch_size
+    collate = getattr(loader, "collate_fn", trainer.data_collator)
     if trainer.accelerator.split_batches:
         n_rows //= ranks.n
     dataset, generator, drawn = loader.dataset, random.Random(trainer.args.seed), list[int]()
@@ -263,7 +264,7 @@ def _batches(trainer: Trainer, loader: Any, ranks: Ranks, n_batches: int) -> Ite
         drawn += generator.sample(range(len(dataset)), min(n_short, len(dataset)))
     mine = iter(drawn[ranks.index :: ranks.n])
     for _ in range(n_batches):
-        yield loader.collate_fn([dataset[i] for i in itertools.islice(mine, n_rows)])
+        yield collate([dataset[i] for i in itertools.islice(mine, n_rows)])
 
 
 def _fresh_optimizer(trainer: Trainer) -> Optimizer:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from guest.runs import Shelf, checked_steps, doses, made_trainer
+from guest.runs import Shelf, checked_steps, doses, finished, made_trainer
 from sts_callback.errors import CannotTell, ConfigError, NoGo
 from sts_callback.measure.monitor import Monitor
 from sts_callback.training.rehearsal import N_STEPS, planned_rates
@@ -124,6 +124,33 @@ def test_long_runs_are_rehearsed_at_a_multiple_too(shelf: Shelf, tmp_path: Path)
     assert second.learning_rate == pytest.approx(1e-3 * 30.5 / N_STEPS)
     assert second.check.step == 2 * N_STEPS
     assert second.check.train.relative_drift.value > first.check.train.relative_drift.value
+
+
+def test_two_doses_leave_no_trace_either(shelf: Shelf, tmp_path: Path) -> None:
+    ours = shelf.callback(check_on=6, rehearse=True)
+    options = {"max_steps": 12, "lr_scheduler_type": "constant", "lora": True, "learning_rate": 5e-3}
+    without = finished(made_trainer("SFT", shelf, tmp_path / "without", [], **options))
+    trainer = made_trainer("SFT", shelf, tmp_path / "with", [ours], **options)
+    ours.attach(trainer)
+    assert without.differences(finished(trainer)) == []
+    assert [dose.multiple for dose in doses(tmp_path / "with")] == [1.0, pytest.approx(12 / N_STEPS)]
+
+
+def test_a_gradient_scaler_is_put_back(shelf: Shelf, tmp_path: Path) -> None:
+    """As float16 takes on a GPU; its scale grows with the steps, and with those of a rehearsal."""
+    outcomes, scales = [], []
+    for name in ("without", "with"):
+        ours = shelf.callback(rehearse=True)
+        trainer = made_trainer("SFT", shelf, tmp_path / name, [ours] if name == "with" else [])
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        trainer.accelerator.scaler = scaler
+        ours.attach(trainer)
+        outcomes.append(finished(trainer))
+        scales.append(scaler.state_dict())
+    assert ours.rehearsal is not None and ours.rehearsal.doses
+    assert outcomes[0].differences(outcomes[1]) == []
+    assert scales[0] == scales[1]
+    assert scales[0]["scale"] == 16.0
 
 
 class Stop(TrainerCallback):

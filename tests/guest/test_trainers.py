@@ -84,6 +84,13 @@ SETTINGS = {
     "gradient accumulation": Setting({"gradient_accumulation_steps": 3}, lambda t: t.state.epoch == 3 * N_STEPS / 20),
     "activation checkpointing": Setting({"gradient_checkpointing": True}, lambda t: t.model.is_gradient_checkpointing),
     "bf16 autocast": Setting({"bf16": True}, lambda t: t.accelerator.mixed_precision == "bf16"),
+    "input tokens counted": Setting(
+        {"include_num_input_tokens_seen": "non_padding"}, lambda t: t.state.num_input_tokens_seen > 0
+    ),
+    "Adafactor": Setting({"optim": "adafactor"}, lambda t: type(t.optimizer.optimizer).__name__ == "Adafactor"),
+    "SGD with momentum": Setting(
+        {"optim": "sgd", "optim_args": "momentum=0.9"}, lambda t: t.optimizer.param_groups[0]["momentum"] == 0.9
+    ),
     "NEFTune": Setting({"neftune_noise_alpha": 5.0}, lambda t: t.neftune_noise_alpha == 5.0),
     "dropout in every layer (GPT-2)": Setting(
         {"architecture": "gpt2"}, lambda t: any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in t.model.modules())
@@ -173,7 +180,8 @@ def as_markdown(found: dict[tuple[str, str, bool], str]) -> str:
         "",
         "Each cell is one run with the callback and one without: gradient norms, the trainer's own log rows (losses among them),",
         "final weights, the random state of Python, NumPy and torch, the model's settings and the tokenizer are compared bit for",
-        "bit. Written by `tests/guest/test_trainers.py` when all of it has run. Tiny models on a CPU,",
+        "bit, and what the trainer counts. Attached, with any trainer but GRPO and RLOO, the run with the callback is rehearsed.",
+        "Written by `tests/guest/test_trainers.py` when all of it has run. Tiny models on a CPU,",
         f"{libraries}.",
         "",
         "| trainer | setting | full parameters | LoRA |",
