@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from sts_callback.cli import blame, card, dial, doctor, forecast, ledger, mix, report, saes
+from sts_callback.cli import blame, card, dial, doctor, forecast, ledger, mix, rehearse, report, saes
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
 from sts_callback.errors import CannotTell, ConfigError, StsError
 
@@ -20,6 +20,7 @@ PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
 COMMANDS = {
     "doctor": doctor,
     "forecast": forecast,
+    "rehearse": rehearse,
     "blame": blame,
     "mix": mix,
     "dial": dial,

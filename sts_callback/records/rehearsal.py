@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sts_callback.records import DriftSnapshot, Estimate, Record
+from sts_callback.config import Budget, PlainBudget
+from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Identity, Record, Verdict
+from sts_callback.records.remedies import BudgetFinding, mildest
 
 
 @dataclass(frozen=True)
@@ -38,3 +41,82 @@ class Rehearsal(Record):
     """Why the run was not rehearsed, in a sentence; empty if it was."""
     expected: Mapping[str, Estimate] = field(default_factory=dict)
     """Change of the NLL of domains at the end of the run, in nats per token, where past runs tell; by name."""
+
+
+@dataclass(frozen=True)
+class Trial(Record):
+    """One way to train, rehearsed: a learning rate and a mixture."""
+
+    learning_rate: float
+    """At the schedule's peak."""
+    replay: Mapping[str, float]
+    """Share of rows from each other source, in (0, 1); empty for the training data alone."""
+    rehearsal: Rehearsal
+    """With one dose, at that rate."""
+    verdict: Verdict
+    """Of that dose."""
+
+    @property
+    def check(self) -> DriftSnapshot:
+        """What was measured after its steps."""
+        return self.rehearsal.doses[0].check
+
+    @property
+    def finding(self) -> BudgetFinding:
+        """`within`: every budget is kept; `beyond`: one is passed, or on course to be; else `cannot tell`."""
+        findings: dict[Decision, BudgetFinding] = {"go": "within", "no-go": "beyond"}
+        return findings.get(self.verdict.decision, "cannot tell")
+
+    def worst(self, budgets: Mapping[str, PlainBudget]) -> DomainDrift:
+        """The protected domain that has lost most of its budget.
+
+        Args:
+            budgets: of the protected domains, at least one.
+
+        """
+        limits = {name: Budget.of(budget) for name, budget in budgets.items()}
+        used = {name: self.check.domains[name].harm_in(limit.unit).value / limit.value for name, limit in limits.items()}
+        return self.check.domains[max(used, key=lambda name: math.inf if math.isnan(used[name]) else used[name])]
+
+
+@dataclass(frozen=True)
+class Trials(Record):
+    """Learning rates and mixtures side by side."""
+
+    identity: Identity
+    adapter: str
+    """What is trained, in words."""
+    trials: tuple[Trial, ...]
+    """By mixture, the training data alone first; within one by rate, the lowest first."""
+    budgets: Mapping[str, PlainBudget]
+    """Of the protected domains."""
+    seconds: float
+    """Wall-clock time of all rehearsals."""
+
+    @property
+    def finding(self) -> BudgetFinding:
+        """`within`: some trial keeps every budget; `beyond`: none does; `cannot tell`: some may."""
+        return mildest(trial.finding for trial in self.trials)
+
+    @property
+    def mixtures(self) -> tuple[Mapping[str, float], ...]:
+        """That were tried, each once."""
+        return tuple({tuple(sorted(trial.replay.items())): trial.replay for trial in self.trials}.values())
+
+    def of(self, replay: Mapping[str, float]) -> tuple[Trial, ...]:
+        """The trials of a mixture, the lowest rate first."""
+        return tuple(trial for trial in self.trials if trial.replay == replay)
+
+    def largest_rate(self, replay: Mapping[str, float]) -> float | None:
+        """The largest rate up to which a mixture keeps every budget; None if it does not at the lowest that was tried."""
+        largest = None
+        for trial in self.of(replay):
+            if trial.finding != "within":
+                break
+            largest = trial.learning_rate
+        return largest
+
+    def least_replay(self, learning_rate: float) -> Mapping[str, float] | None:
+        """The mixture with the least replay that keeps every budget at a rate; None if none does."""
+        kept = [trial.replay for trial in self.trials if trial.learning_rate == learning_rate and trial.finding == "within"]
+        return min(kept, key=lambda replay: sum(replay.values()), default=None)

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from sts_callback import __version__
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.records import DriftSnapshot, Forecast, Record, TopActivatingExamples, Verdict
-from sts_callback.records.rehearsal import Rehearsal
+from sts_callback.records.rehearsal import Rehearsal, Trials
 from sts_callback.records.remedies import Attribution
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sae-lens")
@@ -111,6 +111,8 @@ class Logged(Record):
     rehearsal: Rehearsal | None = None
     rehearsal_verdict: Verdict | None = None
     """None also where the run was not rehearsed."""
+    trials: Trials | None = None
+    """Rates and mixtures that were rehearsed side by side, by `sts-callback rehearse`."""
 
     @property
     def verdict(self) -> Verdict | None:

@@ -23,7 +23,7 @@ from sts_callback.records import (
     Verdict,
 )
 from sts_callback.records.record import StoredAs
-from sts_callback.records.rehearsal import Rehearsal
+from sts_callback.records.rehearsal import Rehearsal, Trials
 from sts_callback.records.remedies import Attribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings
 from sts_callback.report.headline import Headline, headline
@@ -127,6 +127,7 @@ class ReportData(Record):
     settings: RunSettings | None
     forecast: Forecast | None
     forecast_verdict: Verdict | None
+    trials: Trials | None
     transfers: Mapping[str, Mapping[str, float]]
     """By each SAE, the deciding one first, for each domain; empty if there was only one."""
     drift: Drift | None
@@ -156,6 +157,7 @@ def build(logged: Logged) -> ReportData:
         settings=logged.settings,
         forecast=logged.forecast,
         forecast_verdict=logged.forecast_verdict,
+        trials=logged.trials,
         transfers=_transfers(logged),
         drift=_drift(logged.checks) if logged.checks else None,
         features=features,

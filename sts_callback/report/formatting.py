@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from sts_callback.config import PlainBudget
+from sts_callback.config import DIGITS, PlainBudget, Unit
 from sts_callback.records import Estimate, TokenAccuracy
 
 UNKNOWN = "\N{EN DASH}"
@@ -53,6 +53,11 @@ def points(change: float) -> str:
     if not math.isfinite(change):
         return UNKNOWN
     return f"{100 * change:+.1f}" if abs(change) >= 0.0005 else "0.0"
+
+
+def harm_form(unit: Unit) -> Form:
+    """How harm in a budget's unit is written."""
+    return lambda harm: f"{harm:+.{DIGITS[unit]}f}" if math.isfinite(harm) else UNKNOWN
 
 
 def plain(number: float) -> str:

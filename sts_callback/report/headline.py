@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sts_callback.records import Decision, Record, Verdict
+from sts_callback.records.remedies import BudgetFinding
 from sts_callback.records.run import Logged
 from sts_callback.report.formatting import counted, listing
+from sts_callback.report.trials import answers
 
 _BEFORE: dict[Decision, str] = {
     "go": "Nothing measured before training points to harm in {protected}.",
@@ -23,6 +25,7 @@ _DURING: dict[Decision, str] = {
     "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there lies outside the SAE.",
     "cannot tell": "At step {step}, the evidence does not suffice for {threatened}.",
 }
+_OF_TRIALS: dict[BudgetFinding, Decision] = {"within": "go", "beyond": "no-go", "cannot tell": "cannot tell"}
 _NOTHING_PROTECTED = "No domain was protected, so there is nothing to judge; the numbers below are for reading."
 _NOTHING_JUDGED = "There is no verdict: neither a forecast nor a check could be read."
 
@@ -54,6 +57,8 @@ def headline(logged: Logged) -> Headline:
     """
     verdict = logged.verdict
     notes = tuple(_notes(logged))
+    if logged.trials is not None:
+        return Headline(_OF_TRIALS[logged.trials.finding], 0, " ".join(answers(logged.trials)), (), {}, {}, notes)
     if verdict is None:
         return Headline(None, 0, _NOTHING_JUDGED, (), {}, {}, notes)
     if not verdict.reasons:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.records import DriftSnapshot, Forecast, TopActivatingExamples, Verdict
-from sts_callback.records.rehearsal import Rehearsal
+from sts_callback.records.rehearsal import Rehearsal, Trials
 from sts_callback.records.remedies import Attribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
 from sts_callback.runs.files import write_whole
@@ -38,6 +38,7 @@ class RunDirectory:
         self._settings_file = folder / "settings.json"
         self._forecast_file = folder / "forecast.json"
         self._rehearsal_file = folder / "rehearsal.json"
+        self._trials_file = folder / "trials.json"
         self._drift_file = folder / "drift.jsonl"
         self._features_file = folder / "features.jsonl"
         self._blame_file = folder / "blame.json"
@@ -145,6 +146,11 @@ class RunDirectory:
         except (OSError, *_NOT_OURS):
             return None
 
+    def write_trials(self, trials: Trials) -> None:
+        """Write what rehearsals of several rates and mixtures found, whole or not at all."""
+        self._make_ready()
+        write_whole(self._trials_file, trials.to_json() + "\n")
+
     def write_rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what the policy wrote at step 0, if anything is known of it, whole or not at all."""
         self._make_ready()
@@ -229,6 +235,7 @@ class RunDirectory:
             other_forecasts=next(iter(told(self._forecast_file, _others_of)), ()),
             rehearsal=next(iter(told(self._rehearsal_file, lambda row: Rehearsal.from_dict(row["rehearsal"]))), None),
             rehearsal_verdict=next(iter(told(self._rehearsal_file, _rehearsal_verdict_of)), None),
+            trials=next(iter(told(self._trials_file, Trials.from_dict)), None),
             checks=tuple(checks[step] for step in sorted(checks)),
             top_examples=tuple(told(self._features_file, TopActivatingExamples.from_dict)),
             blame=next(iter(told(self._blame_file, Attribution.from_dict)), None),

@@ -157,6 +157,30 @@ def _rehearsed(
     return Rehearsal(tuple(doses), n_planned, rate_sum, time.monotonic() - started)
 
 
+def rehearse_at(trainer: Trainer, loader: Any, check: Callable[[int], DriftSnapshot], rate: float) -> Rehearsal:
+    """Rehearse a run on one device at one learning rate, whatever its own.
+
+    Args:
+        trainer: in training, before its first step; see `require_possible`.
+        loader: its loader of training data.
+        check: measures the model, given the number of rehearsed steps.
+        rate: at the schedule's peak, of the first group of parameters; others keep their proportion to it.
+
+    Returns:
+        One dose. All that it has touched is put back, also where it fails.
+
+    """
+    started, n_planned = time.monotonic(), trainer.state.max_steps
+    peaks, rate_sum = planned_rates(trainer, n_planned)
+    with put_back(trainer), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        steps = _Steps(trainer, loader, Ranks(), N_STEPS)
+        steps.set_rates([rate * peak / peaks[0] for peak in peaks])
+        for _ in range(N_STEPS):
+            steps.take()
+        dose = Dose(1.0, rate, N_STEPS, check(N_STEPS))
+    return Rehearsal((dose,), n_planned, rate_sum * rate / peaks[0], time.monotonic() - started)
+
+
 def planned_rates(trainer: Trainer, n_steps: int) -> tuple[list[float], float]:
     """What a run's schedule comes to.
 

@@ -93,6 +93,7 @@ def lines(
     form: Callable[[float], str],
     levels: Iterable[tuple[float, str]] = (),
     marks: Iterable[tuple[float, str]] = (),
+    along: Iterable[tuple[float, str]] | None = None,
 ) -> Html:
     """Curves over steps with their intervals, and the numbers along both axes.
 
@@ -104,6 +105,7 @@ def lines(
         form: how a value is written.
         levels: values at which to draw a line across, each with its class.
         marks: steps at which to draw a mark at the foot, each with its class.
+        along: places on `x` with what to write there; by default round numbers of steps.
 
     """
     ticks = y.ticks(3)
@@ -113,13 +115,14 @@ def lines(
     for curve in curves:
         parts += _curve(curve, x, y)
     upright = [tag("span", form(tick), style=f"bottom:{y.at(tick)}%") for tick in ticks]
-    steps = [step for step in x.ticks(4) if step == int(step)]
-    along = [tag("span", f"{step:.0f}", style=f"left:{x.at(step)}%") for step in steps]
+    if along is None:
+        along = [(step, f"{step:.0f}") for step in x.ticks(4) if step == int(step)]
+    written = [tag("span", words, style=f"left:{x.at(place)}%") for place, words in along]
     return tag(
         "div",
         tag("div", *upright, class_="y", aria_hidden="true"),
         _picture("lines", label, parts),
-        tag("div", *along, class_="x", aria_hidden="true"),
+        tag("div", *written, class_="x", aria_hidden="true"),
         class_="plot",
     )
 

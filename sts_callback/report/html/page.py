@@ -15,10 +15,12 @@ from sts_callback.report.html.forecast import forecast_section
 from sts_callback.report.html.limits import attribution_section, blind_section, examples_section, left_out_section
 from sts_callback.report.html.markup import Html, join, tag
 from sts_callback.report.html.rehearsal import rehearsal_section
+from sts_callback.report.html.trials import trials_section
 from sts_callback.runs.directory import RunDirectory
 
 _STYLE = Path(__file__).with_name("page.css")
 _SECTIONS = {
+    "doses": ("Dose curves", trials_section),
     "forecast": ("Forecast", forecast_section),
     "rehearsal": ("Rehearsal", rehearsal_section),
     "drift": ("Drift", drift_section),
@@ -52,9 +54,9 @@ def page(story: ReportData) -> str:
         tag("title", f"STS report: {name}"),
         tag("style", Html(_STYLE.read_text(encoding="utf-8"))),
     )
-    links = [tag("a", title, href=f"#{anchor}") for anchor, (title, _) in _SECTIONS.items()]
-    sections = [made(story) for _, made in _SECTIONS.values()]
-    body = tag("body", tag("header", *_top(story)), tag("nav", *links, aria_label="sections"), tag("main", *sections))
+    sections = {anchor: made(story) for anchor, (_, made) in _SECTIONS.items()}
+    links = [tag("a", _SECTIONS[anchor][0], href=f"#{anchor}") for anchor, made in sections.items() if made]
+    body = tag("body", tag("header", *_top(story)), tag("nav", *links, aria_label="sections"), tag("main", *sections.values()))
     return f'<!DOCTYPE html>\n<html lang="en">{head}{body}</html>\n'
 
 

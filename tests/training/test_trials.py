@@ -1,0 +1,182 @@
+"""Rates and mixtures rehearsed side by side: what is tried, what is put back, what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from samples import IDENTITY, answers, domain_drift, snapshot
+from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.errors import ConfigError, DataError
+from sts_callback.measure.monitor import Monitor
+from sts_callback.policy import judge_rehearsal
+from sts_callback.records.rehearsal import Dose, Rehearsal, Trial, Trials
+from sts_callback.report.terminal.rehearsal import trials_table
+from sts_callback.report.trials import answers as said
+from sts_callback.training.sft import SFTSetup, read_setup
+from sts_callback.training.trials import Mixture, Rows, try_out
+from tiny import rows, saved_sae, tiny_model, tiny_tokenizer
+
+TRAIN, CASES = rows(40, "sums"), rows(12, "tales", seed=70)
+ALL = Rows(TRAIN, {"cases": CASES}, seed=0)
+
+
+def setup(**options: Any) -> SFTSetup:
+    return read_setup(None, lora_r=4, full=False, options={"per_device_train_batch_size": 2, "max_steps": 40, **options})
+
+
+def test_a_mixture_has_its_shares_and_the_training_rows_of_the_others() -> None:
+    plain, mixed = ALL.of(Mixture({}), 20), ALL.of(Mixture({"cases": 0.25}), 20)
+    assert len(plain) == len(mixed) == 20
+    assert sum(row in CASES for row in mixed) == 5
+    assert [row for row in mixed if row in TRAIN] != TRAIN[:15]  # drawn, not the first ones
+    assert {row["prompt"] for row in mixed if row in TRAIN} <= {row["prompt"] for row in plain}
+
+
+def test_rows_of_a_small_source_come_again() -> None:
+    drawn = ALL.of(Mixture({"cases": 0.5}), 48)
+    assert sorted(row["prompt"] for row in drawn if row in CASES) == sorted(2 * [row["prompt"] for row in CASES])
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str, torch.Tensor], Trials]:
+    sae = saved_sae(tmp_path_factory.mktemp("sae"))
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    domains = {"far": rows(40, "poems", seed=90)}
+
+    def monitor(tuned: nn.Module) -> Monitor:
+        config = ProbeConfig(n_queries=28, n_features=8)
+        return Monitor(tuned, tokenizer, sae=sae, train_data=TRAIN, domains=domains, config=config, progress=False)
+
+    mixtures = [Mixture({}), Mixture({"cases": 0.5})]
+    policy = PolicyConfig({"far": 0.1})
+    _, found = try_out(model, tokenizer, setup(), ALL, mixtures, [1e-5, 3e-1], monitor, policy, progress=False)
+    return model, before, found
+
+
+def test_every_rate_and_mixture_is_tried_and_moves_the_model_by_its_own(tried: Any) -> None:
+    _, _, found = tried
+    assert [(trial.learning_rate, dict(trial.replay)) for trial in found.trials] == [
+        (1e-5, {}),
+        (3e-1, {}),
+        (1e-5, {"cases": 0.5}),
+        (3e-1, {"cases": 0.5}),
+    ]
+    changes = [trial.check.domains["far"].nll_change.value for trial in found.trials]
+    assert abs(changes[0]) < 0.01 < abs(changes[1])
+    assert len(set(changes)) == 4
+
+
+def test_the_model_is_left_as_it_was_with_an_adapter_that_does_nothing(tried: Any) -> None:
+    model, before, found = tried
+    after = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items() if "lora" not in name}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert all((weight == 0).all() for name, weight in model.state_dict().items() if "lora_B" in name)
+    assert found.trials[0].rehearsal.steps_planned == 40
+
+
+def test_trials_can_be_written_and_read(tried: Any) -> None:
+    *_, found = tried
+    assert Trials.from_json(found.to_json()).to_json() == found.to_json()
+
+
+def trial(rate: float, change: float, **replay: float) -> Trial:
+    check = snapshot(5, domain_drift("law", **answers(change, 0.01)))
+    one = Rehearsal((Dose(1.0, rate, 5, check),), 100, 100 * rate, 1.0)
+    return Trial(rate, replay, one, judge_rehearsal(one, PolicyConfig({"law": 0.1})))
+
+
+def trials(*some: Trial) -> Trials:
+    return Trials(IDENTITY, "LoRA of rank 16", some, {"law": 0.1}, 2.0)
+
+
+def test_the_largest_rate_is_the_last_before_one_that_breaks_a_budget() -> None:
+    found = trials(trial(1e-4, 0.0), trial(3e-4, 0.2), trial(1e-3, 0.0))
+    assert found.largest_rate({}) == 1e-4
+    assert found.finding == "within"
+    assert "1e-04" in said(found)[0] or "0.0001" in said(found)[0]
+
+
+def test_the_least_replay_that_keeps_every_budget_is_named() -> None:
+    found = trials(trial(1e-3, 0.3), trial(1e-3, 0.2, cases=0.1), trial(1e-3, 0.0, cases=0.2), trial(1e-3, 0.0, cases=0.5))
+    assert found.least_replay(1e-3) == {"cases": 0.2}
+    assert any("20% cases" in sentence for sentence in said(found))
+
+
+def test_no_rate_is_named_where_none_keeps_a_budget() -> None:
+    found = trials(trial(1e-4, 0.2), trial(1e-3, 0.5))
+    assert found.largest_rate({}) is None
+    assert found.finding == "beyond"
+    assert "under 0.0001" in said(found)[0]
+
+
+def test_the_table_fits_a_terminal_and_names_the_worst_domain() -> None:
+    found = trials(trial(1e-4, 0.0), trial(1e-3, 0.5, **{"a-source-with-a-long-name": 0.25}))
+    shown = trials_table(found)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "law" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("learning_rte: 1.0e-4", "learning_rate"),
+        ("- 1", "holds no arguments"),
+        ("optim: nonsense", "optim"),
+        ("lr_scheduler_type: nonsense", "lr_scheduler_type"),
+    ],
+)
+def test_arguments_that_trl_refuses_are_named(content: str, named: str, tmp_path: Path) -> None:
+    file = tmp_path / "args.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=named) as raised:
+        made = read_setup(file, lora_r=None, full=False, options={})
+        run(made, tmp_path)
+    assert str(raised.value).startswith("--trainer-args")
+
+
+def run(made: SFTSetup, folder: Path, train: Any = TRAIN) -> Trials:
+    def refuse(model: nn.Module) -> Monitor:
+        raise AssertionError("it should be refused before")
+
+    return try_out(
+        tiny_model(),
+        tiny_tokenizer(),
+        made,
+        Rows(train, {}, 0),
+        [Mixture({})],
+        [1e-3],
+        refuse,
+        PolicyConfig({"far": 0.1}),
+        progress=False,
+    )[1]
+
+
+def test_arguments_of_trls_script_are_taken(tmp_path: Path) -> None:
+    file = tmp_path / "args.yaml"
+    lines = ["model_name_or_path: tiny", "dataset_name: rows", "learning_rate: 2.0e-4", "use_peft: true", "lora_r: 8"]
+    file.write_text("\n".join([*lines, "gradient_accumulation_steps: 2"]))
+    made = read_setup(file, lora_r=None, full=False, options={"max_steps": None, "per_device_train_batch_size": 3})
+    assert made.learning_rate == 2e-4
+    assert made.adapter is not None
+    assert made.adapter.r == 8
+    assert made.arguments == {"learning_rate": 2e-4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+    assert read_setup(file, lora_r=None, full=True, options={}).adapter is None
+    assert json.loads(json.dumps(made.name)) == "LoRA of rank 8"
+
+
+def test_rows_that_trl_cannot_train_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train_data"):
+        run(setup(), tmp_path, [{"question": "a", "reply": "b"}] * 10)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
+def test_shares_that_make_no_mixture_are_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="--replay cases"):
+        Mixture({"cases": share})
