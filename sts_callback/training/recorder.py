@@ -52,10 +52,18 @@ class RunRecorder:
         assert monitor.step_zero is not None
         monitor.step_zero.save(self._directory.baseline_file)
 
-    def show_forecast(self, monitor: Monitor, forecasts: Sequence[Forecast], verdict: Verdict) -> None:
-        """Print what was read, the forecast, and how those of further SAEs agree with it."""
+    def show_forecast(self, monitor: Monitor, forecasts: Sequence[Forecast], verdict: Verdict, *, before_rehearsal: bool) -> None:
+        """Print what was read, the forecast, and how those of further SAEs agree with it.
+
+        Args:
+            monitor: that made them.
+            forecasts: the one that decides first.
+            verdict: on it.
+            before_rehearsal: whether a rehearsal is to have the last word before training.
+
+        """
         tqdm.write(rows_table(monitor.reads))
-        tqdm.write(forecast_table(forecasts[0], verdict))
+        tqdm.write(forecast_table(forecasts[0], verdict, label="Verdict in context" if before_rehearsal else "Verdict"))
         if len(forecasts) > 1:
             tqdm.write(layers_table(forecasts, [rank_agreement(forecasts[0], f) for f in forecasts]))
 

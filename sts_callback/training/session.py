@@ -273,6 +273,7 @@ class Session:
     def _begin(self, monitor: Monitor, state: TrainerState) -> None:
         assert monitor.step_zero is not None
         forecasts, rollouts = self._forecasts, self._rollouts.first
+        to_be_rehearsed = self._settings.rehearse is not False and self._trainer() is not None
         self.verdict = verdict = self._ranks.from_first(lambda: judge_forecast(forecasts[0], self._settings.policy))
         self._monitor = monitor
         self._step_zero = {"baseline": monitor.step_zero.digest, "batch_tokens": self._batch_tokens}
@@ -281,7 +282,7 @@ class Session:
         self._guard.tell(
             state,
             Sink("run log", lambda: self._recorder.write_step_zero(monitor, forecasts, rollouts)),
-            Sink("screen", lambda: self._recorder.show_forecast(monitor, forecasts, verdict)),
+            Sink("screen", lambda: self._recorder.show_forecast(monitor, forecasts, verdict, before_rehearsal=to_be_rehearsed)),
             Sink("ledger", lambda: self._recorder.show_expectations(forecasts[0])),
         )
 

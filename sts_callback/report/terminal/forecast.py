@@ -33,8 +33,16 @@ COLOURS: dict[Decision, str] = {
 _OWN_ROLLOUTS = "training examples: the model's own best-rewarded rollouts of the first step"
 
 
-def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
-    """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on."""
+def forecast_table(forecast: Forecast, verdict: Verdict, *, label: str = "Verdict", colour: bool | None = None) -> str:
+    """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on.
+
+    Args:
+        forecast: to be shown.
+        verdict: on it.
+        label: what the verdict is called.
+        colour: whether to use colours; by default where a terminal shows them.
+
+    """
     rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: downwards(d.sts_net.value)))
     table = new_table("domain", "transfer", "95 %", "rank", "change", "95 %", "grad", "harm")
     places = forecast.harm_rank
@@ -86,7 +94,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, colour: bool | None 
         f"unexplained; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
         + (f"\n({parts_of_time})" if parts_of_time else "")
     )
-    verdict_line = Text(f"Verdict: {in_capitals(verdict.decision, verdict.step)}", style=COLOURS[verdict.decision])
+    verdict_line = Text(f"{label}: {in_capitals(verdict.decision, verdict.step)}", style=COLOURS[verdict.decision])
     parts: list[Text | Table] = [
         Text(f"STS forecast: what training will move ({held})", style="bold"),
         table,
