@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 N_STEPS = 5
-"""Steps of a dose. Our choice; in the validation's held-out half the sign of a check's NLL change was that of a clear change at the
-end in 86 % after 5 of 40 steps."""
+"""Steps of a dose. Our choice; in the validation's held-out half the sign of a check's NLL change was that of a clear change at
+the end in 86 % after 5 of 40 steps."""
 FEWEST_PLANNED = 2 * N_STEPS
 """Steps of a run that is rehearsed unasked: a shorter one is over before its rehearsal has paid."""
 _LARGEST, _SMALLEST = 10.0, 2.0  # multiples of the peak rate in the second dose; it is not made for less
