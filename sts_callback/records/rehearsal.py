@@ -39,8 +39,11 @@ class Rehearsal(Record):
     """Wall-clock time, checks included."""
     skipped: str = ""
     """Why the run was not rehearsed, in a sentence; empty if it was."""
+    n_parameters: int = 0
+    """Of the model, with its adapter."""
     expected: Mapping[str, Estimate] = field(default_factory=dict)
-    """Change of the NLL of domains at the end of the run, in nats per token, where past runs tell; by name."""
+    """Change of each domain's NLL at the end of the run, in nats per token, with the interval for a single domain; empty where no
+    past runs of a model of this size tell."""
 
 
 @dataclass(frozen=True)

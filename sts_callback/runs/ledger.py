@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sts_callback.records import DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Identity, Record, TrainSource
+from sts_callback.records.rehearsal import Rehearsal
 
 FEWEST = 5
 """Training sets below which nothing is expected from them."""
@@ -46,11 +47,14 @@ class DomainEntry(Record):
     """Outcome: squared feature drift over squared activity at step 0."""
     nll_change: Estimate
     """Outcome: change of the answers' NLL since step 0, nats per token; above 0 is worse."""
+    rehearsed: tuple[float, ...] = ()
+    """The same change after each dose of a rehearsal, the run's own rate first; empty without one."""
 
     @classmethod
-    def of(cls, forecast: DomainForecast, drift: DomainDrift) -> DomainEntry:
+    def of(cls, forecast: DomainForecast, drift: DomainDrift, rehearsed: Sequence[DomainDrift]) -> DomainEntry:
         """The numbers of one domain, before and after."""
         return cls(
+            rehearsed=tuple(dose.nll_change.value for dose in rehearsed),
             transfer=forecast.transfer.value,
             relative_shift=forecast.relative_shift.value,
             context_nll_change=forecast.nll_change.value,
@@ -73,23 +77,34 @@ class Entry(Record):
     """Optimizer steps done at its last check."""
     train_source: TrainSource
     domains: Mapping[str, DomainEntry]
+    n_parameters: int = 0
+    """Of the model, with its adapter; 0 where the run was not rehearsed."""
+    multiples: tuple[float, ...] = ()
+    """Of the run's own rate, at which it was rehearsed."""
 
     @classmethod
-    def of(cls, forecast: Forecast, last: DriftSnapshot) -> Entry:
+    def of(cls, forecast: Forecast, last: DriftSnapshot, rehearsal: Rehearsal | None = None) -> Entry:
         """The entry of a run.
 
         Args:
             forecast: made at its start.
             last: its last check.
+            rehearsal: made before its first step, if it was.
 
         """
+        doses = rehearsal.doses if rehearsal else ()
         as_read_back = Forecast.from_json(forecast.to_json())  # as a resumed run has it, where 0 may have become 0.0
         return cls(
             identity=forecast.identity,
             forecast=hashlib.sha256(as_read_back.to_json().encode()).hexdigest(),
             steps=last.step,
             train_source=forecast.train_source,
-            domains={name: DomainEntry.of(d, last.domains[name]) for name, d in forecast.domains.items()},
+            domains={
+                name: DomainEntry.of(d, last.domains[name], [dose.check.domains[name] for dose in doses])
+                for name, d in forecast.domains.items()
+            },
+            n_parameters=rehearsal.n_parameters if rehearsal else 0,
+            multiples=tuple(dose.multiple for dose in doses),
         )
 
 

@@ -77,6 +77,15 @@ class RunRecorder:
         if expected is not None:
             tqdm.write(expectations_table(expected))
 
+    def with_expected(self, rehearsal: Rehearsal) -> Rehearsal:
+        """A rehearsal with what past runs make of it; with those that ship alone where the ledger cannot be read."""
+        try:
+            entries = ledger.read(self._settings.ledger).entries
+        except OSError as error:
+            logger.warning("STS: past runs are left out, the ledger cannot be read (%s).", error)
+            entries = ()
+        return dataclasses.replace(rehearsal, expected=expected_changes(rehearsal, entries))
+
     def write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict, time: TimeSpent) -> None:
         """Write a check. Its own line comes last: where that stands, all of the check has been written."""
         self._directory.append_top_examples(monitor.top_activating_examples(snapshot.train.top_features))
@@ -105,6 +114,6 @@ class RunRecorder:
             )
         return "\n".join(lines)
 
-    def enter_outcome(self, forecast: Forecast, last: DriftSnapshot) -> None:
+    def enter_outcome(self, forecast: Forecast, last: DriftSnapshot, rehearsal: Rehearsal | None) -> None:
         """Enter how the forecast came out into the ledger, if one is kept."""
-        ledger.append(ledger.Entry.of(forecast, last), self._settings.ledger)
+        ledger.append(ledger.Entry.of(forecast, last, rehearsal), self._settings.ledger)

@@ -154,7 +154,7 @@ def _rehearsed(
             steps.set_rates([multiple * peak for peak in peaks])
             take_up_to(N_STEPS * (len(doses) + 1))
             doses.append(Dose(multiple, multiple * peaks[0], N_STEPS, check(steps.n_taken)))
-    return Rehearsal(tuple(doses), n_planned, rate_sum, time.monotonic() - started)
+    return Rehearsal(tuple(doses), n_planned, rate_sum, time.monotonic() - started, n_parameters=_n_parameters(trainer))
 
 
 def rehearse_at(trainer: Trainer, loader: Any, check: Callable[[int], DriftSnapshot], rate: float) -> Rehearsal:
@@ -178,7 +178,13 @@ def rehearse_at(trainer: Trainer, loader: Any, check: Callable[[int], DriftSnaps
         for _ in range(N_STEPS):
             steps.take()
         dose = Dose(1.0, rate, N_STEPS, check(N_STEPS))
-    return Rehearsal((dose,), n_planned, rate_sum * rate / peaks[0], time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Rehearsal((dose,), n_planned, rate_sum * rate / peaks[0], seconds, n_parameters=_n_parameters(trainer))
+
+
+def _n_parameters(trainer: Trainer) -> int:
+    model: Any = trainer.model
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def planned_rates(trainer: Trainer, n_steps: int) -> tuple[list[float], float]:

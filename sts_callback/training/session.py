@@ -174,7 +174,7 @@ class Session:
         sinks, forecast, last = [Sink("run log", self._directory.write_waiting_faults)], self.forecast, self._recent[-1:]
         if self._monitor is not None:
             if forecast is not None and last:
-                sinks.append(Sink("ledger", lambda: self._recorder.enter_outcome(forecast, last[0])))
+                sinks.append(Sink("ledger", lambda: self._recorder.enter_outcome(forecast, last[0], self.rehearsal)))
             sinks.append(Sink("report", lambda: write_report(self._directory)))
         words = self._recorder.last_words(is_watched=self._monitor is not None, failed_checks=self._failed_checks)
         self._guard.tell(state, *sinks, Sink("screen", lambda: tqdm.write(words)))
@@ -329,7 +329,7 @@ class Session:
         )
         if made is None:
             made = Rehearsal((), state.max_steps, math.nan, 0.0, skipped="it failed; faults.jsonl has the reason.")
-        self.rehearsal = made
+        self.rehearsal = made = self._ranks.from_first(lambda: self._recorder.with_expected(made))
         verdict = self._ranks.from_first(lambda: judge_rehearsal(made, self._settings.policy)) if made.doses else None
         self.verdict = verdict or self.verdict
         self._guard.tell(

@@ -158,7 +158,7 @@ def _n_rows(args: Any, n_train: int) -> int:
     """Rows that a rehearsal needs: those of its steps, or, where rows are packed, as many as the training data have."""
     if args.packing:
         return n_train
-    return N_STEPS * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return int(N_STEPS * args.per_device_train_batch_size * args.gradient_accumulation_steps)
 
 
 def _n_steps(args: Any, n_train: int) -> int:
@@ -166,4 +166,4 @@ def _n_steps(args: Any, n_train: int) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     n_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return math.ceil(args.num_train_epochs * math.ceil(n_train / n_a_step))
+    return int(math.ceil(args.num_train_epochs * math.ceil(n_train / n_a_step)))

@@ -80,7 +80,7 @@ def test_too_few_groups_say_nothing() -> None:
 
 
 def test_what_is_shipped_can_be_fitted() -> None:
-    shipped = json.loads((files("sts_callback") / "metrics" / "rehearsed.json").read_text(encoding="utf-8"))
+    shipped = json.loads((files("sts_callback") / "runs" / "rehearsed.json").read_text(encoding="utf-8"))
     assert tuple(shipped["columns"]) == Pair._fields
     some = [Pair(group, *(math.nan if v is None else v for v in values)) for group, *values in shipped["pairs"]]
     one, two = (fit(some, two_doses=two_doses) for two_doses in (False, True))

@@ -20,7 +20,7 @@ from validation.plan import rounded, stored
 from validation.scores import is_clear, is_harmed, ratio, right_signs
 from validation.second.plan import CALIBRATION
 
-SHIPPED = Path(sts_callback.__file__).parent / "metrics" / "rehearsed.json"
+SHIPPED = Path(sts_callback.__file__).parent / "runs" / "rehearsed.json"
 N_CHECKED = 16  # measured questions that join a check's own; the others measure the end
 MOST_FALSE = 0.02
 N_PARAMETERS = 268_098_176  # of Gemma 3 270M, embedding and head counted once
