@@ -90,7 +90,8 @@ class STSCallback(TrainerCallback):
                 among them is one that ships with the package.
             train_data: the training examples with their answers, if the trainer's own data set cannot be read or has none.
             check_on: measure drift at each `"save"`, each `"evaluate"` (whose metrics it then joins), or every so many
-                optimizer steps; besides once early, 20 steps after the warm-up, if no check was made by then.
+                optimizer steps; besides after 1, 2, 5, 10, 20, 50, 100, ... steps and at the end. All of these share the error
+                that the test of an alarm may make in a run.
             action: on an alarm, `"warn"`, save a `"checkpoint"`, save one and `"stop"`, or call a function with the verdict, in a
                 distributed run in its first process.
             on_forecast: when the forecast says no-go, `"warn"`, or `"refuse"` by raising `NoGo` before the first step.
@@ -101,8 +102,9 @@ class STSCallback(TrainerCallback):
                 bit; the forecast's verdict is then that of these steps. True and False, or `"auto"`: in runs of ten steps or
                 more, where it takes no more than `max_overhead` of the training's time. It needs `attach`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
-                skipped until the next one that is due and does not. The early one is made if all of the training pays for it,
-                the last one, when training ends, always. None checks whenever asked.
+                skipped until the next one that is due and does not. Those that come by themselves are made if all of the training
+                pays for them; those after 1, 2 and 5 steps and the last one, when training ends, always. None checks whenever
+                asked.
             ledger: a file that keeps how forecasts came out, from which later ones learn; by default the one that the environment
                 variable `STS_LEDGER` names, if any.
             probes: how texts become probes.
@@ -231,7 +233,9 @@ class STSCallback(TrainerCallback):
         if ranks.n > 1:
             _require_whole_sequences(AcceleratorState().parallelism_config)
         names = (TRAIN, *settings.domains)
-        trainer_log.require_metric(args.metric_for_best_model, args.greater_is_better, names, settings.check_on)
+        trainer_log.require_metric(
+            args.metric_for_best_model, args.greater_is_better, names, settings.policy.budgets, settings.check_on
+        )
         _require_kept_checkpoint(args, settings)
         if args.push_to_hub and state.is_world_process_zero:
             logger.warning(
@@ -267,15 +271,15 @@ class STSCallback(TrainerCallback):
             if self._session is not None:  # else it is an evaluation before training
                 self._session.check(state, control, kwargs["model"], always=trainer_log.is_ours(wanted))
                 check = self._session.checked_at(state.global_step)
-            kwargs["metrics"].update(trainer_log.evaluation_metrics(check, wanted))
+            kwargs["metrics"].update(trainer_log.evaluation_metrics(check, self._settings.policy, wanted))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check drift every so many steps, if that is when, and once early."""
+        """Check drift every so many steps, if that is when, and at the planned steps between the user's own checks."""
         every = self._settings.check_on
         if self._session is not None:
+            self._session.look(state, control, kwargs["model"])
             if isinstance(every, int) and state.global_step % every == 0:
                 self._session.check(state, control, kwargs["model"])
-            self._session.check_early(args, state, control, kwargs["model"])
             self._session.ask_for_checkpoint(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

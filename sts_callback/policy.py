@@ -102,7 +102,7 @@ def judge_drift(history: Sequence[DriftSnapshot], policy: PolicyConfig, levels: 
     diverged = {name: _DIVERGED for name in history[-1].diverged}  # also what nobody protects: the model is broken
     states = {name: found.state for name, found in judged.items()}
     verdict, drift = _verdict(judged | diverged, step=history[-1].step), history[-1].train.relative_drift.value
-    return replace(verdict, states=states, supersedes_forecast=drift >= policy.min_drift)
+    return replace(verdict, states=states, level=levels[-1], supersedes_forecast=drift >= policy.min_drift)
 
 
 def judge_check(snapshot: DriftSnapshot, policy: PolicyConfig, level: float) -> dict[str, Judgement]:
@@ -152,6 +152,37 @@ def judge_rehearsal(rehearsal: Rehearsal, policy: PolicyConfig) -> Verdict:
     own = [dose.check for dose in rehearsal.doses if dose.multiple == 1]
     require(len(own) == 1, "rehearsal", rehearsal.skipped, "one with a dose at the run's own rate")
     return replace(judge_drift(own, replace(policy, patience=1), [policy.alpha]), step=0, supersedes_forecast=False)
+
+
+def worst_headroom(snapshot: DriftSnapshot, policy: PolicyConfig) -> float:
+    """How far the protected domain that is worst off is from its budget.
+
+    Returns:
+        Least of budgets less harm, below 0 where a budget is exceeded; in the budgets' unit if they have one, else as shares of
+        the budgets. NaN if that is not known of all, or no domain is protected.
+
+    """
+    used = _used(snapshot, policy)
+    one_unit = len({budget.unit for budget in policy.limits.values()}) == 1
+    left = [(1 - used[name]) * (budget.value if one_unit else 1.0) for name, budget in policy.limits.items()]
+    return min(left) if left and all(map(math.isfinite, left)) else math.nan
+
+
+def worst_share(snapshot: DriftSnapshot, policy: PolicyConfig) -> float:
+    """How much of its budget the protected domain that is worst off has used up.
+
+    Returns:
+        1 at the budget; NaN as for `worst_headroom`, and where the model has diverged.
+
+    """
+    used = list(_used(snapshot, policy).values())
+    return max(used) if used and all(map(math.isfinite, used)) and not snapshot.diverged else math.nan
+
+
+def _used(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, float]:
+    """Share of its budget that each protected domain has used up."""
+    _require_measured(policy, snapshot.domains)
+    return {name: snapshot.domains[name].harm_in(budget.unit).value / budget.value for name, budget in policy.limits.items()}
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

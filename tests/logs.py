@@ -8,7 +8,7 @@ from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast,
 from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.records import Check, Decision, Snippet, TopActivatingExamples, Verdict
 from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttribution
-from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
+from sts_callback.records.run import Fault, JudgedCheck, Logged, Looks, Postponed, RunSettings, TimeSpent
 from sts_callback.runs.directory import RunDirectory
 
 EMPTY = Logged(None, None, None, (), (), (), None, (), (), ())
@@ -42,6 +42,7 @@ SETTINGS = RunSettings(
     action="warn",
     max_overhead=0.01,
     versions={"python": "3.11.2", "torch": "2.9.0"},
+    looks=Looks(30, 10),
 )
 
 

@@ -79,9 +79,10 @@ def last_snapshot(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("check_on", "expected"), [("save", [2, 4, 6]), ("evaluate", [3, 6]), (4, [4, 6]), (1, [1, 2, 3, 4, 5, 6])]
+    ("check_on", "expected"),
+    [("save", [1, 2, 4, 5, 6]), ("evaluate", [1, 2, 3, 5, 6]), (4, [1, 2, 4, 5, 6]), (1, [1, 2, 3, 4, 5, 6])],
 )
-def test_checks_come_when_asked_and_once_at_the_end(check_on: Any, expected: list[int], tmp_path: Path) -> None:
+def test_checks_come_when_asked_and_between_and_once_at_the_end(check_on: Any, expected: list[int], tmp_path: Path) -> None:
     made_trainer("sft", tmp_path, [made_callback(check_on=check_on)]).train()
     assert checked_steps(tmp_path) == expected
 
@@ -91,7 +92,7 @@ def test_without_attach_everything_is_in_the_log_and_the_train_data_is_found(tmp
     trainer = made_trainer("sft", tmp_path, [callback])
     trainer.train()
     rows_of_ours = [row for row in trainer.state.log_history if "sts/near/drift" in row]
-    assert [row["step"] for row in rows_of_ours] == [2, 4, 6]
+    assert [row["step"] for row in rows_of_ours] == [1, 2, 4, 5, 6]
     assert all(type(value) in (float, int) for row in rows_of_ours for value in row.values())
     assert rows_of_ours[-1]["sts/near/drift"] > 0
     saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
@@ -276,11 +277,11 @@ def test_an_alarms_checkpoint_is_made_once_whatever_else_is_saved(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def judged(history: list[DriftSnapshot], policy: PolicyConfig) -> Verdict:
+    def judged(history: list[DriftSnapshot], policy: PolicyConfig, levels: list[float]) -> Verdict:
         step = history[-1].step
         return Verdict("no-go", ("near",), {"near": "suffers."}, step) if step == alarm_at else Verdict("go", (), {}, step)
 
-    monkeypatch.setattr("sts_callback.training.session.judge_drift", judged)
+    monkeypatch.setattr("sts_callback.training.looks.judge_drift", judged)
     callbacks = [Constant(), made_callback(action=action, check_on=check_on)]
     made_trainer("plain", tmp_path, callbacks, gradient_accumulation_steps=1, **options).train()
     assert sorted(int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.glob("checkpoint-*")) == saved
@@ -344,7 +345,7 @@ def test_a_no_go_forecast_refuses_before_the_first_step_if_asked(tmp_path: Path,
 def test_a_second_fresh_run_moves_the_first_ones_files_aside(tmp_path: Path) -> None:
     for _ in range(2):
         made_trainer("sft", tmp_path, [made_callback()]).train()
-    assert checked_steps(tmp_path) == [2, 4, 6]
+    assert checked_steps(tmp_path) == [1, 2, 4, 5, 6]
     assert (tmp_path / "sts.1" / "drift.jsonl").is_file()
 
 
@@ -417,17 +418,17 @@ def ill_fitting_sae() -> Any:
         ({"probes": ProbeConfig(n_queries=8, n_features=60)}, SaeError, "60 of 64"),
         ({"sae": ill_fitting_sae()}, CannotTell, "explained variance: .* take an SAE that was trained on this model"),
         (
-            {"probes": ProbeConfig(n_queries=6, n_features=8)},
+            {"probes": ProbeConfig(n_queries=8, n_features=8), "policy": PolicyConfig(alpha=1e-4)},
             CannotTell,
-            "n_queries: near has 6; an alarm for one of 1 protected domains at alpha 0.01 takes 7. Give more rows",
+            "n_queries: near has 8; an alarm for one of 1 protected domains at one of 5 checks at alpha 0.0001 takes 9. Give ",
         ),
         (
-            {"protect": ["near", "far"], "probes": ProbeConfig(n_queries=7, n_features=8)},
+            {"protect": ["near", "far"], "probes": ProbeConfig(n_queries=9, n_features=8), "policy": PolicyConfig(alpha=1e-4)},
             CannotTell,
-            "n_queries: near has 7, far has 7; an alarm for one of 2 protected domains at alpha 0.01 takes 8",
+            "n_queries: near has 9, far has 9; an alarm for one of 2 protected domains at one of 5 checks at .* takes 10",
         ),
         (
-            {"domains": {"near": rows(11), "far": rows(30)}},
+            {"domains": {"near": rows(11), "far": rows(30)}, "policy": PolicyConfig(alpha=1e-3)},
             CannotTell,
             "n_queries: near has 6; an alarm for one of 1 protected domains",
         ),
@@ -447,8 +448,8 @@ def test_wrong_input_stops_the_run_before_its_first_step(
 @pytest.mark.parametrize(
     "options",
     [
-        {"probes": ProbeConfig(n_queries=7, n_features=8)},
-        {"probes": ProbeConfig(n_queries=6, n_features=8), "policy": PolicyConfig(alpha=0.02)},
+        {"probes": ProbeConfig(n_queries=4, n_features=8)},
+        {"probes": ProbeConfig(n_queries=8, n_features=8), "policy": PolicyConfig(alpha=1e-4)},  # at the one check of one step
         {"probes": ProbeConfig(n_queries=4, n_features=8), "protect": []},
         {"domains": {"near": rows(20), "far": rows(9)}},  # only protected domains raise alarms
     ],
@@ -491,7 +492,7 @@ def test_several_saes_each_make_a_forecast_and_the_first_one_watches(tmp_path: P
     assert callback.forecast.identity.hook_name == hooks[0]
     shown = capsys.readouterr().out
     assert shown.index("STS forecast") < shown.index("transfer by SAE") < shown.index("agreement in order")
-    assert checked_steps(tmp_path)[0] == 2
+    assert checked_steps(tmp_path)[0] == 1
 
 
 def test_no_sae_at_all_is_refused() -> None:

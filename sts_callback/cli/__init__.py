@@ -1,6 +1,6 @@
 """The command line of `sts-callback`, a module for each command.
 
-Exit codes: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input, 1 a bug of ours.
+Exit codes: 0 go, 3 no-go, 4 cannot tell, 2 wrong input, 1 a bug of ours.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 HELP = "forecast what training on a file will move"
-DESCRIPTION = "Forecast what training on a file will move. Exit code: 0 go, 3 no-go, 4 cannot tell or not covered, 2 wrong input."
+DESCRIPTION = "Forecast what training on a file will move. Exit code: 0 go, 3 no-go, 4 cannot tell, 2 wrong input."
 _EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
 
 

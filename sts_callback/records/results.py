@@ -346,6 +346,12 @@ class Verdict(Record):
     states: Mapping[str, State] = field(default_factory=dict)
     """Where each protected domain stands, at a check: `over` its budget, `on course` to pass it (over half of it for sure),
     `within` it (by the whole interval), or `inconclusive`. Empty for a forecast, and in files from before there were states."""
+    level: float = 0.0
+    """Of a check, its part of the error that the run's test may make; 0: it may not alarm. 0 for a forecast, and in files from
+    before there were parts."""
+    best_checkpoint: int = 0
+    """Of a check, the step of that checkpoint on disk from before it at which the domain worst off by its budget was best off; 0
+    if none is known."""
 
     @property
     def alarmed(self) -> tuple[str, ...]:
@@ -354,8 +360,14 @@ class Verdict(Record):
 
     @property
     def explanation(self) -> str:
-        """The reasons that matter in one text: of the threatened domains if there are any, else of all."""
-        return " ".join(f"{name}: {reason}" for name, reason in self.reasons.items() if name in (self.threatened or self.reasons))
+        """The reasons that matter in one text: of the threatened domains if there are any, else of all; and the way back."""
+        told = [f"{name}: {reason}" for name, reason in self.reasons.items() if name in (self.threatened or self.reasons)]
+        return " ".join([*told, *([self.way_back] if self.way_back else [])])
+
+    @property
+    def way_back(self) -> str:
+        """In a sentence, the checkpoint to go back to after an alarm; empty if there is none, or no alarm."""
+        return f"Best checkpoint on disk: checkpoint-{self.best_checkpoint}." if self.alarmed and self.best_checkpoint else ""
 
 
 def harm_in(unit: Unit, nll_change: Estimate, bits_change: Estimate, accuracy_change: Estimate) -> Estimate:

@@ -17,6 +17,30 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 
 @dataclass(frozen=True)
+class Looks(Record):
+    """The planned checks of a run, over which its test spends the error that it may make."""
+
+    last_step: int
+    """Where training ends."""
+    every: int = 0
+    """The user's own checks come every so many steps; 0: at steps that are not known beforehand, or never."""
+    after: int = 0
+    """Only later steps are planned for: where a run was taken up to go on beyond its first plan."""
+
+    @property
+    def between(self) -> tuple[int, ...]:
+        """Steps of checks that come by themselves, evenly on a log scale: 1, 2, 5, 10, 20, 50, 100, ..."""
+        powers = (10**n for n in range(len(str(self.last_step))))
+        return tuple(s for power in powers for s in (power, 2 * power, 5 * power) if self.after < s <= self.last_step)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """All planned steps, in order; the last one is among them."""
+        own = range(self.every, self.last_step, self.every) if self.every else ()
+        return tuple(sorted({*self.between, *(s for s in own if s > self.after), self.last_step}))
+
+
+@dataclass(frozen=True)
 class RunSettings(Record):
     """What a run was asked to do, and by which versions."""
 
@@ -30,10 +54,12 @@ class RunSettings(Record):
     """Share of training time that checks may take; from 1 on there is no limit."""
     versions: Mapping[str, str]
     """Of Python, of this package and of those that it stands on."""
+    looks: Looks | None = None
+    """The planned checks; None in files from before there was a plan."""
 
     @classmethod
     def of(
-        cls, policy: PolicyConfig, probes: ProbeConfig, *, check_on: object, action: object, max_overhead: float
+        cls, policy: PolicyConfig, probes: ProbeConfig, *, check_on: object, action: object, max_overhead: float, looks: Looks
     ) -> RunSettings:
         """The settings of a run that begins now, with the versions that are installed.
 
@@ -43,11 +69,12 @@ class RunSettings(Record):
             check_on: as the callback has it.
             action: likewise; of a function, its name is kept.
             max_overhead: likewise.
+            looks: the planned checks.
 
         """
         named = str(getattr(action, "__qualname__", action))
         versions = {"python": platform.python_version(), **installed_versions(_PACKAGES)}
-        return cls(policy, probes, str(check_on), named, max_overhead, versions)
+        return cls(policy, probes, str(check_on), named, max_overhead, versions, looks)
 
 
 @dataclass(frozen=True)
@@ -113,6 +140,8 @@ class Logged(Record):
     """None also where the run was not rehearsed."""
     trials: Trials | None = None
     """Rates and mixtures that were rehearsed side by side, by `sts-callback rehearse`."""
+    best_checkpoint: int = 0
+    """Step of the checkpoint that is there at which the domain worst off by its budget was best off; 0 if none is known."""
 
     @property
     def verdict(self) -> Verdict | None:

@@ -16,8 +16,8 @@ from sts_callback.errors import DataError
 from sts_callback.records import Decision, DomainDrift, DomainForecast
 from sts_callback.records.run import Logged
 from sts_callback.report.data import ReportData, build
-from sts_callback.report.formatting import UNKNOWN, budget, counted, in_a_row, interval, nats, percent, percent_1
-from sts_callback.report.headline import ended_alarms
+from sts_callback.report.formatting import UNKNOWN, budget, counted, interval, nats, percent, percent_1
+from sts_callback.report.headline import alarm_rule, ended_alarms
 from sts_callback.runs.directory import RunDirectory, run_directory_in
 from sts_callback.runs.files import write_whole
 
@@ -31,8 +31,8 @@ BEGIN, END = "<!-- sts-callback: begin -->", "<!-- sts-callback: end -->"
 
 _MEANINGS: dict[Decision, str] = {
     "go": "none of the protected domains was found to be threatened",
-    "watch": "a protected domain has become worse by more than its budget, not yet for long enough to alarm",
-    "no-go": "a protected domain becomes worse by more than its budget",
+    "watch": "a protected domain may be on course to pass its budget: not surely, or not for long enough to alarm",
+    "no-go": "a protected domain has become worse by more than half its budget, or is expected to by more than all of it",
     "not covered": "nothing speaks against it, but most of the change lies outside the SAE",
     "cannot tell": "the evidence does not suffice",
 }
@@ -167,7 +167,7 @@ def _under_table(story: ReportData) -> Iterator[str]:
     )
     yield (
         "NLL change: of reference answers, in nats a token, with its 95% interval; above 0 is worse. Expected: with training "
-        "examples in context. Only a domain that moves and gets worse by its budget is threatened."
+        "examples in context. How far a domain moves decides nothing; how its answers stand against the budget does."
     )
     if story.drift is not None and story.forecast is not None:
         yield (
@@ -184,9 +184,7 @@ def _blind_spots(logged: Logged, story: ReportData) -> Iterator[str]:
         measured = story.forecast.domains
     sae_error_share = {name: d.sae_error_share for name, d in measured.items() if math.isfinite(d.sae_error_share)}
     if sae_error_share:
-        limit = story.settings.policy.max_unseen if story.settings else math.nan
-        covered = f"; above {percent(limit)}, no harm found counts as not covered" if math.isfinite(limit) else ""
-        yield f"Change that the SAE cannot express: {_each(sae_error_share)}{covered}."
+        yield f"Change that the SAE cannot express, so that nothing said of movement sees it: {_each(sae_error_share)}."
     else:
         yield "What share of the change the SAE cannot express is unknown."
     masked = {name: d.n_masked / max(1, d.n_masked + d.n_tokens) for name, d in measured.items()}
@@ -223,12 +221,7 @@ def _how(story: ReportData) -> Iterator[str]:
     if story.drift is not None:
         yield f"Drift was checked {counted(len(story.drift.steps), 'time')}, the last time at step {story.drift.steps[-1]}."
     if story.settings is not None:
-        policy = story.settings.policy
-        yield (
-            "An alarm takes a rise of NLL of at least the budget, its interval above 0, and a permutation test at "
-            f"{policy.alpha:g} over all protected domains of a check together, all that at {in_a_row(policy.patience)}. "
-            "Each check is one more chance of a false alarm."
-        )
+        yield alarm_rule(story.settings)
         yield f"Versions: {', '.join(f'{name} {number}' for name, number in story.settings.versions.items())}."
 
 

@@ -19,6 +19,7 @@ from sts_callback.records import (
     Forecast,
     Record,
     Snippet,
+    State,
     TopActivatingExamples,
     Verdict,
 )
@@ -55,7 +56,7 @@ class Series(Record):
     alarmed_at: tuple[int, ...]
     """Steps of checks at which it alarmed."""
     watched_at: tuple[int, ...]
-    """Steps of checks at which it was threatened, not yet for long enough to alarm."""
+    """Steps of checks at which it may have been threatened, not surely or not for long enough to alarm."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Drift(Record):
     verdicts: tuple[Stretch, ...]
     latest: DriftSnapshot
     latest_reasons: Mapping[str, str]
+    latest_states: Mapping[str, State]
+    """Where each protected domain stands; empty in files from before there were states."""
     n_features: int
     """How many features are called those that moved most."""
     n_shared: tuple[int, ...]
@@ -217,6 +220,7 @@ def _drift(checks: Sequence[JudgedCheck]) -> Drift:
         verdicts=tuple(_stretches(c.verdict for c in checks)),
         latest=latest.snapshot,
         latest_reasons=latest.verdict.reasons,
+        latest_states=latest.verdict.states,
         n_features=len(latest.snapshot.realised_features),
         n_shared=tuple(s.n_shared for s in snapshots),
         share_on_forecast=tuple(s.train.share_on_forecast for s in snapshots),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from sts_callback.policy import worst_share
 from sts_callback.records import Decision, Record, Verdict
 from sts_callback.records.remedies import BudgetFinding
-from sts_callback.records.run import Logged
-from sts_callback.report.formatting import counted, listing
+from sts_callback.records.run import Logged, RunSettings
+from sts_callback.report.formatting import counted, in_a_row, listing, percent, percent_1
 from sts_callback.report.trials import answers
 
 _BEFORE: dict[Decision, str] = {
@@ -20,8 +21,8 @@ _BEFORE: dict[Decision, str] = {
 }
 _DURING: dict[Decision, str] = {
     "go": "At step {step}, no protected domain has been found worse by its budget ({protected}).",
-    "watch": "At step {step}, {threatened} {have} got worse, not yet for long enough to alarm.",
-    "no-go": "At step {step}, {threatened} {have} got worse.",
+    "watch": "At step {step}, {threatened} may be on course to pass a budget: not surely, or not for long enough to alarm.",
+    "no-go": "At step {step}, {standing}.",
     "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there lies outside the SAE.",
     "cannot tell": "At step {step}, the evidence does not suffice for {threatened}.",
 }
@@ -66,7 +67,7 @@ def headline(logged: Logged) -> Headline:
     sentence = (_DURING if logged.checks else _BEFORE)[verdict.decision].format(
         step=verdict.step,
         threatened=listing(verdict.threatened),
-        have="has" if len(verdict.threatened) == 1 else "have",
+        standing=_standing(verdict),
         protected=listing(list(verdict.reasons)),
     )
     about = verdict.threatened or tuple(verdict.reasons)
@@ -79,6 +80,23 @@ def headline(logged: Logged) -> Headline:
         other_reasons={name: reason for name, reason in verdict.reasons.items() if name not in about},
         notes=notes,
     )
+
+
+def _standing(verdict: Verdict) -> str:
+    """Which of the threatened domains are over their budgets and which on course to pass them."""
+    over, course = ([n for n in verdict.threatened if verdict.states.get(n) == state] for state in ("over", "on course"))
+    parts = []
+    if over:
+        parts.append(f"{listing(over)} {'is' if len(over) == 1 else 'are'} over {_theirs(over)}")
+    if course:
+        parts.append(f"{listing(course)} {'is' if len(course) == 1 else 'are'} on course to pass {_theirs(course)}")
+    if not parts:  # a verdict from before there were states
+        parts.append(f"{listing(verdict.threatened)} {'has' if len(verdict.threatened) == 1 else 'have'} got worse")
+    return ", and ".join(parts)
+
+
+def _theirs(names: Sequence[str]) -> str:
+    return "its budget" if len(names) == 1 else "their budgets"
 
 
 def _notes(logged: Logged) -> Iterator[str]:
@@ -95,6 +113,10 @@ def _notes(logged: Logged) -> Iterator[str]:
         yield "No drift check can be read: this is what was expected before training, not what training did."
     for name, steps in ended_alarms(verdicts).items():
         yield f"An alarm for {name} stood at step {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " and ended."
+    if found := [check.snapshot for check in logged.checks if check.snapshot.step == logged.best_checkpoint]:
+        assert logged.settings is not None  # else none would be the best
+        used = percent(worst_share(found[0], logged.settings.policy))
+        yield f"Best checkpoint on disk: checkpoint-{found[0].step}; the domain worst off there had used up {used} of its budget."
     if logged.forecast is not None and logged.forecast.train_source == "own rollouts":
         yield "The forecast stands on the model's own best-rewarded rollouts of the first step, not on reference answers."
     last_step = verdicts[-1].step if verdicts else 0
@@ -117,3 +139,23 @@ def ended_alarms(verdicts: Sequence[Verdict]) -> dict[str, list[int]]:
         for name in verdict.alarmed:
             alarmed.setdefault(name, []).append(verdict.step)
     return {name: steps for name, steps in alarmed.items() if name not in verdicts[-1].alarmed}
+
+
+def alarm_rule(settings: RunSettings) -> str:
+    """What an alarm of a run takes, in sentences.
+
+    Args:
+        settings: of the run.
+
+    """
+    policy, held = settings.policy, in_a_row(settings.policy.patience)
+    if settings.looks is None:
+        return (
+            "An alarm took a rise of NLL of at least the budget, its interval above 0, and a permutation test at "
+            f"{policy.alpha:g} over all protected domains of a check together, all that at {held}; this was an earlier version."
+        )
+    n_looks = counted(len(settings.looks.steps), "planned check")
+    return (
+        f"An alarm takes a rise of NLL that is surely above half the budget (one-sided t test over queries), at {held}. The test "
+        f"may err in {percent_1(policy.alpha)} of runs, over all protected domains and {n_looks} together."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sts_callback.errors import CannotTell, ConfigError
+from sts_callback.policy import worst_share
 from sts_callback.records import DriftSnapshot, Forecast, TopActivatingExamples, Verdict
 from sts_callback.records.rehearsal import Rehearsal, Trials
 from sts_callback.records.remedies import Attribution
-from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings, TimeSpent
+from sts_callback.records.run import Fault, JudgedCheck, Logged, Looks, Postponed, RunSettings, TimeSpent
 from sts_callback.runs.files import write_whole
 
 T = TypeVar("T")
 
 _NOT_OURS = (ValueError, KeyError, TypeError, AttributeError)
 """What reading a record raises where there is none, or one of another version."""
+_LAST_IN_CHECKPOINT = "trainer_state.json"  # of what transformers writes there, so that the rest is whole
 
 
 class RunDirectory:
@@ -192,6 +195,30 @@ class RunDirectory:
             self._append(self._faults_file, self._unwritten_faults[0])
             self._unwritten_faults.popleft()
 
+    def read_looks(self) -> Looks | None:
+        """The plan of the checks of this run, if there is one that can be read."""
+        try:
+            return RunSettings.from_dict(json.loads(self._settings_file.read_text(encoding="utf-8"))).looks
+        except (OSError, *_NOT_OURS):
+            return None
+
+    def best_checkpoint(self, worst_shares: Mapping[int, float]) -> int:
+        """The checkpoint to go back to.
+
+        Args:
+            worst_shares: by the steps of checks, how much of its budget the domain that was worst off had used up.
+
+        Returns:
+            Of the steps whose checkpoint is there and whose share is known, that of the least, of equal ones the latest; or 0.
+
+        """
+        kept = [
+            (share, -step)
+            for step, share in worst_shares.items()
+            if math.isfinite(share) and (self.folder.parent / f"checkpoint-{step}" / _LAST_IN_CHECKPOINT).is_file()
+        ]
+        return -min(kept)[1] if kept else 0
+
     def judged_checks(self, step: int) -> list[tuple[DriftSnapshot, Verdict]]:
         """Checks up to a step with their verdicts, in order. Of a stretch that was run twice after a resume, the later counts."""
         by_step = {found[0].step: found for found in map(_check_in, _rows(self._drift_file)) if found is not None}
@@ -228,8 +255,9 @@ class RunDirectory:
             return found
 
         checks = {check.snapshot.step: check for check in told(self._drift_file, _check_of)}
+        settings = next(iter(told(self._settings_file, RunSettings.from_dict)), None)
         return Logged(
-            settings=next(iter(told(self._settings_file, RunSettings.from_dict)), None),
+            settings=settings,
             forecast=next(iter(told(self._forecast_file, lambda row: Forecast.from_dict(row["forecast"]))), None),
             forecast_verdict=next(iter(told(self._forecast_file, lambda row: Verdict.from_dict(row["verdict"]))), None),
             other_forecasts=next(iter(told(self._forecast_file, _others_of)), ()),
@@ -242,6 +270,7 @@ class RunDirectory:
             postponed=tuple(told(self._skipped_file, lambda row: Postponed(int(row["step"]), str(row["reason"])))),
             faults=tuple(told(self._faults_file, _fault_of)),
             unreadable=tuple(unreadable.values()),
+            best_checkpoint=self.best_checkpoint(_worst_shares(checks, settings)) if settings else 0,
         )
 
     def write_report(self, page: str, content: str) -> Path:
@@ -279,6 +308,16 @@ def run_directory_in(folder: Path) -> RunDirectory:
 
     """
     return RunDirectory(folder / "sts" if (folder / "sts").is_dir() else folder)
+
+
+def _worst_shares(checks: Mapping[int, JudgedCheck], settings: RunSettings) -> dict[int, float]:
+    """Of the checks that measured all that is protected."""
+    budgets = settings.policy.budgets
+    return {
+        step: worst_share(check.snapshot, settings.policy)
+        for step, check in checks.items()
+        if budgets.keys() <= check.snapshot.domains.keys()
+    }
 
 
 def _last_byte(file: Path) -> bytes:

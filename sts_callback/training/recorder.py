@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,14 +14,17 @@ from sts_callback.measure.scoring import rank_agreement
 from sts_callback.policy import judge_forecast
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
 from sts_callback.records.rehearsal import Rehearsal
-from sts_callback.records.run import RunSettings, TimeSpent
+from sts_callback.records.run import Looks, RunSettings, TimeSpent
 from sts_callback.report.terminal.forecast import check_lines, forecast_table, layers_table
 from sts_callback.report.terminal.ledger import expectations_table
 from sts_callback.report.terminal.rehearsal import rehearsal_lines
 from sts_callback.report.terminal.rows import rows_table
 from sts_callback.runs import ledger, track_record
+from sts_callback.runs.calibration import expected_changes
 from sts_callback.runs.directory import RunDirectory
 from sts_callback.training.arguments import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class RunRecorder:
@@ -29,23 +34,26 @@ class RunRecorder:
         """Name the user's settings and the folder of the run; nothing is written yet."""
         self._settings, self._directory = settings, directory
 
-    def write_settings(self) -> None:
-        """Write what the run was asked to do."""
+    def write_settings(self, looks: Looks) -> None:
+        """Write what the run was asked to do, and when it is planned to be checked."""
         one = self._settings
-        self._directory.write_settings(
-            RunSettings.of(one.policy, one.probes, check_on=one.check_on, action=one.action, max_overhead=one.max_overhead)
-        )
+        asked = {"check_on": one.check_on, "action": one.action}
+        settings = RunSettings.of(one.policy, one.probes, **asked, max_overhead=one.max_overhead, looks=looks)
+        self._directory.write_settings(settings)
 
-    def write_step_zero(self, monitor: Monitor, forecasts: Sequence[Forecast], rollouts: Sequence[Mapping[str, Any]]) -> None:
+    def write_step_zero(
+        self, monitor: Monitor, forecasts: Sequence[Forecast], rollouts: Sequence[Mapping[str, Any]], looks: Looks
+    ) -> None:
         """Write settings, forecasts and what drift is measured from.
 
         Args:
             monitor: that made them.
             forecasts: the one that decides first.
             rollouts: of step 0, where reward functions are tapped.
+            looks: the planned checks.
 
         """
-        self.write_settings()
+        self.write_settings(looks)
         self._directory.write_forecast(forecasts[0], judge_forecast(forecasts[0], self._settings.policy), forecasts[1:])
         self._directory.write_rollouts(rollouts)
         self._directory.append_top_examples(monitor.top_activating_examples())

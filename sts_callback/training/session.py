@@ -18,13 +18,13 @@ from sts_callback.distributed import Ranks
 from sts_callback.errors import CannotTell, ConfigError, NoGo
 from sts_callback.measure.monitor import Monitor
 from sts_callback.model.undisturbed import undisturbed
-from sts_callback.policy import judge_drift, judge_forecast, judge_rehearsal, require_power
+from sts_callback.policy import ENOUGH_QUERIES, judge_forecast, judge_rehearsal, require_power, short_of_queries
 from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import TimeSpent
 from sts_callback.report.html.page import write_report
 from sts_callback.runs.directory import RunDirectory
-from sts_callback.training import trainer_log
+from sts_callback.training import looks, trainer_log
 from sts_callback.training.arguments import Settings
 from sts_callback.training.guard import Errors, Guard, Sink
 from sts_callback.training.overhead import Overhead, first_guess
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EARLY_STEPS = 20
-"""Steps after the warm-up by which drift is checked at the latest. Our choice; in the validation's held-out half the sign of a
-check's NLL change was that of a clear change at the end in 86 % after 5 of 40 steps and in 94 % after 20."""
 _STATE_KEY = "sts_callback"
 
 
@@ -99,7 +96,7 @@ class Session:
         self._forecasts_from_rollouts, self._awaits_rollouts = False, self._is_new and rollouts.is_tapped
 
         self._monitor: Monitor | None = None
-        self._recent: list[DriftSnapshot] = []
+        self._history: looks.History
         self._failed_checks: list[int] = []
         self._last_check = self._last_try = 0
         self._is_postponed = self._owes_checkpoint = False
@@ -117,6 +114,8 @@ class Session:
         self._guard.run(state, "run log", self._directory.require_place, reraise=self._refusals, first_only=True)
         if not (self._is_new or self._is_restart):
             self._guard.run(state, "resume", self._read_rollouts)
+        planned = looks.plan(args, state, self._settings.check_on, kwargs.get("train_dataloader"))
+        self._history = looks.History(planned, self._settings.policy)
         if self._awaits_rollouts:
             self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), reraise=self._refusals)
         if not self._forecasts_from_rollouts:
@@ -134,25 +133,36 @@ class Session:
         elif self._monitor is not None:
             self._guard.tell(state, Sink("run log", lambda: self._directory.write_rollouts(self._rollouts.first)))
 
-    def check(self, state: TrainerState, control: TrainerControl, model: nn.Module, *, always: bool = False) -> None:
-        """Measure drift, if it is affordable or is to be made always, and write and do what comes of it. Once a step at most."""
+    def check(
+        self, state: TrainerState, control: TrainerControl, model: nn.Module, *, always: bool = False, is_last: bool = False
+    ) -> None:
+        """Measure drift, if it is affordable or is to be made always, and write and do what comes of it. Once a step at most.
+
+        Args:
+            state: the trainer's.
+            control: the trainer's.
+            model: as it is now.
+            always: whatever it takes.
+            is_last: whether training has ended.
+
+        """
         if self._monitor is None or state.global_step in (0, self._last_try):
             return
         with self._overhead.counted():
             if always or self._ranks.from_first(lambda: self._overhead.affords_check):  # by one clock
                 monitor = self._monitor
-                self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model))
+                self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model, is_last))
             elif not self._is_postponed:  # said once, until a check is made
                 self._is_postponed = True
                 self._postpone(state)
 
-    def check_early(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        """Measure drift soon after the warm-up if nothing was checked before, where the whole training pays for it."""
-        step = state.global_step
-        if self._monitor is None or self._recent or step != args.get_warmup_steps(state.max_steps) + EARLY_STEPS:
+    def look(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        """Measure drift at a planned step between the user's checks: at the first and the last always, else if training pays."""
+        step, end = state.global_step, state.max_steps
+        if self._monitor is None or step not in (*self._history.looks.between, end):
             return
-        share_done = (step - self._first_step) / (state.max_steps - self._first_step)
-        if self._ranks.from_first(lambda: self._overhead.affords_check_by_the_end(share_done)):
+        share_done = (step - self._first_step) / (end - self._first_step)  # it is the whole training that pays
+        if step in (*looks.FIRST, end) or self._ranks.from_first(lambda: self._overhead.affords_check_by_the_end(share_done)):
             self.check(state, control, model, always=True)
 
     def ask_for_checkpoint(self, control: TrainerControl) -> None:
@@ -165,16 +175,17 @@ class Session:
 
     def checked_at(self, step: int) -> DriftSnapshot | None:
         """The check made at a step, if it is the newest; nothing is any of this run's once it has ended."""
-        return self._recent[-1] if self._monitor is not None and self._recent and self._last_check == step else None
+        return self._history.newest if self._monitor is not None and self._last_check == step else None
 
     def end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        """Check the final weights, if the last check was not of them."""
+        """Check the final weights, if training has ended early and the last check was not of them."""
         if not args.load_best_model_at_end:  # else the weights are no longer those of this step
-            self.check(state, control, model, always=True)
-        sinks, forecast, last = [Sink("run log", self._directory.write_waiting_faults)], self.forecast, self._recent[-1:]
+            self.check(state, control, model, always=True, is_last=True)
+        sinks = [Sink("run log", self._directory.write_waiting_faults)]
         if self._monitor is not None:
-            if forecast is not None and last:
-                sinks.append(Sink("ledger", lambda: self._recorder.enter_outcome(forecast, last[0], self.rehearsal)))
+            forecast, last = self.forecast, self._history.newest
+            if forecast is not None and last is not None:
+                sinks.append(Sink("ledger", lambda: self._recorder.enter_outcome(forecast, last, self.rehearsal)))
             sinks.append(Sink("report", lambda: write_report(self._directory)))
         words = self._recorder.last_words(is_watched=self._monitor is not None, failed_checks=self._failed_checks)
         self._guard.tell(state, *sinks, Sink("screen", lambda: tqdm.write(words)))
@@ -216,8 +227,8 @@ class Session:
         if monitor is not None and not self._guard.run(state, what, lambda: take_up(monitor, state), reraise=self._refusals):
             self._monitor = None  # all processes watch, or none
         expected_s = 0.0
-        if self._recent:
-            expected_s = self._recent[-1].seconds
+        if self._history.newest is not None:
+            expected_s = self._history.newest.seconds
         elif self.forecast is not None:
             expected_s = first_guess(self.forecast.seconds_by_part.get("readings", self.forecast.seconds))
         if self._monitor is not None and self._is_new:
@@ -244,7 +255,11 @@ class Session:
             ranks=self._ranks,
         )
         if self._is_new:
-            require_power({name: len(s.queries) for name, s in monitor.domains.items()}, self._settings.policy)
+            policy, n_queries = self._settings.policy, {name: len(s.queries) for name, s in monitor.domains.items()}
+            require_power(n_queries, policy, len(self._history.looks.steps))
+            if few := short_of_queries(n_queries, policy, ENOUGH_QUERIES):
+                told = ", ".join(f"{name} has {n}" for name, n in few.items())
+                logger.warning("n_queries: %s; with fewer than %d an alarm comes late or never.", told, ENOUGH_QUERIES)
         return monitor
 
     def _train_data(self, train_dataloader: Any = None, **kwargs: Any) -> Source:
@@ -281,7 +296,7 @@ class Session:
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
         self._guard.tell(
             state,
-            Sink("run log", lambda: self._recorder.write_step_zero(monitor, forecasts, rollouts)),
+            Sink("run log", lambda: self._recorder.write_step_zero(monitor, forecasts, rollouts, self._history.looks)),
             Sink("screen", lambda: self._recorder.show_forecast(monitor, forecasts, verdict, before_rehearsal=to_be_rehearsed)),
             Sink("ledger", lambda: self._recorder.show_expectations(forecasts[0])),
         )
@@ -357,23 +372,24 @@ class Session:
             )
         if n_damaged := self._ranks.from_first(lambda: self._directory.take_up(state.global_step)):
             self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
-        self._guard.tell(state, Sink("run log", self._recorder.write_settings))
+        kept = None if self._is_restart else self._ranks.from_first(self._directory.read_looks)
+        planned = looks.resumed(kept, self._history.looks, state.global_step)
+        self._guard.tell(state, Sink("run log", lambda: self._recorder.write_settings(planned)))
         checks = self._ranks.from_first(lambda: self._directory.judged_checks(state.global_step))
+        self._history.take_up(planned, checks)
         self._forecasts, self.verdict = (forecast,), judge_forecast(forecast, self._settings.policy)
         self.rehearsal = self._ranks.from_first(self._directory.read_rehearsal)
         if self.rehearsal is not None and self.rehearsal.doses:
             self.verdict = judge_rehearsal(self.rehearsal, self._settings.policy)
         if checks:
-            self._recent = [snapshot for snapshot, _ in checks][-self._settings.policy.patience :]
-            self._last_check = self._last_try = self._recent[-1].step
-            self.verdict = checks[-1][1]
+            last, self.verdict = checks[-1]
+            self._last_check = self._last_try = last.step
             self._alarmed = self.verdict.alarmed
             if self._last_check == state.global_step and not any(
                 row.get("step") == state.global_step and trainer_log.N_SHARED in row for row in state.log_history
             ):  # the check came after the save, so its row is not in the checkpoint
-                state.log_history.append(
-                    {"step": state.global_step, "epoch": state.epoch or 0.0, **trainer_log.row(self._recent[-1])}
-                )
+                row = trainer_log.row(last, self._settings.policy, self.verdict)
+                state.log_history.append({"step": state.global_step, "epoch": state.epoch or 0.0, **row})
         self._monitor = monitor
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
 
@@ -393,7 +409,7 @@ class Session:
         logger.warning("STS check at step %d is skipped: %s", state.global_step, reason)
         self._guard.tell(state, Sink("run log", lambda: self._directory.append_postponed(state.global_step, reason)))
 
-    def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+    def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module, is_last: bool) -> None:
         self._last_try = step = state.global_step
         before_s = self._overhead.spent_s
         written = samples(self._rollouts.first), samples(self._rollouts.rows(self._ranks))
@@ -409,14 +425,14 @@ class Session:
         if snapshot is None:
             self._failed_checks.append(step)
             return
-        self._recent = [*self._recent, snapshot][-self._settings.policy.patience :]
+        self._history.add(snapshot, is_last=is_last)
         self._last_check, self._is_postponed = step, False
-        self.verdict = verdict = self._ranks.from_first(lambda: judge_drift(self._recent, self._settings.policy))
+        self.verdict = verdict = self._ranks.from_first(self._judged)
         if snapshot.diverged:
             self._guard.record(state, "model", f"it gives NaN or infinite numbers on {', '.join(snapshot.diverged)}", "")
         is_new, self._alarmed = set(verdict.alarmed) - set(self._alarmed), verdict.alarmed
         self._overhead.learn(self._overhead.spent_s - before_s)
-        numbers = trainer_log.row(snapshot) | {
+        numbers = trainer_log.row(snapshot, self._settings.policy, verdict) | {
             "sts/overhead_s": self._overhead.spent_s,
             "sts/overhead_share": self._overhead.share,
         }
@@ -429,9 +445,14 @@ class Session:
             sinks.append(Sink("action", lambda: self._act(verdict, control), first_only=callable(self._settings.action)))
         self._guard.tell(state, *sinks)
 
+    def _judged(self) -> Verdict:
+        # Of this step there may be half of one, from before a kill.
+        way_back = self._directory.best_checkpoint({s: x for s, x in self._history.worst_shares.items() if s < self._last_check})
+        return dataclasses.replace(self._history.verdict(), best_checkpoint=way_back)
+
     def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
         if not self._directory.baseline_file.exists():  # deleted, or the disk was full
-            self._recorder.write_step_zero(monitor, self._forecasts, self._rollouts.first)
+            self._recorder.write_step_zero(monitor, self._forecasts, self._rollouts.first, self._history.looks)
         time = TimeSpent(self._overhead.spent_s, self._overhead.training_s)
         self._recorder.write_check(monitor, snapshot, verdict, time)
 

@@ -135,17 +135,23 @@ def watched_run(
 def test_due_checks_are_put_off_until_affordable_and_that_is_told(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = watched_run(tmp_path, clock, monkeypatch, max_overhead=0.05)
-    # The first waits for 5 s, as guessed, to be 5 % of training; the second for twice 3 s; the last is always made.
-    assert checked_steps(tmp_path) == [10, 12, 18, 20]
+    trainer = watched_run(tmp_path, clock, monkeypatch, max_overhead=0.07)
+    # After 1, 2 and 5 steps whatever it takes. Then the whole training, 200 s, pays for one more, and 4 * 3 s are 7 % of 172 s.
+    assert checked_steps(tmp_path) == [1, 2, 5, 10, 20]
     postponed = lines(tmp_path / "sts" / "skipped.jsonl")
-    assert [row["step"] for row in postponed] == [1, 11, 13, 19]
-    assert "takes about 5.0 s" in postponed[0]["reason"]
-    assert caplog.text.count("is skipped") == 4
+    assert [row["step"] for row in postponed] == [3, 6, 11]
+    assert "takes about 3.0 s and 6.0 s went into checks so far" in postponed[0]["reason"]
+    assert caplog.text.count("is skipped") == 3
     told = [row for row in trainer.state.log_history if "sts/overhead_s" in row]
-    assert [row["sts/overhead_s"] for row in told] == [3, 6, 9, 12]
-    assert [round(row["sts/overhead_share"], 4) for row in told] == [3 / 100, 6 / 120, 9 / 180, 12 / 200]
+    assert [row["sts/overhead_s"] for row in told] == [3, 6, 9, 12, 15]
+    assert [round(row["sts/overhead_share"], 4) for row in told] == [3 / 10, 6 / 20, 9 / 50, 12 / 100, 15 / 200]
     assert all(type(row["sts/overhead_share"]) is float for row in told)
+
+
+def test_a_due_check_comes_as_soon_as_it_is_affordable(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched_run(tmp_path, clock, monkeypatch, max_overhead=0.08, max_steps=40)
+    # After 5 steps 9 s are spent; the whole training, 400 s, pays for one at 10 and one at 20, and each step for one that is due.
+    assert checked_steps(tmp_path) == [1, 2, 5, 10, 19, 20, 27, 30, 34, 38, 40]
 
 
 def test_without_a_limit_every_due_check_is_made(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,16 +163,13 @@ def test_without_a_limit_every_due_check_is_made(tmp_path: Path, clock: Clock, m
 @pytest.mark.parametrize(
     ("limit", "options", "checked"),
     [
-        (0.015, {}, [20, 40]),  # 5 s, as guessed, are less than 1.5 % of 400 s, though more than of 200 s
-        (0.012, {}, [40]),  # more than 1.2 % of 400 s: it is not made, and since it was not due nothing is said
-        pytest.param(None, {}, [20, 40], marks=pytest.mark.slow),
-        (None, {"warmup_steps": 5}, [25, 40]),
-        (None, {"warmup_steps": 0.1}, [24, 40]),
-        (None, {"warmup_steps": 20}, [40]),
-        (None, {"check_on": 15}, [15, 30, 40]),  # not if there was one
+        (0.03, {}, [1, 2, 5, 10, 40]),  # 12 s are 3 % of 400 s, 15 s are more
+        (0.029, {}, [1, 2, 5, 40]),  # not even 12 s; since nobody asked for it, nothing is said
+        (None, {}, [1, 2, 5, 10, 20, 40]),
+        (None, {"check_on": 15}, [1, 2, 5, 10, 15, 20, 30, 40]),
     ],
 )
-def test_one_check_comes_early_if_the_whole_training_pays_for_it(
+def test_checks_come_by_themselves_if_the_whole_training_pays_for_them(
     limit: float | None,
     options: dict[str, Any],
     checked: list[int],
@@ -179,30 +182,30 @@ def test_one_check_comes_early_if_the_whole_training_pays_for_it(
     assert not (tmp_path / "sts" / "skipped.jsonl").exists()
 
 
-def test_an_early_check_and_a_save_at_the_same_step_are_one(tmp_path: Path) -> None:
+def test_a_check_between_and_a_save_at_the_same_step_are_one(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 22, "save_steps": 20, "eval_strategy": "no", "gradient_accumulation_steps": 1}
     made_trainer("plain", tmp_path, [made_callback()], **options).train()
-    assert checked_steps(tmp_path) == [20, 22]
+    assert checked_steps(tmp_path) == [1, 2, 5, 10, 20, 22]
 
 
 def test_by_default_one_per_cent_is_the_limit(tmp_path: Path) -> None:
-    """Tiny training takes next to no time, so only the last check is made, and it is said that others were not."""
+    """Tiny training takes next to no time, so only the first checks and the last are made; it is said that others were not."""
     from sts_callback import STSCallback
     from test_callback import PROBES, TINY_DOMAINS
     from tiny import rotated_sae
 
     callback = STSCallback(rotated_sae(), ["near"], domains=TINY_DOMAINS, probes=PROBES)
     made_trainer("plain", tmp_path, [callback]).train()
-    assert checked_steps(tmp_path) == [6]
-    assert [row["step"] for row in lines(tmp_path / "sts" / "skipped.jsonl")] == [2]
+    assert checked_steps(tmp_path) == [1, 2, 5, 6]
+    assert [row["step"] for row in lines(tmp_path / "sts" / "skipped.jsonl")] == [4]
 
 
 def test_a_check_put_off_before_a_kill_is_not_made_up_for(tmp_path: Path) -> None:
-    made_trainer("plain", tmp_path, [made_callback(max_overhead=0.001)], max_steps=4).train()
-    (tmp_path / "sts" / "drift.jsonl").unlink()  # as if killed before the last check
+    made_trainer("plain", tmp_path, [made_callback(max_overhead=0.001)], save_steps=3).train()
+    (tmp_path / "sts" / "drift.jsonl").unlink()
     callback = made_callback(max_overhead=0.001)
-    made_trainer("plain", tmp_path, [callback]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert checked_steps(tmp_path) == [6]
+    made_trainer("plain", tmp_path, [callback], save_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert checked_steps(tmp_path) == [5, 6]
 
 
 @pytest.mark.parametrize("value", [0, -0.1, float("nan")])
@@ -218,8 +221,8 @@ def told_by_both(out: Path) -> list[Any]:
 @pytest.mark.timeout(150)
 def test_the_first_process_decides_which_checks_are_affordable(tmp_path: Path) -> None:
     together(ranked.disagree_on_cost, tmp_path)
-    assert told_by_both(tmp_path) == [[2, 4]] * 2
-    assert checked_steps(tmp_path) == [2, 4]
+    assert told_by_both(tmp_path) == [[1, 2, 4, 5, 7]] * 2
+    assert checked_steps(tmp_path) == [1, 2, 4, 5, 7]
 
 
 @pytest.mark.timeout(150)

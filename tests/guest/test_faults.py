@@ -305,7 +305,7 @@ def alarming(scene: Scene, action: Callable[[Verdict], object]) -> None:
     """Every check alarms."""
     scene.options["action"] = action
     alarm = Verdict("no-go", ("near",), {"near": "suffers."}, 1)
-    scene.monkeypatch.setattr("sts_callback.training.session.judge_drift", lambda history, policy: alarm)
+    scene.monkeypatch.setattr("sts_callback.training.looks.judge_drift", lambda history, policy, levels: alarm)
 
 
 def broken_action(scene: Scene) -> None:
@@ -988,7 +988,8 @@ def test_fault(fault: Fault, untroubled: Seen, tmp_path: Path) -> None:
     if fault.verdicts == BY_NUMBERS:
         policy = json.loads((seen.folder / "settings.json").read_text())["policy"]
         snapshots = [DriftSnapshot.from_dict(row["snapshot"]) for row in checks]
-        assert decided == tuple(judge_drift([s], PolicyConfig(**policy)).decision for s in snapshots)
+        level = policy["alpha"] / N_STEPS
+        assert decided == tuple(judge_drift([s], PolicyConfig(**policy), [level]).decision for s in snapshots)
     else:
         assert decided == (usual if fault.verdicts is None else fault.verdicts)
     assert fault.last_line in seen.last_line

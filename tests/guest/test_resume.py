@@ -246,4 +246,4 @@ def test_a_swapped_model_gets_a_forecast_of_its_own(tmp_path: Path) -> None:
     trainer.train()
     assert first is not None and callback.forecast is not None
     assert callback.forecast.median_norm != first.median_norm
-    assert checked_steps(tmp_path) == [2]
+    assert checked_steps(tmp_path) == [1, 2]

@@ -22,6 +22,7 @@ from sts_callback.errors import ConfigError
 KEYS = {
     "sts/n_shared_features",
     "sts/check_s",
+    "sts/worst_headroom",
     *(f"sts/{name}/{number}" for name in ("train", "near", "far") for number in ("drift", "nll_change", "accuracy")),
 }
 LOGGED = KEYS | {"sts/overhead_s", "sts/overhead_share"}  # of the run, not of what an evaluation has found
@@ -155,9 +156,9 @@ def test_only_python_numbers_enter_logs_metrics_and_state(kind: str, attached: b
     trainer.train()
     rows = [row for row in trainer.state.log_history if "sts/near/drift" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    expected = KEYS if kind == "SFT" else {key for key in KEYS if not key.endswith(("nll_change", "accuracy"))}
+    expected = KEYS if kind == "SFT" else {key for key in KEYS if not key.endswith(("nll_change", "accuracy", "headroom"))}
     for row, metrics in zip(rows, listener.metrics, strict=True):
-        assert {key for key in row if key.startswith("sts/")} == expected | (LOGGED - KEYS)
+        assert {key for key in row if key.startswith("sts/")} - {"sts/best_checkpoint"} == expected | (LOGGED - KEYS)
         assert {key for key in metrics if "sts/" in key} == {f"eval_{key}" for key in expected}
         assert {f"eval_{key}": row[key] for key in expected}.items() <= metrics.items()
         assert all(type(row[key]) is float for key in expected)
@@ -179,6 +180,22 @@ def test_the_best_checkpoint_can_be_chosen_by_a_number_of_ours(shelf: Shelf, tmp
     assert trainer.state.best_metric == checks[0]["near"]
     best = shelf.model("llama").from_pretrained(tmp_path / "checkpoint-1").state_dict()
     assert same(trainer.model.state_dict(), best)
+
+
+def test_the_best_checkpoint_by_all_budgets_together_is_named_and_can_be_chosen(shelf: Shelf, tmp_path: Path) -> None:
+    chosen = {**EVERY_STEP, "metric_for_best_model": "sts/worst_headroom", "load_best_model_at_end": True, "learning_rate": 0.05}
+    trainer = trained("SFT", shelf, tmp_path, shelf.callback(check_on="evaluate", protect={"near": 0.1, "far": 0.2}), **chosen)
+    checks = [json.loads(line) for line in (tmp_path / "sts" / "drift.jsonl").read_text().splitlines()]
+    changes = [[check["snapshot"]["domains"][name]["nll_change"]["value"] for name in ("near", "far")] for check in checks]
+    headroom = [min(0.1 - near, 0.2 - far) for near, far in changes]
+    rows = [row for row in trainer.state.log_history if "sts/worst_headroom" in row]
+    assert [row["sts/worst_headroom"] for row in rows] == headroom
+    assert trainer.state.best_global_step == 1 + headroom.index(max(headroom))
+    used = [max(near / 0.1, far / 0.2) for near, far in changes]
+    best = [0, 1, 1 + used.index(min(used[:2]))]
+    assert [check["verdict"]["best_checkpoint"] for check in checks] == best
+    assert [row.get("sts/best_checkpoint", 0) for row in rows] == best
+    assert f"Best checkpoint on disk: checkpoint-{1 + used.index(min(used))};" in (tmp_path / "sts" / "report.html").read_text()
 
 
 def test_early_stopping_can_go_by_a_number_of_ours(shelf: Shelf, tmp_path: Path) -> None:
@@ -225,7 +242,12 @@ def test_an_evaluation_outside_training_is_the_users_alone(shelf: Shelf, tmp_pat
         (
             {"metric_for_best_model": "sts/law/drift"},
             "evaluate",
-            "got 'sts/law/drift'; allowed of STS's are sts/train/nll_change, ",
+            "got 'sts/law/drift'; allowed of STS's are sts/train/nll_change, .*, sts/worst_headroom",
+        ),
+        (
+            {"metric_for_best_model": "sts/worst_headroom"},
+            "evaluate",
+            "greater_is_better: got False, .* the least sts/worst_headroom; set greater_is_better=True",
         ),
     ],
 )

@@ -59,7 +59,9 @@ def test_a_run_is_told_with_forecast_and_outcome_side_by_side(section_of: Callab
     assert rows_of["domain"][1:] == ["transfer, expected", "drift, found", "NLL change, expected", "NLL change, found"]
     assert rows_of["`law`"][:4] == ["0.10", "75%", "50.0%", "+0.05"]
     assert rows_of["`code`"][0] == "0.20"
-    assert "`law` 25%, `code` 25%; above 50%, no harm found counts as not covered" in section
+    assert "Change that the SAE cannot express, so that nothing said of movement sees it: `law` 25%, `code` 25%." in section
+    assert "surely above half the budget (one-sided t test over queries), at one check" in section
+    assert "may err in 5.0% of runs, over all protected domains and 6 planned checks together." in section
     assert "Of the 3 features that training moved most on its own data, the forecast had named 2." in section
     assert "`tiny-sae` at `blocks.2.hook_resid_post`" in section
     assert "The numbers are of the weights at step 30" in section

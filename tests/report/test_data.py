@@ -8,12 +8,12 @@ import math
 
 import pytest
 
-from logs import EMPTY, check, verdict, whole_run, words
-from samples import domain_forecast, forecast, snapshot
-from sts_callback.records import Decision, Snippet
-from sts_callback.records.run import Fault, TimeSpent
+from logs import EMPTY, SETTINGS, check, verdict, whole_run, words
+from samples import answers, domain_drift, domain_forecast, forecast, snapshot
+from sts_callback.records import Decision, Snippet, State
+from sts_callback.records.run import Fault, JudgedCheck, TimeSpent
 from sts_callback.report.data import ReportData, build
-from sts_callback.report.headline import headline
+from sts_callback.report.headline import alarm_rule, headline
 
 NAN = math.nan
 
@@ -41,7 +41,7 @@ def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...
     ("decision", "threatened", "sentence"),
     [
         ("go", (), "At step 7, no protected domain has been found worse by its budget (law and code)."),
-        ("watch", ("law",), "At step 7, law has got worse, not yet for long enough to alarm."),
+        ("watch", ("law",), "At step 7, law may be on course to pass a budget: not surely, or not for long enough to alarm."),
         ("no-go", ("law", "code"), "At step 7, law and code have got worse."),
         (
             "not covered",
@@ -51,12 +51,42 @@ def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...
         ("cannot tell", ("law",), "At step 7, the evidence does not suffice for law."),
     ],
 )
-def test_a_check_in_a_sentence(decision: Decision, threatened: tuple[str, ...], sentence: str) -> None:
+def test_a_check_without_states_in_a_sentence(decision: Decision, threatened: tuple[str, ...], sentence: str) -> None:
     told = headline(dataclasses.replace(EMPTY, checks=(check(7, verdict(decision, *threatened, step=7)),)))
     assert (told.decision, told.step, told.sentence) == (decision, 7, sentence)
     about = set(threatened) or {"law", "code"}
     assert set(told.reasons) == about
     assert set(told.other_reasons) == {"law", "code"} - about
+
+
+@pytest.mark.parametrize(
+    ("states", "sentence"),
+    [
+        ({"law": "over"}, "At step 7, law is over its budget."),
+        ({"law": "on course"}, "At step 7, law is on course to pass its budget."),
+        ({"law": "over", "code": "on course"}, "At step 7, law is over its budget, and code is on course to pass its budget."),
+        ({"law": "over", "code": "over"}, "At step 7, law and code are over their budgets."),
+        ({"law": "on course", "code": "on course"}, "At step 7, law and code are on course to pass their budgets."),
+    ],
+)
+def test_an_alarm_says_who_is_over_and_who_on_course(states: dict[str, State], sentence: str) -> None:
+    found = verdict("no-go", *states, step=7, states={"law": "within", "code": "within"} | states)
+    assert headline(dataclasses.replace(EMPTY, checks=(check(7, found),))).sentence == sentence
+
+
+def test_the_best_checkpoint_on_disk_is_named_with_what_it_costs() -> None:
+    law, code = domain_drift("law", **answers(0.025)), domain_drift("code", **answers(0.0))
+    found = JudgedCheck(snapshot(20, law, code), verdict("go", step=20), None)
+    note = "Best checkpoint on disk: checkpoint-20; the domain worst off there had used up 25% of its budget."
+    assert note in headline(whole_run(checks=(found, check(30)), best_checkpoint=20)).notes
+    assert not any("checkpoint" in note for note in headline(whole_run(checks=(found,))).notes)
+
+
+def test_an_alarm_is_told_by_the_rule_that_it_followed() -> None:
+    now = alarm_rule(SETTINGS)
+    assert "surely above half the budget (one-sided t test over queries), at one check" in now
+    assert "err in 5.0% of runs, over all protected domains and 6 planned checks together" in now
+    assert "permutation test at 0.05" in alarm_rule(dataclasses.replace(SETTINGS, looks=None))
 
 
 def test_where_nothing_was_protected_nothing_is_judged() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import pytest
 
 from past import forecast_of, lawful_runs, run
-from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, rehearsal, score, snapshot
+from samples import IDENTITY, answers, domain_drift, domain_forecast, estimate, forecast, rehearsal, score, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.data.starter import starter_domains
 from sts_callback.policy import judge_drift, judge_forecast
@@ -298,7 +299,7 @@ def test_a_check_lists_what_moved_most_first() -> None:
 
 
 def test_a_threat_that_has_held_is_an_alarm_and_a_new_one_is_watched() -> None:
-    checks = [_check("law", "code", step=step, **HARM) for step in (20, 40)]
+    checks = [_check("law", "code", step=step, **answers(0.5, 0.25)) for step in (20, 40)]
     policy = PolicyConfig({"law": 0.1, "code": 0.1}, patience=2)
     watch = check_lines(checks[0], judge_drift(checks[:1], policy), 3, colour=False)
     alarm = check_lines(checks[1], judge_drift(checks, policy), 3, colour=False)
@@ -306,9 +307,11 @@ def test_a_threat_that_has_held_is_an_alarm_and_a_new_one_is_watched() -> None:
     assert "ALARM" not in watch
     assert alarm.startswith("STS step 40: ALARM; ")
     for text in (watch, alarm):
-        assert "\n  law: NLL rose" in text
+        assert "\n  law: at +0.50 [+0.41, +0.59] nats a token after" in text
         assert "code: has" not in text
     _assert_narrow(alarm)
+    back = check_lines(checks[1], dataclasses.replace(judge_drift(checks, policy), best_checkpoint=20), 3, colour=False)
+    assert back == alarm + "\n  Best checkpoint on disk: checkpoint-20."
 
 
 @pytest.mark.parametrize("name", ["my law: v2", "code[py]", "[bold]"])

@@ -11,7 +11,7 @@ from logs import EMPTY, SETTINGS, whole_run, written
 from samples import GO, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
 from sts_callback.errors import CannotTell
 from sts_callback.records import Snippet, TopActivatingExamples
-from sts_callback.records.run import RunSettings, TimeSpent
+from sts_callback.records.run import Looks, RunSettings, TimeSpent
 from sts_callback.runs.directory import RunDirectory
 
 
@@ -310,8 +310,10 @@ def test_settings_come_back_with_the_versions_that_are_installed(log: RunDirecto
     def mine() -> None: ...
 
     for action, named in ((mine, mine.__qualname__), ("stop", "stop")):
-        settings = RunSettings.of(SETTINGS.policy, SETTINGS.probes, check_on=6, action=action, max_overhead=1.0)
+        asked = {"check_on": 6, "action": action}
+        settings = RunSettings.of(SETTINGS.policy, SETTINGS.probes, **asked, max_overhead=1.0, looks=Looks(40, 6))
         log.write_settings(settings)
         assert log.read_all().settings == settings
+        assert log.read_looks() == Looks(40, 6)
         assert (settings.check_on, settings.action) == ("6", named)
         assert {"python", "sts-callback", "torch"} <= set(settings.versions)

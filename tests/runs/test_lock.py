@@ -76,7 +76,7 @@ VERSIONS = dict(LOCK.versions)
             "0.3",
             "leave out --protect code",
         ),
-        ({"policy": PolicyConfig({"law": 0.1}, alpha=0.05)}, "policy.alpha", "0.01", "0.05", "install sts-callback==0.1.0"),
+        ({"policy": PolicyConfig({"law": 0.1}, alpha=0.01)}, "policy.alpha", "0.05", "0.01", "install sts-callback==0.1.0"),
         ({"probes": ProbeConfig(n_queries=8)}, "probes.n_queries", "32", "8", "give --n-queries 32"),
         ({"probes": ProbeConfig(batch_tokens=8)}, "probes.batch_tokens", "1024", "8", "install sts-callback==0.1.0"),
         ({"versions": VERSIONS | {"torch": "2.8.0"}}, "versions.torch", "2.9.0", "2.8.0", "install torch==2.9.0"),

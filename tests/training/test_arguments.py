@@ -121,7 +121,7 @@ def test_a_callback_without_arguments_reads_the_file_and_watches_the_run(
         monkeypatch.delenv("STS_CALLBACK_CONFIG", raising=False)
         monkeypatch.chdir(tmp_path)
     made_trainer("plain", tmp_path / "out", [STSCallback()]).train()
-    assert checked_steps(tmp_path / "out") == [3, 6]
+    assert checked_steps(tmp_path / "out") == [1, 2, 3, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sts_callback.records import DomainDrift, Estimate
 from sts_callback.report import formatting
 from sts_callback.report.data import Drift, ReportData
+from sts_callback.report.headline import alarm_rule
 from sts_callback.report.html import charts
 from sts_callback.report.html.components import badge, domain, meanings, more, name_row, named, say, section, table, with_interval
 from sts_callback.report.html.markup import Html, join, tag
@@ -24,13 +25,12 @@ def drift_section(story: ReportData) -> Html:
     if story.drift is None:
         return section("drift", title, say("No drift check can be read in this run's folder."))
     drift, policy = story.drift, story.settings.policy if story.settings else None
-    if policy is None:
+    if story.settings is None or policy is None:
         thresholds = "Thresholds are not in this run's log, so none is drawn."
     else:
         thresholds = (
             f"Dashed: drift counts as movement from {formatting.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
-            "domain's budget on, if that is in nats. An alarm needs such a rise that also passes the test of one check, at "
-            f"{formatting.in_a_row(policy.patience)}."
+            f"domain's budget on, if that is in nats. {alarm_rule(story.settings)}"
         )
     train = drift.latest.train.name
     names = [name for name in story.domains if name in drift.series]
@@ -181,19 +181,20 @@ def _latest(story: ReportData, drift: Drift) -> Html:
             f"{d.p_worse:.3f}" if math.isfinite(d.p_worse) else formatting.UNKNOWN,
             formatting.plain(d.nll),
             str(d.n_queries),
+            drift.latest_states.get(d.name, ""),
         ]
         for d in sets
     ]
     reasons = [tag("li", domain(name), f" {reason}") for name, reason in drift.latest_reasons.items()]
     return join(
-        table(["domain", "drift", "95%", "raw drift", "on forecast", "NLL change", "95%", "p", "NLL now", "queries"], rows),
+        table(
+            ["domain", "drift", "95%", "raw drift", "on forecast", "NLL change", "95%", "p", "NLL now", "queries", "state"], rows
+        ),
         meanings(
             ("raw drift", "the same of raw activations, without the SAE: an estimate"),
             ("on forecast", "share of the drift on the features that the forecast had named"),
-            (
-                "p",
-                "chance of such a rise of NLL if each query's change were as likely up as down, not corrected for other domains",
-            ),
+            ("p", "chance of such a rise of NLL if there were none, at this check alone and not corrected for other domains"),
+            ("state", "of the budget: within it, surely over half of it (on course), over it, or inconclusive"),
         ),
         _accuracies(story, sets),
         tag("ul", *reasons),

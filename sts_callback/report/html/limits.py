@@ -100,7 +100,9 @@ def blind_section(story: ReportData) -> Html:
             )
         )
     if rows:
-        rule = f" With more than {formatting.percent(limit)} (\u25b2) no domain is called safe." if policy else ""
+        rule = (
+            f" \u25b2: more than {formatting.percent(limit)}. Harm is judged by answers, of which all is seen." if policy else ""
+        )
         parts += [
             say("Share of the change of activations that the SAE cannot express, so that no score above sees it." + rule),
             table(["domain", "by examples, before training", "by training, at the last check"], rows),

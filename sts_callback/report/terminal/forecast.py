@@ -177,7 +177,8 @@ def reason_lines(verdict: Verdict) -> list[Text]:
     """The reasons that matter: of the threatened domains if there are any, else of all."""
     shown = verdict.threatened or verdict.reasons
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
-    return [Text(line) for name in shown for line in wrap.wrap(f"{name}: {verdict.reasons[name]}")]
+    told = [*(f"{name}: {verdict.reasons[name]}" for name in shown), *([verdict.way_back] if verdict.way_back else [])]
+    return [Text(line) for text in told for line in wrap.wrap(text)]
 
 
 def _percent(share: float) -> str:
