@@ -100,7 +100,7 @@ class STSCallback(TrainerCallback):
             on_error: when a measurement fails in mid-run, `"warn"` and train on, or `"raise"`.
             rehearse: before the first step, take a few at the run's own rate, measure what they move, and put all back to the
                 bit; the forecast's verdict is then that of these steps. True and False, or `"auto"`: in runs of ten steps or
-                more, where it takes no more than `max_overhead` of the training's time. It needs `attach`.
+                more, where it takes no more than a tenth of the training's time. It needs `attach`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
                 skipped until the next one that is due and does not. Those that come by themselves are made if all of the training
                 pays for them; those after 1, 2 and 5 steps and the last one, when training ends, always. None checks whenever

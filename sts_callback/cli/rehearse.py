@@ -132,7 +132,7 @@ def _write_report(folder: Path, forecast: Forecast, found: Trials, policy: Polic
     from sts_callback.runs.directory import RunDirectory
 
     directory = RunDirectory(folder / "sts", anew=True)
-    directory.write_settings(RunSettings.of(policy, config, check_on="rehearsal", action="warn", max_overhead=1.0))
+    directory.write_settings(RunSettings.of(policy, config, check_on="rehearsal", action="warn", max_overhead=1.0, looks=None))
     directory.write_forecast(forecast, judge_forecast(forecast, policy))
     directory.write_trials(found)
     print(f"Report: {write_report_of(directory, 'rehearse')}", file=sys.stderr)

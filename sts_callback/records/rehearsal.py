@@ -70,14 +70,13 @@ class Trial(Record):
         findings: dict[Decision, BudgetFinding] = {"go": "within", "no-go": "beyond"}
         return findings.get(self.verdict.decision, "cannot tell")
 
-    def worst(self, budgets: Mapping[str, PlainBudget]) -> DomainDrift:
+    def worst(self, limits: Mapping[str, Budget]) -> DomainDrift:
         """The protected domain that has lost most of its budget.
 
         Args:
-            budgets: of the protected domains, at least one.
+            limits: budgets of the protected domains, at least one.
 
         """
-        limits = {name: Budget.of(budget) for name, budget in budgets.items()}
         used = {name: self.check.domains[name].harm_in(limit.unit).value / limit.value for name, limit in limits.items()}
         return self.check.domains[max(used, key=lambda name: math.inf if math.isnan(used[name]) else used[name])]
 
@@ -100,6 +99,11 @@ class Trials(Record):
     def finding(self) -> BudgetFinding:
         """`within`: some trial keeps every budget; `beyond`: none does; `cannot tell`: some may."""
         return mildest(trial.finding for trial in self.trials)
+
+    @property
+    def limits(self) -> Mapping[str, Budget]:
+        """The budgets with their units."""
+        return {name: Budget.of(budget) for name, budget in self.budgets.items()}
 
     @property
     def mixtures(self) -> tuple[Mapping[str, float], ...]:

@@ -59,7 +59,14 @@ class RunSettings(Record):
 
     @classmethod
     def of(
-        cls, policy: PolicyConfig, probes: ProbeConfig, *, check_on: object, action: object, max_overhead: float, looks: Looks
+        cls,
+        policy: PolicyConfig,
+        probes: ProbeConfig,
+        *,
+        check_on: object,
+        action: object,
+        max_overhead: float,
+        looks: Looks | None,
     ) -> RunSettings:
         """The settings of a run that begins now, with the versions that are installed.
 
@@ -69,7 +76,7 @@ class RunSettings(Record):
             check_on: as the callback has it.
             action: likewise; of a function, its name is kept.
             max_overhead: likewise.
-            looks: the planned checks.
+            looks: the planned checks; None where there are to be none.
 
         """
         named = str(getattr(action, "__qualname__", action))

@@ -18,8 +18,8 @@ from sts_callback.runs.ledger import Entry
 SHIPPED = Path(__file__).with_name("rehearsed.json")
 """Pairs of the validation's first round, written by `examples/validate_second.py calibrate`."""
 _SAME_SIZE = 1.1
-"""Largest ratio of the numbers of parameters, adapters among them, of models of one size. Our choice: well under the steps in which
-models come."""
+"""Largest ratio of the numbers of parameters, adapters among them, of models of one size. Our choice: models come in
+larger steps."""
 _MULTIPLE = 10.0
 """Of the run's own rate, at which the second dose was calibrated."""
 
@@ -45,7 +45,9 @@ def expected_changes(rehearsal: Rehearsal, entries: Sequence[Entry]) -> Mapping[
     if calibration is None:
         return {}
     return {
-        name: Estimate(*calibration.expected(_change(own.check, name), math.nan if at_multiple is None else _change(at_multiple, name)))
+        name: Estimate(
+            *calibration.expected(_change(own.check, name), math.nan if at_multiple is None else _change(at_multiple, name))
+        )
         for name in own.check.domains
     }
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sts_callback.training.arguments import CheckOn
 
 FIRST = (1, 2, 5)
-"""Steps after which a check is made whatever it takes. Our choice: of the domains that the validation's harsh runs harmed, most
-were beyond their budgets after 5 of 40 steps."""
+"""Steps after which a run that was not rehearsed is checked whatever it takes. Our choice: of
+the domains that the validation's harsh runs harmed, most were beyond their budgets after 5 of 40 steps."""
 
 
 def plan(args: TrainingArguments, state: TrainerState, check_on: CheckOn, train_dataloader: Any) -> Looks:

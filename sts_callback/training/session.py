@@ -29,7 +29,7 @@ from sts_callback.training.arguments import Settings
 from sts_callback.training.guard import Errors, Guard, Sink
 from sts_callback.training.overhead import Overhead, first_guess
 from sts_callback.training.recorder import RunRecorder
-from sts_callback.training.rehearsal import rehearsal_of
+from sts_callback.training.rehearsal import AUTO_SHARE, rehearsal_of
 from sts_callback.training.rollouts import Rollouts, require_enough, require_possible, samples
 from sts_callback.training.train_data import find_train_data
 
@@ -157,12 +157,17 @@ class Session:
                 self._postpone(state)
 
     def look(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        """Measure drift at a planned step between the user's checks: at the first and the last always, else if training pays."""
+        """Measure drift at a planned step between the user's checks, if the whole training pays for it.
+
+        The last one is always made; so are the first, where no rehearsal has told what the first steps do.
+        """
         step, end = state.global_step, state.max_steps
         if self._monitor is None or step not in (*self._history.looks.between, end):
             return
         share_done = (step - self._first_step) / (end - self._first_step)  # it is the whole training that pays
-        if step in (*looks.FIRST, end) or self._ranks.from_first(lambda: self._overhead.affords_check_by_the_end(share_done)):
+        is_rehearsed = self.rehearsal is not None and bool(self.rehearsal.doses)
+        always = (end,) if is_rehearsed else (*looks.FIRST, end)
+        if step in always or self._ranks.from_first(lambda: self._overhead.affords_check_by_the_end(share_done)):
             self.check(state, control, model, always=True)
 
     def ask_for_checkpoint(self, control: TrainerControl) -> None:
@@ -314,7 +319,7 @@ class Session:
         settings, trainer = self._settings, self._trainer()
         if settings.rehearse is False:
             return
-        share = settings.max_overhead if settings.max_overhead < 1 else math.inf
+        share = max(settings.max_overhead, AUTO_SHARE) if settings.max_overhead < 1 else math.inf
 
         def measured(batch_tokens: int) -> Rehearsal:
             self._batch_tokens = batch_tokens
@@ -344,7 +349,8 @@ class Session:
         )
         if made is None:
             made = Rehearsal((), state.max_steps, math.nan, 0.0, skipped="it failed; faults.jsonl has the reason.")
-        self.rehearsal = made = self._ranks.from_first(lambda: self._recorder.with_expected(made))
+        found = made
+        self.rehearsal = made = self._ranks.from_first(lambda: self._recorder.with_expected(found))
         verdict = self._ranks.from_first(lambda: judge_rehearsal(made, self._settings.policy)) if made.doses else None
         self.verdict = verdict or self.verdict
         self._guard.tell(

@@ -16,8 +16,7 @@ from sts_callback.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-    from transformers import PreTrainedTokenizerBase, Trainer
-    from trl import SFTConfig
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 LORA_R = 16
 """Rank of the adapter where nothing is said; TRL's default too. Its alpha is twice the rank, and it sits on all linear layers."""
@@ -93,7 +92,7 @@ def read_setup(file: Path | None, *, lora_r: int | None, full: bool, options: Ma
         raise ConfigError(f"--trainer-args: TRL cannot make an adapter of them ({error}); correct {sorted(adapter)}.") from error
 
 
-def sft_config(setup: SFTSetup, folder: str, *, on_cpu: bool, seed: int) -> SFTConfig:
+def sft_config(setup: SFTSetup, folder: str, *, on_cpu: bool, seed: int) -> TrainingArguments:
     """Arguments of a trainer that stops before its first step.
 
     Args:
@@ -116,7 +115,7 @@ def sft_config(setup: SFTSetup, folder: str, *, on_cpu: bool, seed: int) -> SFTC
 
 
 def sft_trainer(
-    args: SFTConfig, adapter: PeftConfig | None, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
+    args: TrainingArguments, adapter: PeftConfig | None, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
 ) -> Trainer:
     """A trainer on some rows; what it has put around the model is its `model`.
 

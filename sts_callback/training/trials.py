@@ -166,4 +166,4 @@ def _n_steps(args: Any, n_train: int) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     n_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return int(math.ceil(args.num_train_epochs * math.ceil(n_train / n_a_step)))
+    return math.ceil(args.num_train_epochs * math.ceil(n_train / n_a_step))  # type: ignore[no-any-return]

@@ -175,7 +175,7 @@ def rehearsed(shelf: Shelf, out: Path, callback: dict[str, Any] | None = None, k
     [
         (10, None, 1),
         (9, None, 0),  # shorter than it pays
-        (99, 0.05, 0),  # five of 99 steps are more than one in twenty
+        (49, 0.01, 0),  # five of 49 steps are more than one in ten
         (10**6, 0.5, 2),
     ],
 )
@@ -186,7 +186,7 @@ def test_by_itself_where_the_training_pays(
     if n_doses:
         assert len(found) == n_doses
     else:
-        reason = "than max_overhead allows" if max_steps >= 10 else "it has 9 steps, and unasked runs of 10 are"
+        reason = "more than 10% of the time of 49 steps" if max_steps >= 10 else "it has 9 steps, and unasked runs of 10 are"
         assert reason in found
         assert "rehearse=True" in found
 

@@ -28,7 +28,7 @@ from sts_callback.records import (
     remedies,
 )
 from sts_callback.records.record import SCHEMA_VERSION, has_default
-from sts_callback.records.rehearsal import Dose
+from sts_callback.records.rehearsal import Dose, Trial, Trials
 from sts_callback.records.remedies import (
     AdapterScales,
     AttributedRow,
@@ -55,6 +55,7 @@ MIXED = MixedDomain("law", estimate(0.25, 0.125, 0.375), 0.1, "beyond")
 MIX_POINT = MixPoint({"train": 0.75, "cases": 0.25}, {"train": 300, "cases": 100}, "beyond", {"law": MIXED})
 EFFECT = SourceEffect(400, {"law": estimate(0.25, 0.125, 0.375)}, {"law": 0.5})
 REHEARSED = snapshot(5, domain_drift(), output_drift=estimate(0.5))
+TRIAL = Trial(1e-3, {"cases": 0.25}, rehearsal(REHEARSED), Verdict("go", (), {"law": "is within."}, 0))
 ALL: list[Record] = [
     IDENTITY,
     Check("layer", "refuse", "reads layer 2, but fits layer 1 better", "correct hook_name"),
@@ -90,6 +91,8 @@ ALL: list[Record] = [
     EFFECT,
     Mix(IDENTITY, {"train": EFFECT}, (MIX_POINT,), 1.5),
     Dose(1.0, 1e-3, 5, REHEARSED),
+    TRIAL,
+    Trials(IDENTITY, "LoRA of rank 16", (TRIAL,), {"law": 0.1, "code": "2 points"}, 1.5),
 ]
 
 
@@ -147,7 +150,7 @@ def test_nan_within_a_tuple_comes_back_too() -> None:
 
 def test_a_budget_comes_back_as_a_number_of_nats_or_a_text_with_its_unit() -> None:
     policy = PolicyConfig({"law": 1, "code": "0.05bits per byte", "math": "2 points"})
-    settings = RunSettings.of(policy, ProbeConfig(), check_on="save", action="warn", max_overhead=0.01)
+    settings = RunSettings.of(policy, ProbeConfig(), check_on="save", action="warn", max_overhead=0.01, looks=None)
     written = _strict(settings.to_json())["policy"]["budgets"]
     assert written == {"law": 1.0, "code": "0.05 bits/byte", "math": "2 points"}
     back = RunSettings.from_json(settings.to_json().replace('"law": 1.0', '"law": 1')).policy

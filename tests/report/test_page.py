@@ -112,8 +112,8 @@ def test_a_rehearsal_is_told_dose_by_dose() -> None:
     section = read.section("rehearsal")
     assert "Before the first of 60 steps, the trainer took 5 steps at a rate of 0.001" in section
     assert "5 steps at a rate of 0.004, 4.0 times that, followed." in section
-    assert "law protected over +0.25 +0.12 to +0.38 1.0% 0.625 +1.50" in section
-    assert "code protected within 0.00" in section
+    assert "law protected over \N{EN DASH} +0.25 +0.12 to +0.38 1.0% 0.625 +1.50" in section
+    assert "code protected within \N{EN DASH} 0.00" in section
     assert "NO-GO" in section and "why law is no-go." in section
     assert "Of the 3 features that the first 5 steps moved most on the training data, the forecast had named 2" in section
     assert "The rehearsal took 12 s, once, before training: 10 steps, and 5.0 s of that for 2 checks." in read.section("cost")

@@ -13,7 +13,7 @@ from samples import IDENTITY, answers, domain_drift, domain_forecast, estimate, 
 from sts_callback.config import PolicyConfig
 from sts_callback.data.starter import starter_domains
 from sts_callback.policy import judge_drift, judge_forecast
-from sts_callback.records import Check, DriftSnapshot, Forecast, Snippet, TopActivatingExamples, Verdict
+from sts_callback.records import Check, DriftSnapshot, Forecast, Snippet, State, TopActivatingExamples, Verdict
 from sts_callback.records.remedies import (
     AdapterScales,
     AttributedRow,
@@ -271,20 +271,24 @@ def test_a_check_breaks_its_lines_between_domains_only() -> None:
     assert all(re.fullmatch(r"(  \w+ \d+\.\d% \(\+0\.00\))+", line) for line in lines[1:-1])
 
 
-def test_a_rehearsal_is_told_with_its_rates_its_verdict_and_the_overlap() -> None:
+def test_a_rehearsal_is_a_table_with_its_rate_its_verdict_and_the_overlap() -> None:
     doses = _check("law", "code", step=5, **HARM), _check("law", "code", step=10, nll_change=1.5)
-    judged = Verdict("no-go", ("law",), {"law": "at +0.50 after 5 steps.", "code": "is within."}, 0)
-    lines = rehearsal_lines(rehearsal(*doses), judged, colour=False).splitlines()
-    assert lines == [
-        "STS rehearsal: NO-GO; 5 steps at a rate of 0.001, then put back; 12 s",
-        "  drift (change of NLL) by these steps:",
-        "  train 30.0% (+0.00)  law 30.0% (+0.50)  code 30.0% (+0.00)",
-        "  the forecast named 2 of the 3 features that they moved most",
-        "  and after 5 steps at a rate of 0.004 more, 4.0 times that:",
-        "  train 30.0% (+0.00)  law 30.0% (+1.50)  code 30.0% (+0.00)",
-        "  law: at +0.50 after 5 steps.",
-    ]
+    states: dict[str, State] = {"law": "over", "code": "within"}
+    judged = Verdict("no-go", ("law",), {"law": "at +0.50 after 5 steps.", "code": "is within."}, 0, states=states)
+    told = rehearsal(*doses, expected={"law": estimate(0.7, 0.2, 1.2), "code": estimate(0.0, -0.1, 0.1)})
+    text = rehearsal_lines(told, judged, colour=False)
+    flat = " ".join(text.split())
+    assert "NO-GO; 5 steps at a rate of 0.001" in flat
+    assert "law +0.50 [+0.50, +0.50] +0.70 [+0.20, +1.20] 30.0% over" in flat
+    assert "code 0.00 [0.00, 0.00] 0.00 [-0.10, +0.10] 30.0% within" in flat
+    assert "named 2 of the 3 features" in flat
+    assert "law: at +0.50 after 5 steps." in flat
     _assert_narrow(rehearsal_lines(rehearsal(_check(*(f"domain{i}" for i in range(12)))), judged, colour=False))
+
+
+def test_nothing_is_expected_at_the_end_where_no_runs_tell() -> None:
+    judged = Verdict("go", (), {"law": "is within."}, 0)
+    assert "expected" not in rehearsal_lines(rehearsal(_check("law", step=5)), judged, colour=False)
 
 
 def test_why_there_is_no_rehearsal_is_told_in_a_line() -> None:

@@ -43,7 +43,9 @@ def test_an_entry_has_forecast_and_outcome_of_each_domain() -> None:
 def test_a_line_has_numbers_names_and_fingerprints_only(file: Path) -> None:
     append(run(DOMAINS))
     content = json.loads(file.read_text())
-    assert content.keys() == {"schema_version", "identity", "forecast", "steps", "train_source", "domains"}
+    assert content.keys() == {
+        *("schema_version", "identity", "forecast", "steps", "train_source", "domains", "n_parameters", "multiples")
+    }
     texts = [value for d in content["domains"].values() for value in d.values() if isinstance(value, str)]
     assert texts == []
 

@@ -6,7 +6,7 @@ from sts_callback.records import DomainDrift
 from sts_callback.records.rehearsal import Dose, Rehearsal
 from sts_callback.report import formatting
 from sts_callback.report.data import ReportData
-from sts_callback.report.html.components import badge, domain, meanings, more, name_row, say, section, table
+from sts_callback.report.html.components import badge, domain, meanings, more, name_row, say, section, table, with_interval
 from sts_callback.report.html.markup import Html, join, tag
 
 
@@ -56,7 +56,10 @@ def _doses(story: ReportData, rehearsal: Rehearsal) -> Html:
     names = [own.train.name, *(name for name in story.domains if name in own.domains)]
     rows = []
     for name in names:
-        cells: list[str] = [name_row(name, story.budgets), states.get(name, "")]
+        expected = [
+            with_interval(rehearsal.expected[name], formatting.nats) if name in rehearsal.expected else formatting.UNKNOWN
+        ]
+        cells: list[str] = [name_row(name, story.budgets), states.get(name, ""), *expected]
         for dose in rehearsal.doses:
             found: DomainDrift = dose.check.domains.get(name, dose.check.train)
             cells += [
@@ -67,11 +70,16 @@ def _doses(story: ReportData, rehearsal: Rehearsal) -> Html:
             ]
         rows.append(cells)
     each = ["NLL change", "95%", "drift", "net"]
-    groups = [("", 2), *((_steps(dose), len(each)) for dose in rehearsal.doses)]
+    groups = [("", 3), *((_steps(dose), len(each)) for dose in rehearsal.doses)]
     return join(
-        table(["domain", "state", *each * len(rehearsal.doses)], rows, groups=groups),
+        table(["domain", "state", "expected at the end", *each * len(rehearsal.doses)], rows, groups=groups),
         meanings(
             ("state", "within the budget, on course to pass it (over half of it for sure), over it, or inconclusive"),
+            (
+                "expected at the end",
+                "change of NLL, nats a token, with the interval for a single domain: by runs of a model of this size that were "
+                "rehearsed and then made; a dash where none are known",
+            ),
             ("net", "the score behind transfer, with the features that these steps moved in place of the forecast's"),
         ),
     )

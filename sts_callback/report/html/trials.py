@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from sts_callback.config import Budget
 from sts_callback.records.rehearsal import Trial, Trials
 from sts_callback.report import formatting
 from sts_callback.report.data import ReportData
@@ -36,7 +35,7 @@ def trials_section(story: ReportData) -> Html:
 
 
 def _panel(found: Trials, name: str) -> Html:
-    budget = Budget.of(found.budgets[name])
+    budget = found.limits[name]
     form = formatting.harm_form(budget.unit)
     drawn = found.mixtures[: len(_KINDS)]
     curves = [
@@ -75,7 +74,7 @@ def _key(found: Trials) -> Html:
 
 
 def _table(found: Trials) -> Html:
-    units = {name: Budget.of(budget).unit for name, budget in found.budgets.items()}
+    units = {name: budget.unit for name, budget in found.limits.items()}
     rows = [
         [
             replay_words(trial.replay),

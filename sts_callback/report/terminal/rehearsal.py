@@ -6,20 +6,20 @@ import textwrap
 
 from rich.text import Text
 
-from sts_callback.config import Budget
-from sts_callback.records import Verdict
+from sts_callback.records import Estimate, Verdict
 from sts_callback.records.rehearsal import Dose, Rehearsal, Trials
 from sts_callback.records.remedies import BudgetFinding
 from sts_callback.report import formatting
-from sts_callback.report.terminal.forecast import COLOURS, moved_lines, reason_lines
-from sts_callback.report.terminal.text import WIDTH, new_table, rendered
+from sts_callback.report.terminal.forecast import COLOURS, reason_lines
+from sts_callback.report.terminal.text import WIDTH, downwards, new_table, rendered
 from sts_callback.report.trials import answers, replay_words
 
+_STATES: dict[str, str] = {"within": "green", "on course": "red", "over": "bold red", "inconclusive": "magenta"}
 _FINDINGS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
 
 
 def rehearsal_lines(rehearsal: Rehearsal, verdict: Verdict | None, *, colour: bool | None = None) -> str:
-    """A rehearsal: for each dose a line of how far it has moved each domain, and what follows from the run's own rate.
+    """A rehearsal: what its steps have done to each domain, what is expected at the end of the run, and the verdict.
 
     Args:
         rehearsal: with doses or without.
@@ -30,17 +30,34 @@ def rehearsal_lines(rehearsal: Rehearsal, verdict: Verdict | None, *, colour: bo
     if verdict is None:
         told = textwrap.wrap(f"STS: this run is not rehearsed: {rehearsal.skipped}", WIDTH)
         return rendered([Text(line, style="yellow") for line in told], colour)
-    own, *further = rehearsal.doses
+    own = rehearsal.doses[0]
     head = Text(f"STS rehearsal: {verdict.decision.upper()}", style=COLOURS[verdict.decision])
     head.append(f"; {_steps(own)}, then put back; {rehearsal.seconds:.0f} s", style="not bold default")
-    lines = [head, Text("  drift (change of NLL) by these steps:", style="dim"), *moved_lines(own.check)]
+    told = ["domain", f"after {own.n_steps} steps", *(["at the end, expected"] if rehearsal.expected else []), "drift", "budget"]
+    table = new_table(*told)
+    worst_first = sorted(own.check.domains.values(), key=lambda d: (d.name not in verdict.states, downwards(d.nll_change.value)))
+    for domain in worst_first:
+        state = verdict.states.get(domain.name, "")
+        expected = rehearsal.expected.get(domain.name)
+        table.add_row(
+            Text("  " + domain.name),
+            _with_interval(domain.nll_change),
+            *([_with_interval(expected)] if expected else []),
+            f"{domain.relative_drift.value:.1%}",
+            Text(state, style=_STATES.get(state, "")),
+        )
     features = len(own.check.realised_features)
-    shared = f"  the forecast named {own.check.n_shared} of the {features} features that they moved most"
-    lines.append(Text(shared, style="dim"))
-    for dose in further:
-        lines.append(Text(f"  and after {_steps(dose)} more, {dose.multiple:.1f} times that:", style="dim"))
-        lines += moved_lines(dose.check)
-    return rendered([*lines, *reason_lines(verdict)], colour)
+    notes = ["Change of the answers' NLL, nats a token, with 95 % intervals; above 0 is worse."]
+    if rehearsal.expected:
+        notes.append("Expected: by runs of a model of this size that were rehearsed and then made.")
+    notes.append(f"The forecast named {own.check.n_shared} of the {features} features that these steps moved most.")
+    dim = [Text("  " + line, style="dim") for line in textwrap.wrap(" ".join(notes), WIDTH - 2)]
+    return rendered([head, table, *dim, *reason_lines(verdict)], colour)
+
+
+def _with_interval(estimate: Estimate) -> str:
+    ends = formatting.interval(estimate, formatting.nats)
+    return f"{formatting.nats(estimate.value)} [{ends.replace(' to ', ', ')}]" if ends else formatting.nats(estimate.value)
 
 
 def trials_table(found: Trials, *, colour: bool | None = None) -> str:
@@ -48,8 +65,8 @@ def trials_table(found: Trials, *, colour: bool | None = None) -> str:
     first, *_ = found.trials
     table = new_table("replay", "rate", "worst domain", "change", "95 %", "verdict")
     for trial in found.trials:
-        worst = trial.worst(found.budgets)
-        budget = Budget.of(found.budgets[worst.name])
+        worst = trial.worst(found.limits)
+        budget = found.limits[worst.name]
         harm, form = worst.harm_in(budget.unit), formatting.harm_form(budget.unit)
         style = _FINDINGS[trial.finding]
         state = trial.verdict.states.get(worst.name, "inconclusive")
