@@ -170,17 +170,20 @@ class Capture:
         self._forward(_Inputs(row, torch.ones_like(row), cache, None, len(ids)), whole=whole)
         return Prefix(ids, cache if cache.get_seq_length() == len(ids) else None)
 
-    def run(self, suffixes: Sequence[Sequence[int]], prefix: Prefix, *, select: torch.Tensor | None = None) -> Captured:
+    def run(
+        self, suffixes: Sequence[Sequence[int]], prefix: Prefix, *, select: torch.Tensor | None = None, whole: bool = False
+    ) -> Captured:
         """Run suffixes behind a prefix, right-padded: causal rows never see the padding.
 
         Args:
             suffixes: token ids of each row, not padded.
             prefix: from `prefix`, with `whole=True` if `select` is given.
             select: `(n_rows, n_suffix)` booleans on the CPU, the positions whose logits are wanted.
+            whole: run all layers, even if no logits are wanted.
 
         """
         inputs = self._inputs(suffixes, prefix, select)
-        found = self._forward(inputs, whole=select is not None)
+        found = self._forward(inputs, whole=whole or select is not None)
         return Captured({name: inputs.rows(x) for name, x in found.activations.items()}, found.logits)
 
     def gradient(
@@ -304,8 +307,8 @@ def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> C
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
         if point.name in into:
             raise ModelError(
-                f"hook_name: {point.name} runs more than once in a forward of {type(module).__name__}; which time its SAE means "
-                "cannot be told. Models that loop over their layers are not supported."
+                f"hook_name: {point.name} runs more than once in one forward, and an SAE does not say which time it means. "
+                "Models that loop over their layers and wrappers that run the model twice (X-LoRA) are not supported."
             )
         into[point.name] = _tensor_at(point, args, kwargs, *output)
         if len(into) == n_wanted:

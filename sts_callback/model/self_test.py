@@ -142,7 +142,7 @@ class _Trial:
             lambda module, args: under_autocast.append(torch.is_autocast_enabled(self._capture.device.type))
         )
         try:
-            found = self._run([self._query], self._prefix)
+            found = self._run([self._query], self._prefix, to_the_end=True)  # so that a second run of the hook point is seen
         except Exception as error:
             if not _is_of_the_model(error):
                 raise
@@ -170,12 +170,12 @@ class _Trial:
                 "blocks.N.hook_mlp_out."
             )
 
-    def _run(self, rows: Sequence[Sequence[int]], prefix: Prefix, *, whole: bool = True) -> Captured:
+    def _run(self, rows: Sequence[Sequence[int]], prefix: Prefix, *, whole: bool = True, to_the_end: bool = False) -> Captured:
         select = None
         if whole and self._with_logits:
             select = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)
             select[0, : len(self._query)] = True
-        return self._capture.run(rows, prefix, select=select)
+        return self._capture.run(rows, prefix, select=select, whole=to_the_end)
 
 
 def _relative(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -167,7 +167,7 @@ def test_a_model_that_mixes_rows_is_refused() -> None:
 def test_a_layer_that_runs_twice_is_refused() -> None:
     model = tiny_model()
     find_layers(model)[3] = find_layers(model)[2]
-    with pytest.raises(ModelError, match="runs more than once in a forward"):
+    with pytest.raises(ModelError, match="runs more than once in one forward"):
         findings_of(model)
 
 
