@@ -36,6 +36,11 @@ MOST_READ = 20_000
 """Rows that are looked at in search of usable ones, at most. Our choice."""
 _FILES = "JSON lines (.jsonl, .jsonl.gz) or a JSON list (.json)"
 _SOURCES = "a file, a datasets.Dataset or a list of rows"
+_FROM_TABLES = {
+    "pandas": "give datasets.Dataset.from_pandas(table)",
+    "polars": "give datasets.Dataset.from_polars(table)",
+    "pyarrow": "give table.to_pylist()",
+}
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values", "input_features")
 _IDS = ("input_ids", "prompt_ids", "chosen_ids")
 _OF_TRAINERS = {
@@ -83,10 +88,7 @@ def read_rows(source: Source, field: str) -> Sequence[Row]:
     if isinstance(first, Mapping):
         return rows
     seen = "" if first is None else f" (the first is {first!r:.80})"
-    raise DataError(
-        f"{field}: {_shown(source)} has no rows with columns{seen}; allowed are {_SOURCES}. "
-        "Dataset.from_pandas and its like turn tables into a data set."
-    )
+    raise DataError(f"{field}: {_shown(source)} has no rows with columns{seen}; allowed are {_SOURCES}.")
 
 
 def held(source: Source, field: str) -> Source:
@@ -97,6 +99,11 @@ def held(source: Source, field: str) -> Source:
 
 def _require_source(source: Any, field: str) -> None:
     """Refuse what can hold no rows; nothing is read yet."""
+    kind = type(source)
+    if hasattr(kind, "columns"):  # by number a table gives columns, or tables of one row
+        library = kind.__module__.partition(".")[0]
+        remedy = _FROM_TABLES.get(library, "make a list of rows of it")
+        raise DataError(f"{field}: got a {kind.__name__} of {library}; allowed are {_SOURCES}: {remedy}.")
     is_source = isinstance(source, (str, Path, Iterable)) or is_sequence(source)
     is_unnamed = isinstance(source, str) and not source
     if not is_source or is_unnamed or isinstance(source, Mapping):  # a DatasetDict is a mapping, of splits
@@ -111,7 +118,7 @@ def is_sequence(source: Any) -> bool:
 def _first(rows: Sequence[Row]) -> Any:
     try:
         return rows[0]
-    except (LookupError, TypeError):  # a table, which has columns in their place
+    except (LookupError, TypeError):  # it numbers them otherwise, or not at all
         return None
 
 

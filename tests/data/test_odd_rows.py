@@ -222,9 +222,49 @@ def test_formatted_data_sets_are_plain_ones(form: str) -> None:
     assert made(data.with_format(form)) == made(data)
 
 
-def test_a_table_is_refused_with_what_to_do() -> None:
-    with pytest.raises(DataError, match=r"^train_data: DataFrame has no rows with columns; .*Dataset\.from_pandas"):
-        read_rows(Dataset.from_list(rows(9)).to_pandas(), "train_data")
+class LazyFrame:
+    """As polars', of which nothing can be had before it is collected."""
+
+    __module__ = "polars.lazyframe.frame"
+
+    @property
+    def columns(self) -> list[str]:
+        raise AssertionError("polars warns that this is expensive")
+
+
+class DataFrame(LazyFrame):
+    """As polars': a row by its number is a table again, which prints itself over many lines."""
+
+    __module__ = LazyFrame.__module__
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, i: int) -> DataFrame:
+        return self
+
+    def __repr__(self) -> str:
+        return "shape: (9, 2)\n+--------+"
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (lambda: Dataset.from_list(rows(9)).to_pandas(), r"a DataFrame of pandas; .*Dataset\.from_pandas\(table\)\.$"),
+        (lambda: Dataset.from_list(rows(9)).data.table, r"a Table of pyarrow; .*table\.to_pylist\(\)\.$"),
+        (DataFrame, r"a DataFrame of polars; .*Dataset\.from_polars\(table\)\.$"),
+        (LazyFrame, r"a LazyFrame of polars; .*Dataset\.from_polars\(table\)\.$"),
+    ],
+    ids=["pandas", "pyarrow", "polars", "lazy polars"],
+)
+def test_a_table_is_refused_with_what_to_do(table: Any, said: str) -> None:
+    with pytest.raises(DataError, match=f"^train_data: got {said}"):
+        read_rows(table(), "train_data")
+
+
+def test_what_a_refused_table_is_to_be_made_into_is_read() -> None:
+    table = Dataset.from_list(GOOD).data.table
+    assert made(table.to_pylist()) == made(Dataset.from_pandas(table.to_pandas())) == made(GOOD)
 
 
 # Sources without end
