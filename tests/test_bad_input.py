@@ -35,9 +35,11 @@ from samples import domain_drift, domain_forecast, forecast, snapshot
 from sts_callback import Monitor, PolicyConfig, ProbeConfig, STSCallback, judge_drift, judge_forecast
 from sts_callback.cli import main
 from sts_callback.cli.common import CANNOT_TELL, WRONG_INPUT
+from sts_callback.data.starter import choose_domains
 from sts_callback.errors import CannotTell, StsError
 from sts_callback.remedies.attribution import blame
 from sts_callback.runs.directory import RunDirectory
+from sts_callback.training.arguments import STSArguments
 from test_callback import made_trainer
 from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
 
@@ -690,20 +692,22 @@ def test_the_callback_refuses_its_arguments(kind: Kind, tmp_path: Path) -> None:
     kind.require_in(str(raised.value), tmp_path)
 
 
-def test_numbers_of_other_libraries_are_numbers() -> None:
+def test_numbers_of_other_libraries_are_numbers(tmp_path: Path) -> None:
     callback = STSCallback(
-        SAE,
-        {"law": np.float32(0.5), "code": torch.tensor(0.25)},
+        rotated_sae(),
+        {"near": np.float32(0.5), "far": torch.tensor(0.25)},
+        domains=TINY_DOMAINS,
         check_on=np.int64(5),
         max_overhead=np.float64(0.5),
-        probes=ProbeConfig(n_queries=np.int64(8), seed=torch.tensor(3), max_norm_multiple=4),
+        probes=replace(PROBES, n_queries=np.int64(8), seed=torch.tensor(3), max_norm_multiple=4),
         policy=PolicyConfig(patience=np.int32(2), alpha=torch.tensor(0.25)),
     )
-    made = callback._settings
-    assert made.policy == PolicyConfig({"law": 0.5, "code": 0.25}, patience=2, alpha=0.25)
-    assert made.probes == ProbeConfig(n_queries=8, seed=3, max_norm_multiple=4.0)
-    values = (*made.policy.budgets.values(), *vars(made.probes).values(), made.check_on, made.policy.patience, made.max_overhead)
-    assert {type(value) for value in values} == {int, float, str}  # what JSON can hold
+    made_trainer("plain", tmp_path, [callback], max_steps=1).train()
+    made = RunDirectory(tmp_path / "sts").read_all().settings
+    assert made is not None
+    assert made.policy == PolicyConfig({"near": 0.5, "far": 0.25}, patience=2, alpha=0.25)
+    assert made.probes == replace(PROBES, seed=3, max_norm_multiple=4.0)
+    assert (made.check_on, made.max_overhead) == ("5", 0.5)
 
 
 # --- the YAML file ---
@@ -783,8 +787,9 @@ def test_a_yaml_file_that_cannot_be_read_is_refused(content: Any, tmp_path: Path
 def test_numbers_that_yaml_takes_for_texts_are_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sts.yaml").write_text(RIGHT + "sts_max_overhead: 1e-3\nsts_alpha: 5e-2\n")
     monkeypatch.setenv("STS_CALLBACK_CONFIG", str(tmp_path / "sts.yaml"))
-    made = STSCallback()._settings
-    assert (made.max_overhead, made.policy.alpha) == (0.001, 0.05)
+    STSCallback()
+    made = STSArguments.of_environment().options()
+    assert (made["max_overhead"], made["policy"].alpha) == (0.001, 0.05)
 
 
 # --- the Python interface ---
@@ -859,7 +864,8 @@ def test_a_number_beyond_what_is_there_asks_for_all(parts: Mapping[str, Any]) ->
 
 
 def test_names_may_come_one_by_one() -> None:
-    assert set(STSCallback(SAE, (name for name in ("law", "code")))._settings.policy.budgets) == {"law", "code"}
+    assert set(choose_domains((name for name in ("law", "code")), None)[1]) == {"law", "code"}  # type: ignore[arg-type]
+    STSCallback(SAE, (name for name in ("law", "code")))  # type: ignore[arg-type]
 
 
 def call(name: str, field: str, value: str, remedy: str, code: int = WRONG_INPUT) -> Callable[[Callable[..., object]], Kind]:

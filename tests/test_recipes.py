@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sts_callback import STSCallback
+from sts_callback.training.arguments import STSArguments
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -44,7 +45,7 @@ def test_axolotl(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(block("**Axolotl**"), names)
     (callback,) = names["STSPlugin"]().add_callbacks_pre_trainer({}, None)
     assert isinstance(callback, STSCallback)
-    assert callback._settings.policy.budgets == {"law": 0.1, "code": 0.2}
+    assert STSArguments.of_environment().options()["protect"] == {"law": 0.1, "code": 0.2}
 
 
 def test_llama_factory(monkeypatch: pytest.MonkeyPatch) -> None:

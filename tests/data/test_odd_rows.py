@@ -290,9 +290,10 @@ def test_a_short_stream_is_read_to_its_end() -> None:
 
 
 def test_what_can_be_read_once_is_read_when_it_is_given() -> None:
-    callback = STSCallback(sae=rotated_sae(), protect=["near"], domains={"near": endless()}, train_data=iter(rows(20)))
-    settings = callback._settings
-    assert [len(source) for source in (settings.domains["near"], settings.train_data)] == [STREAM_ROWS, 20]  # type: ignore[arg-type]
+    domain, train_data = endless(), iter(rows(20))
+    STSCallback(sae=rotated_sae(), protect=["near"], domains={"near": domain}, train_data=train_data)
+    assert next(domain) == rows(1, seed=STREAM_ROWS)[0]
+    assert next(train_data, None) is None
 
 
 def test_the_search_for_usable_rows_ends(monkeypatch: pytest.MonkeyPatch) -> None:

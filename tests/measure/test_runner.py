@@ -928,19 +928,16 @@ def test_token_that_is_a_sink_in_one_context_only_is_masked_in_all() -> None:
         first[:, 0] = zero_shot[0]
         return torch.where(first[..., None], output * 100, output)
 
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        zero_shot[0] = kwargs["past_key_values"].get_seq_length() == len(BOS)
+
     zero_shot = [False]
+    model.register_forward_pre_hook(look, with_kwargs=True)
     model.model.layers[LAYER].register_forward_hook(enlarge)
     with undisturbed(model):
         runner = ProbeRunner(model, [made_encoder(rotated_sae())], replace(CONFIG, max_norm_multiple=3.0))
         bare_context = runner.context(BOS, with_answers=True)
         runner.calibrate((train, domain), bare_context)
-        run = runner._batch
-
-        def run_and_know(queries: Any, context: Context) -> Any:
-            zero_shot[0] = context.prefix.token_ids == BOS
-            return run(queries, context)
-
-        runner._batch = run_and_know  # type: ignore[method-assign]
         (found,) = runner.read(domain, bare_context, contexts(runner))
     assert found.n_masked == 7
     assert found.n_tokens.tolist() == [len(q.query) - 1 for q in domain.queries]

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sts_callback.errors import SaeError
 from sts_callback.model import registry
 
 ROOT = Path(__file__).parents[2]
 GEMMA = "google/gemma-3-270m"
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[registry.SaeEntry]:
+    """All that the installed sae_lens lists."""
+    spec = importlib.util.find_spec("sae_lens")
+    assert spec is not None and spec.origin is not None
+    listed = yaml.load(Path(spec.origin).with_name("pretrained_saes.yaml").read_text(), Loader=yaml.CSafeLoader)
+    found = [registry.find(f"{release}/{sae['id']}") for release, fields in listed.items() for sae in fields["saes"]]
+    return [entry for entry in found if entry is not None]
 
 
 def test_known_entry_is_read_in_full() -> None:
@@ -75,8 +87,7 @@ def test_hook_and_width_of_each_naming_scheme(spec: str, hook_name: str | None, 
     assert (entry.hook_name, entry.width) == (hook_name, width)
 
 
-def test_every_entry_has_a_layer_and_every_gemma_scope_sae_a_hook() -> None:
-    entries = [entry for saes in registry._releases().values() for entry in saes.values()]
+def test_every_entry_has_a_layer_and_every_gemma_scope_sae_a_hook(entries: list[registry.SaeEntry]) -> None:
     assert len(entries) > 10_000
     assert {e.spec for e in entries if e.layer is None and e.hook_name != "hook_embed"} == set()
     unknown = {e.release for e in entries if e.kind == "sae" and e.hook_name is None}
@@ -125,9 +136,9 @@ def test_models_are_found_by_every_usual_name(model_id: str, registered: str) ->
     assert {entry.model for entry in registry.saes_for(model_id)} == {registered}
 
 
-def test_no_two_registered_models_share_a_key() -> None:
-    models = {entry.model for saes in registry._releases().values() for entry in saes.values()}
-    assert len({registry._model_key(model) for model in models}) == len(models)
+def test_no_two_registered_models_share_a_key(entries: list[registry.SaeEntry]) -> None:
+    for model in {entry.model for entry in entries}:
+        assert {entry.model for entry in registry.saes_for(model)} == {model}
 
 
 @pytest.mark.parametrize(
@@ -200,9 +211,13 @@ def test_near_names_edges() -> None:
 
 
 def test_missing_sae_lens_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec(registry.__name__)
+    assert spec is not None and spec.loader is not None
+    unread = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unread)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SaeError, match="pip install --upgrade sae-lens"):
-        registry._registry_file()
+        unread.saes_for(GEMMA)
 
 
 def _run_and_check_imports(body: str) -> subprocess.CompletedProcess[str]:

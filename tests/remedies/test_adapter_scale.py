@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from samples import IDENTITY
 from sts_callback.config import Budget, PlainBudget, ProbeConfig, Unit
+from sts_callback.data.probes import make_probe_set
 from sts_callback.errors import ConfigError, ModelError
 from sts_callback.measure.runner import ProbeRunner
 from sts_callback.policy import judge_budget
@@ -83,7 +84,8 @@ def test_scale_one_is_the_adapter_as_it_was_trained(adapted: nn.Module, tmp_path
     found = knob.at(1.0).domains["poems"]
     base, sae = tiny_model(), rotated_sae()
     drift = activity = rise = n_answer = 0.0
-    for query in knob._sets[0].queries:
+    probes = make_probe_set("poems", DOMAINS["poems"], bos_tokenizer(), CONFIG, n_demonstrations=2, field="poems")
+    for query in probes.queries:
         (then, nll_then), (now, nll_now) = (run_alone(m, list(query.tokens), len(query.query)) for m in (base, adapted))
         a, b = (torch.relu(x @ sae.W_enc.detach()) for x in (then, now))
         drift, activity = drift + float((b - a).square().sum()), activity + float(a.square().sum())
