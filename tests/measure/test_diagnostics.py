@@ -98,7 +98,7 @@ def test_another_layer_must_fit_clearly_better_to_be_named(here: float, elsewher
     check = fit_check("layer", by_layer={0: 1.5, 1: elsewhere, 2: here})
     assert check.status == status
     if status == "refuse":
-        assert check.found == f"reads layer 2 (leaves {here:.2f}), but fits layer 1 better (leaves {elsewhere:.2f})"
+        assert re.search(rf"layer 2 .*{here:.2f}.*layer 1 .*{elsewhere:.2f}", check.found)
         assert "hook_name" in check.remedy
 
 
@@ -139,7 +139,7 @@ def test_a_dictionary_that_is_not_sparse_is_worth_a_warning_where_nothing_is_sta
 
 def test_an_sae_that_fits_no_layer_is_refused() -> None:
     check = fit_check("layer", by_layer={0: 1.9, 1: 1.0, 2: 1.5})
-    assert (check.status, check.found) == ("refuse", "fits none: the best is 1, where it leaves 1.00")
+    assert check.status == "refuse" and re.search(r"none.*\b1\b.*1\.00", check.found)
 
 
 def test_an_sae_of_which_nothing_is_active_is_refused() -> None:
@@ -150,7 +150,7 @@ def test_an_sae_of_which_nothing_is_active_is_refused() -> None:
 def test_silent_features(dead_fraction: float, status: Status) -> None:
     check = fit_check("silent features", dataclasses.replace(GOOD, dead_fraction=dead_fraction))
     assert (check.status, bool(check.remedy)) == (status, status == "warn")
-    assert check.found == f"{dead_fraction:.0%} of 64 active on none of 200 tokens"
+    assert check.found.startswith(f"{dead_fraction:.0%} of 64 ") and "200 tokens" in check.found
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_nothing_is_the_matter_with_good_probes() -> None:
 def test_attention_sinks_of_the_worst_set(n_masked: int, status: Status) -> None:
     check = probe_check("attention sinks", law=reading(n_masked=n_masked), code=reading(n_masked=2))
     assert (check.status, bool(check.remedy)) == (status, status == "warn")
-    assert check.found == f"at most {n_masked}.0% of tokens left out (law)"
+    assert f"{n_masked}.0% of tokens" in check.found and "law" in check.found
 
 
 @pytest.mark.parametrize(
@@ -304,14 +304,14 @@ def test_costs_are_told() -> None:
     sets = [ProbeSet(name, (Query((5,), (6,), (True,)),) * 12, ((9,),), 0) for name in ("train", "law")]
     check = diagnostics.cost_check(encoder(), sets, seconds=8.0)
     assert (check.status, check.remedy) == ("pass", "")
-    assert check.found == "forecast about 20 s, a check about 4 s; SAE 0 MiB; 24 queries"
+    assert re.search(r"\b20 s\b.*\b4 s\b.*\b0 MiB\b.*\b24 queries", check.found)
 
 
 def test_processes() -> None:
-    assert diagnostics.process_check(1, is_sharded=False) == Check("processes", "pass", "one", "")
-    assert diagnostics.process_check(4, is_sharded=False) == Check("processes", "pass", "4, which share the probes", "")
-    sharded = diagnostics.process_check(4, is_sharded=True)
-    assert (sharded.status, sharded.found) == ("warn", "4, parameters sharded")
+    for n, is_sharded, status in ((1, False, "pass"), (4, False, "pass"), (4, True, "warn")):
+        check = diagnostics.process_check(n, is_sharded=is_sharded)
+        assert (check.status, bool(check.remedy)) == (status, is_sharded)
+        assert n == 1 or check.found.startswith("4")
 
 
 @functools.cache

