@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: what one of them knows alone, a failure above all, would leave the others waiting for it."""
+"""Meetings of the processes of a run. If one process fails without telling the others, they wait for it forever."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 class RankFailed(StsError, RuntimeError):  # noqa: N818  # says who, not what kind
-    """Another process of the run could not do its part."""
+    """Another process of the run failed."""
 
 
 @dataclass
 class Ranks:
-    """This process among those that do the same; by default it is alone and never waits for anybody.
+    """This process and the others that run the same code. By default it is alone and never waits.
 
-    All must come to the same meetings in the same order. A failure keeps to that: a process that fails between two meetings tells
-    the others at the next one, wherever in the code it and they are by then. All raise there, and an outer meeting through which
-    a failure passes that all know of is not held.
+    All processes must come to the same meetings in the same order. A process that fails between two meetings tells the others at
+    the next one, wherever they are in the code. All raise there. If a failure that all know of passes through an outer meeting,
+    that meeting is not held.
     """
 
     index: int = 0
@@ -34,19 +34,19 @@ class Ranks:
 
     @classmethod
     def of_run(cls) -> Ranks:
-        """All processes of the run, as torchrun and its like started them."""
+        """All processes of the run, as torchrun or a similar launcher started them."""
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls()
 
     def gathered(self, work: Callable[[], T]) -> list[T]:
-        """Do work in every process; all get the results of all, by rank, or all raise.
+        """Run `work` in every process. Each process gets the results of all, by rank, or all raise.
 
         Args:
-            work: may hold meetings of its own; what it returns is sent to all.
+            work: the function to run. It may contain meetings. Its result is sent to all processes.
 
         Raises:
-            RankFailed: if others failed; a process that failed itself raises its own error.
+            RankFailed: if other processes failed. A process that failed itself raises its own error.
 
         """
         if self.n == 1:
@@ -54,7 +54,7 @@ class Ranks:
         failure: Exception | None = None
         summary, trace, result = "", "", b""
         try:
-            result = pickle.dumps(work())  # here, so that what cannot be sent is a failure like any other
+            result = pickle.dumps(work())  # here, so that a result that cannot be sent counts as a failure
         except Exception as error:
             if error.__dict__.get(_KNOWN) == self._n_held:
                 raise
@@ -72,16 +72,16 @@ class Ranks:
         try:
             raise failure
         finally:
-            del failure  # else its traceback, in which this call stands, would keep all that the work held in memory
+            del failure  # else its traceback, which contains this call, would keep the objects of `work` in memory
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do work in every process; each keeps its own result, or all raise, as for `gathered`."""
+        """Run `work` in every process. Each keeps its own result, or all raise, as for `gathered`."""
         kept: list[T] = []
         self.gathered(lambda: kept.append(work()))
         return kept[0]
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """Do work in the first process only; all get its result, or all raise, as for `gathered`."""
+        """Run `work` in the first process only. All get its result, or all raise, as for `gathered`."""
         if self.n == 1:
             return work()
         made = [self.together(lambda: pickle.dumps(work()) if self.index == 0 else b"")]
@@ -91,4 +91,4 @@ class Ranks:
 
 
 _KNOWN = "_known_to_all_ranks"
-"""Mark of an error that all have been told of: at which meeting, since the same object may be raised again later."""
+"""Marks an error that all processes know of. It names the meeting, since the same object may be raised again later."""

@@ -1,7 +1,7 @@
-"""What can go wrong, in kinds that a program can tell apart.
+"""The errors of this package.
 
-Every error is an `StsError` and also the built-in that a caller would expect (`ValueError` for input that can be corrected,
-`RuntimeError` for a result that cannot be had). Messages name the field, the value received, what is allowed and the remedy.
+Each is an `StsError` and also the built-in error that a caller would expect: `ValueError` for input that can be corrected,
+`RuntimeError` if there can be no result. Messages name the field, the value received, the allowed values and the remedy.
 """
 
 
@@ -14,11 +14,11 @@ class ConfigError(StsError, ValueError):
 
 
 class DataError(StsError, ValueError):
-    """Training data or a domain is missing, empty or in a form that cannot be read."""
+    """Training data or a domain is missing, empty or cannot be read."""
 
 
 class ModelError(StsError, ValueError):
-    """The model lacks what is asked for: a hook point, enough positions, a language-model head."""
+    """The model lacks something: a hook point, enough positions, a language-model head."""
 
 
 class SaeError(StsError, ValueError):
@@ -30,11 +30,11 @@ class CannotTell(StsError, RuntimeError):  # noqa: N818  # an answer rather than
 
 
 class NoGo(StsError, RuntimeError):  # noqa: N818  # an answer rather than a failure
-    """The forecast threatens a protected domain and the user asked to be refused (`on_forecast="refuse"`)."""
+    """The forecast threatens a protected domain, and the user chose `on_forecast="refuse"`."""
 
 
 def is_short_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice, on a device or on the CPU."""
+    """Whether a device or the CPU ran out of memory."""
     from accelerate.utils.memory import should_reduce_batch_size  # here: the command line reads this module before it loads torch
 
     return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))

@@ -1,4 +1,4 @@
-"""The command line of `sts-callback`, a module for each command.
+"""The command line of `sts-callback`. Each command has its own module.
 
 Exit codes: 0 go, 3 no-go, 4 cannot tell, 2 wrong input, 1 a bug of ours.
 """
@@ -16,7 +16,7 @@ from sts_callback.cli import blame, card, dial, doctor, forecast, ledger, mix, r
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
 from sts_callback.errors import CannotTell, ConfigError, StsError
 
-PIPE_CLOSED = 141  # as shells have it of programs that the signal ends
+PIPE_CLOSED = 141  # the code that shells give to programs ended by this signal
 COMMANDS = {
     "doctor": doctor,
     "forecast": forecast,
@@ -29,11 +29,11 @@ COMMANDS = {
     "ledger": ledger,
     "saes": saes,
 }
-"""By its name, the module of each command: its words for help, its options and what it does."""
+"""The module of each command, by name. It holds the help text, the options and the function to run."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """What can be asked; the arguments that it reads hold what the chosen command does as `run`."""
+    """Make the parser. Parsed arguments hold the function of the chosen command as `run`."""
     made = argparse.ArgumentParser(prog="sts-callback", description="Which domains will a fine-tune move? Ask before training.")
     subparsers = made.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -60,15 +60,15 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         args = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed help or a complaint
+    except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
         _require_no_empty(argv)
         code = int(args.run(args))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # its reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python prints an error when it flushes at the end
         return PIPE_CLOSED
     except CannotTell as error:
         print(f"sts-callback: {error}", file=sys.stderr)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _require_no_empty(argv: Sequence[str]) -> None:
-    """Refuse empty texts, which would stand for the working directory: what a variable of the shell leaves that is not set."""
+    """Refuse empty texts, which an unset shell variable leaves. They would mean the working directory."""
     for before, word in itertools.pairwise(argv):
         option = before if word == "" else word.removesuffix("=") if word.startswith("--") and word.endswith("=") else None
         if option is not None:

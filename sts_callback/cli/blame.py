@@ -24,7 +24,7 @@ DESCRIPTION = (
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """What can be asked."""
+    """Add the options of this command."""
     command.add_argument(
         "--top", type=int, default=ROWS_SHOWN, metavar="N", help=f"rows shown for each domain (default {ROWS_SHOWN})"
     )
@@ -40,7 +40,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rank training rows, and write the file without the worst."""
+    """Rank training rows and, if asked, write the training data without the highest."""
     from sts_callback.remedies.attribution import blame, filter_files, require_possible, write_filtered
 
     require_possible(args.protect, args.rows, args.top)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_with_forecast(folder: Path) -> tuple[RunDirectory, Identity]:
-    """A run, and what its forecast was made with."""
+    """The folder of a run and the identity of its forecast."""
     from sts_callback.errors import ConfigError
     from sts_callback.runs.directory import run_directory_in
 
@@ -77,7 +77,7 @@ def _run_with_forecast(folder: Path) -> tuple[RunDirectory, Identity]:
 
 
 def _require_same_maker(run: Identity, ours: Identity) -> None:
-    """Refuse rows read by another model or SAE than the run's."""
+    """Refuse rows that another model or SAE than the run's has read."""
     from sts_callback.errors import ConfigError
 
     for name in ("model", "sae", "hook_name"):

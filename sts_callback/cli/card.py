@@ -15,7 +15,7 @@ DESCRIPTION = (
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """What can be asked."""
+    """Add the options of this command."""
     command.add_argument(
         "--into", type=Path, metavar="FILE", help="put it into this model card instead, in place of the one that is there"
     )
@@ -23,7 +23,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the section of a model card, or put it into one."""
+    """Print the section, or put it into a model card."""
     from sts_callback.errors import DataError
     from sts_callback.report.card import card_section, put_into
     from sts_callback.runs.directory import run_directory_in

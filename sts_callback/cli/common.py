@@ -1,4 +1,4 @@
-"""What several commands share: exit codes, settings from arguments, the model."""
+"""Shared by several commands: exit codes, settings from arguments, loading the model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
 FINDING_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
-"""Of what was found about budgets."""
+"""Exit code for each finding about budgets."""
 
 
 def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], PolicyConfig, ProbeConfig]:
-    """What to measure, what to protect, and how: all that can be refused without the model is refused here."""
+    """Read settings from arguments: domains, policy and probes. All that is wrong without the model is refused here."""
     from sts_callback.config import PolicyConfig, ProbeConfig
     from sts_callback.data.reader import read_rows
     from sts_callback.data.starter import choose_domains
@@ -46,7 +46,7 @@ def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], Pol
 
 
 def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:
-    """What doctor, forecast and blame share: the settings checked, then the model loaded; all but the SAEs is given."""
+    """Check the settings, then load the model, for doctor, forecast and blame. The monitor lacks only its SAEs."""
     from sts_callback.data.reader import read_rows
 
     domains, policy, config = settings(args)
@@ -68,7 +68,7 @@ def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyCo
 
 
 def loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # transformers types stay out of the fast path
-    """Model and tokenizer."""
+    """Load model and tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -82,7 +82,7 @@ def loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # tr
         model, info = made
         config = AutoConfig.from_pretrained(model.name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of transformers, tokenizers, safetensors, and of code that comes with a model
+    except Exception as error:  # transformers, tokenizers, safetensors and code that comes with a model raise these
         raise ModelError(f"--model: {name} cannot be loaded ({str(error) or repr(error)}); {remedy}.") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"--model: {name} lacks {', '.join(missing):.200}, which would be random numbers; {remedy}.")
@@ -98,13 +98,13 @@ def _require_device(name: str) -> None:
 
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by the kind of device and of build
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # it depends on the device and on the build of torch
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device: got {name!r}; allowed is one that PyTorch has here, such as cpu ({reason})") from error
 
 
 def write_report_of(log: RunDirectory, command: str, blame: Attribution | None = None) -> Path:
-    """Write the report of a run, with rows to blame if there are new ones."""
+    """Write the report of a run, with new results of `blame` if there are any."""
     from sts_callback.errors import DataError
     from sts_callback.report.html.page import write_report
 

@@ -1,4 +1,4 @@
-"""`dial`: how far a LoRA adapter may be turned up."""
+"""`dial`: the largest scale of a LoRA adapter that keeps every budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DESCRIPTION = (
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """What can be asked."""
+    """Add the options of this command."""
     command.add_argument("--model", required=True, help="folder or hub id of the model that was tuned")
     command.add_argument("--adapter", required=True, metavar="DIR", help="folder with the LoRA adapter")
     command.add_argument(
@@ -33,7 +33,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Probe scales of an adapter."""
+    """Measure the domains at several scales of an adapter."""
     domains, policy, config = settings(args)
 
     from sts_callback.remedies.adapter_scale import dial, require_lora, require_possible, with_adapter

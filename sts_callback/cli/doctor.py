@@ -12,13 +12,13 @@ DESCRIPTION = "Check whether SAE, model and data allow an answer. Exit code: 0 t
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """What can be asked."""
+    """Add the options of this command."""
     add_model(command)
     add_measurement(command, several_saes=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look whether an answer can be had."""
+    """Check whether SAE, model and data allow an answer."""
     made_monitor, policy = prepared(args)
 
     from sts_callback.report.terminal.forecast import doctor_table
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     refused = False
     for sae in args.sae:
         monitor = made_monitor(sae=sae)
-        if not args.json and sae == args.sae[0]:  # the same for all
+        if not args.json and sae == args.sae[0]:  # these are the same for all SAEs
             print(rows_table(monitor.reads))
         checks = monitor.examine(policy)
         refused |= any(check.status == "refuse" for check in checks)

@@ -25,7 +25,7 @@ _EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """What can be asked."""
+    """Add the options of this command."""
     command.add_argument("--words", action="store_true", help="also show where in the texts the shifted features are active")
     command.add_argument(
         "--junit", type=Path, metavar="FILE", help="also write JUnit XML for a CI system: a test case for each protected domain"
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _expectations(forecast: Forecast) -> Expectations | None:
-    """What past runs say beside the forecast, which must not fail for want of them."""
+    """Expectations from past runs. The forecast must not fail because of them."""
     from sts_callback.runs import ledger, track_record
 
     try:
@@ -95,7 +95,7 @@ def _expectations(forecast: Forecast) -> Expectations | None:
 
 
 def _require_places(args: argparse.Namespace) -> None:
-    """Refuse files that could not be written, before the model is loaded."""
+    """Refuse files that cannot be written, before the model is loaded."""
     from sts_callback.errors import ConfigError
     from sts_callback.runs.files import require_place
 

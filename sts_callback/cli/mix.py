@@ -1,4 +1,4 @@
-"""`mix`: how much of other data keeps every budget."""
+"""`mix`: how much other data to mix in to keep every budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DESCRIPTION = (
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """What can be asked."""
+    """Add the options of this command."""
     command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
     command.add_argument(
         "--replay", action="append", default=[], metavar="NAME=FILE", help="what may be mixed in, JSON lines; repeatable"
@@ -55,14 +55,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read what pilots did, search mixtures, recommend one."""
+    """Read the results of pilot runs, search mixtures and recommend one."""
     from sts_callback.config import whole
     from sts_callback.runs.files import require_place, write_asked
     from sts_callback.training.arguments import budgets_in, named
 
     if args.out:
         require_place(args.out, "--out")
-    whole(args.seed, "seed", "0 or more", least=0)  # else datasets refuses the mixture
+    whole(args.seed, "seed", "0 or more", least=0)  # otherwise `datasets` refuses the mixture
     policy = PolicyConfig(budgets=budgets_in(args.protect, "--protect"))
     files, sources, constraints = _sources(args, policy)
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def _sources(
     args: argparse.Namespace, policy: PolicyConfig
 ) -> tuple[dict[str, str], dict[str, Sequence[Row]], MixtureConstraints]:
-    """The files of training data and replay, their rows, and what may be made of them: refused now if it must be."""
+    """Read the arguments: files of training data and replay, their rows, and the constraints. Wrong ones are refused now."""
     from sts_callback.data.reader import read_rows
     from sts_callback.records import TRAIN
     from sts_callback.remedies.mixture import MixtureConstraints, require_sources

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from sts_callback.config import CHAT_TEMPLATE, ProbeConfig
 
 NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
-"""Of `ProbeConfig`, what can be chosen."""
+"""Fields of `ProbeConfig` that have an option."""
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """The model to be tuned and the examples to tune it on."""
+    """Add options for the model and the training examples."""
     command.add_argument("--model", required=True, help="folder or hub id of the model to be tuned")
     command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
 
 
 def add_protect(command: argparse.ArgumentParser) -> None:
-    """Domains that must not suffer."""
+    """Add options for domains and budgets."""
     command.add_argument(
         "--protect",
         action="append",
@@ -30,22 +30,22 @@ def add_protect(command: argparse.ArgumentParser) -> None:
 
 
 def add_json(command: argparse.ArgumentParser) -> None:
-    """Output for programs."""
+    """Add the option for JSON output."""
     command.add_argument("--json", action="store_true", help="print JSON, no table")
 
 
 def add_run_dir(command: argparse.ArgumentParser) -> None:
-    """A run that has been written."""
+    """Add the argument for the folder of a run."""
     command.add_argument("run_dir", metavar="RUN_DIR", help="the trainer's output_dir, or the folder sts in it")
 
 
 def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Sequence[str] = NUMBERS) -> None:
-    """Options of all commands that measure.
+    """Add the options of all commands that measure.
 
     Args:
-        command: gets them.
-        several_saes: whether it takes more than one SAE.
-        numbers: of `ProbeConfig` that can be chosen.
+        command: parser of the command.
+        several_saes: whether the command takes more than one SAE.
+        numbers: fields of `ProbeConfig` that have an option.
 
     """
     sae = "SAELens release/sae_id, a folder, or auto"

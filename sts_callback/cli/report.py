@@ -1,4 +1,4 @@
-"""`report`: a page of what a run has left."""
+"""`report`: a page about a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DESCRIPTION = (
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """What can be asked."""
+    """Add the options of this command."""
     add_run_dir(command)
 
 

@@ -1,4 +1,4 @@
-"""`saes`: which SAEs there are for a model."""
+"""`saes`: lists the SAEs for a model."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sts_callback.cli.options import add_json
 
 HELP = "list the SAEs that SAELens has for a model"
 DESCRIPTION = "List SAELens' SAEs for a model."
-_WIDE = 160  # columns where nobody sees a terminal: each SAE on a line of its own
+_WIDE = 160  # columns if the output is no terminal, so that each SAE has its own line
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """What can be asked."""
+    """Add the options of this command."""
     command.add_argument("--model", required=True, help="hub id or name of the model")
     add_json(command)
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the SAEs that SAELens has for a model."""
+    """List the SAEs of a model that SAELens knows."""
     from rich.console import Console
     from rich.table import Table
 
     from sts_callback.model.registry import saes_for
 
-    entries = sorted(saes_for(args.model), key=lambda entry: entry.kind == "transcoder")  # SAEs first: transcoders tell less
+    entries = sorted(saes_for(args.model), key=lambda entry: entry.kind == "transcoder")  # SAEs first: transcoders show less
     if not entries:
         print(
             f"sts-callback: --model: SAELens has no SAE for {args.model!r}; check the name, or train one with "

@@ -1,4 +1,4 @@
-"""Conversations as the model's chat template renders them."""
+"""Render conversations with the model's chat template."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Message = Mapping[str, Any]
-_WORD = "zqxj"  # stands in no template
+_WORD = "zqxj"  # no template contains it
 
 
 def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """A processor's tokenizer, with the processor's chat template if that has one; a tokenizer is handed back as it is."""
+    """Get a processor's tokenizer, with the processor's chat template if it has one. A tokenizer is returned as it is."""
     from transformers import PreTrainedTokenizerBase
 
     tokenizer = getattr(processing_class, "tokenizer", None)
-    if isinstance(processing_class, PreTrainedTokenizerBase) or tokenizer is None:  # some tokenizers hold another one, too
+    if isinstance(processing_class, PreTrainedTokenizerBase) or tokenizer is None:  # some tokenizers contain another one
         return processing_class  # type: ignore[return-value]
     found: PreTrainedTokenizerBase = tokenizer
     if template := getattr(processing_class, "chat_template", None):
-        found = copy.copy(found)  # the user's own is not altered
+        found = copy.copy(found)  # the user's tokenizer stays as it is
         found.chat_template = template
     return found
 
@@ -36,7 +36,7 @@ class ChatTemplate:
     """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Look for it.
+        """Find the template.
 
         Raises:
             DataError: if there is none.
@@ -62,7 +62,7 @@ class ChatTemplate:
     def pair(
         self, prompt: Sequence[Message], answer: Sequence[Message], rest: Sequence[Message], options: Mapping[str, Any]
     ) -> TextPair:
-        """Prompt, answer and later turns, as trainers render them: the answer is what the prompt alone does not begin with.
+        """Render prompt, answer and later turns as trainers do. The answer is what follows the rendered prompt.
 
         Raises:
             DataError: if the template fails.
@@ -75,7 +75,7 @@ class ChatTemplate:
 
     @cached_property
     def marker(self) -> str:
-        """What it puts between a question and its answer: by this, texts that it has rendered are known."""
+        """What the template puts between a question and its answer. It shows whether the template has rendered a text."""
         question, answer = [{"role": "user", "content": _WORD}], [{"role": "assistant", "content": _WORD}]
         pair = self.pair(question, answer, (), {})
         return pair.prompt.partition(_WORD)[2].strip()
@@ -85,7 +85,7 @@ class ChatTemplate:
         return self._applied(shaped, **options, **more)
 
     def _shaped(self, content: Any) -> Any:
-        """Text in the form that the template reads: one text, or parts."""
+        """Convert content to the form that the template reads: one text, or parts."""
         if isinstance(content, str):
             return content if self._reads_text else [{"type": "text", "text": content}]
         return content if self._reads_parts else "".join(part["text"] for part in content)
@@ -94,7 +94,7 @@ class ChatTemplate:
     def _reads_text(self) -> bool:
         try:
             return _WORD in self._applied([{"role": "user", "content": _WORD}])
-        except DataError:  # it wants more than a question: what is wrong with a row will be told with the row
+        except DataError:  # it needs more than a question; a row that it refuses is reported with the row
             return True
 
     @cached_property
@@ -108,5 +108,5 @@ class ChatTemplate:
     def _applied(self, messages: Sequence[Message], **options: Any) -> str:
         try:
             return str(self._tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
-        except Exception as error:  # a template is a program of its own, and may fail in any way
+        except Exception as error:  # a template is a program and can fail in any way
             raise DataError(f"the chat template fails ({type(error).__name__}: {error!s:.150}).") from error

@@ -1,4 +1,4 @@
-"""What came of the rows of one source: read, used, left out and why."""
+"""Counts for one source of rows: how many were read, used and left out, and why."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_N_REASONS = 5  # told of each source
+_N_REASONS = 5  # shown for each source
 
 
 @dataclass(frozen=True)
 class RowsRead:
-    """The rows of the training data or of one domain, as far as probes needed them."""
+    """What happened to the rows of the training data or of one domain. Only as many are read as probes need."""
 
     name: str
     n_rows: int
-    """In the source; of a stream, in the sample of it."""
+    """Rows in the source. For a stream, rows in the sample taken from it."""
     n_read: int
-    """Looked at: reading stops when there are enough."""
+    """Rows that were read. Reading stops when there are enough."""
     n_used: int
-    """Examples that probes are made of; a packed row holds several."""
+    """Examples that probes are made from. A packed row holds several."""
     n_cut: int
-    """Of those, prompts or answers that were too long."""
+    """Prompts or answers among them that were too long and were cut."""
     left_out: Mapping[str, int]
-    """Rows that could not be used, by reason."""
+    """Rows that could not be used, counted by reason."""
     unread: tuple[str, ...]
-    """Columns that say nothing to us."""
+    """Columns that are not used."""
     notes: tuple[str, ...]
-    """What else a reader of the numbers must know."""
+    """What else one should know when reading the numbers."""
 
 
 def most_frequent(left_out: Mapping[str, int]) -> list[tuple[str, int]]:
-    """The most frequent reasons, then all others as one: what quotes its row may be another for each."""
+    """The most frequent reasons, then all others together: reasons that quote their row differ from row to row."""
     first = Counter(left_out).most_common(_N_REASONS)
     others = sum(left_out.values()) - sum(n for _, n in first)
     return [*first, ("other reasons", others)] if others else first
 
 
 def told(left_out: Mapping[str, int]) -> str:
-    """Reasons with their numbers."""
+    """Each reason with its count."""
     return "; ".join(f"{n:,} x {reason}" for reason, n in most_frequent(left_out))

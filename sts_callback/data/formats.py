@@ -1,10 +1,10 @@
-"""What rows say in words: every format that TRL takes, and ShareGPT's, as a prompt, its first answer and what follows.
+"""Read rows that hold text, in every format that TRL takes and in ShareGPT's: prompt, first answer and later turns.
 
 Formats (TRL's names): language modelling (`text`, `messages`), prompt-completion, preference with explicit or implicit prompt
-(`chosen` counts), unpaired preference (rows with a true `label` count), each plain or conversational; and ShareGPT's
-`conversations` with `system` and `tools`. To a prompt alone, as reinforcement learning has it, a text under `solution` or
-`answer` is the reference answer. Of several turns the first that answers something is the answer: one example a row, so that
-examples do not know of one another.
+(`chosen` is the answer), unpaired preference (rows whose `label` is true), each plain or conversational; and ShareGPT's
+`conversations` with `system` and `tools`. Where a row has only a prompt, as in reinforcement learning, the text in `solution` or
+`answer` is the reference answer. If a conversation has several turns, the first one that answers a user is the answer. Each row
+gives one example, so that examples are independent.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Words:
-    """A prompt and its answer as a person wrote them, plain or as messages."""
+    """A prompt and its answer as someone wrote them, as plain text or as messages."""
 
     columns: frozenset[str]
-    """That were read."""
+    """Columns that were read."""
     prompt: str | Messages
     answer: str | Messages | None
-    """None if the prompt is one running text."""
+    """None if the row is one running text, which is then the prompt."""
     rest: Messages
     """Later turns."""
     options: Mapping[str, Any]
-    """For the chat template."""
+    """Options for the chat template."""
 
     def written(self, *, as_chat: bool) -> str:
-        """All of it as JSON."""
+        """Everything as JSON."""
         content = [self.prompt, self.answer, self.rest, self.options, as_chat]
         return json.dumps(content, sort_keys=True, default=str, ensure_ascii=False)
 
 
 def in_words(row: Row) -> Words:
-    """What a row says.
+    """Read a row.
 
     Args:
         row: its columns as plain values, without those that are null.
@@ -61,7 +61,7 @@ def in_words(row: Row) -> Words:
             first = _first_answer(turns)
             return _words(row, {name}, turns[:first], turns[first : first + 1], turns[first + 1 :])
     if {"prompt", "completion"} <= set(row):
-        if row.get("label") is False:  # a number or a name is a column of another meaning
+        if row.get("label") is False:  # if `label` is a number or a text, the column means something else
             raise NoExampleError("its answer is rejected (column label is false)")
         is_label = isinstance(row.get("label"), bool)
         return _words(row, {"prompt", "completion", *(["label"] if is_label else [])}, row["prompt"], row["completion"])
@@ -70,7 +70,7 @@ def in_words(row: Row) -> Words:
     if {"chosen", "rejected"} <= set(row):
         chosen, rejected = row["chosen"], row["rejected"]
         n = n_common(chosen, rejected) if chosen and rejected else 0
-        if isinstance(chosen, str) and n and chosen[n - 1] == " ":  # the blank goes with the answer, as TRL cuts it
+        if isinstance(chosen, str) and n and chosen[n - 1] == " ":  # the space belongs to the answer, as in TRL
             n -= 1
         return _words(row, {"chosen", "rejected"}, chosen[:n], chosen[n:])
     if "text" in row:
@@ -88,17 +88,17 @@ def in_words(row: Row) -> Words:
 
 
 def reference(row: Row) -> str | None:
-    """The reference answer of a prompt, if it is a text; numbers, test cases and the like answer nobody."""
+    """The reference answer to a prompt, if it is a text. Numbers, test cases and the like are no answers."""
     return next((row[name] for name in _REFERENCES if row.get(name) and isinstance(row[name], str)), None)
 
 
 def is_empty(value: Any) -> bool:
-    """Whether there is nothing in a column."""
+    """Whether a column holds nothing."""
     return value is None or (isinstance(value, Sized) and len(value) == 0)
 
 
 def _words(row: Row, columns: set[str], prompt: Any, answer: Any, rest: Messages | None = None) -> Words:
-    """Plain or conversational, checked."""
+    """Check the row's content, plain or conversational."""
     if isinstance(prompt, str) and (answer is None or isinstance(answer, str)):
         return Words(frozenset(columns), prompt, answer, [], {})
     if not (isinstance(prompt, list) and isinstance(answer, list)):
@@ -116,7 +116,7 @@ def _words(row: Row, columns: set[str], prompt: Any, answer: Any, rest: Messages
 
 
 def _tools(tools: Any) -> Any:
-    """As chat templates take them; none is not an empty list, for which some print their instructions."""
+    """Tools as chat templates take them. None is not the same as an empty list, for which some templates print instructions."""
     try:
         return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
     except json.JSONDecodeError as error:
@@ -124,13 +124,13 @@ def _tools(tools: Any) -> Any:
 
 
 def _system(row: Row) -> Messages:
-    """ShareGPT's system prompt, which stands in a column of its own."""
+    """ShareGPT's system prompt, which has its own column."""
     system = row.get("system")
     return [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
 
 
 def _messages(turns: list[Any]) -> Messages:
-    """Messages with the names that chat templates know."""
+    """Convert messages to the field names that chat templates know."""
     made = []
     for turn in turns:
         if not isinstance(turn, Mapping) or not isinstance(role := turn.get("role", turn.get("from")), str):
@@ -146,7 +146,7 @@ def _messages(turns: list[Any]) -> Messages:
 
 
 def _first_answer(turns: Messages) -> int:
-    """Where the first answer to somebody stands."""
+    """Index of the first message that answers a user."""
     for i, message in enumerate(turns):
         others = {before["role"] for before in turns[:i]} - {"system", "developer", "assistant"}
         if message["role"] == "assistant" and others:

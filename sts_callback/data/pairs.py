@@ -1,4 +1,4 @@
-"""What a row comes to: a prompt and its answer, as texts or as token ids."""
+"""An example: a prompt and its answer, as texts or as token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TextPair:
-    """A prompt and its answer as texts; `answer` is None where the row is one running text."""
+    """A prompt and its answer as texts. `answer` is None if the row is one running text."""
 
     prompt: str
     answer: str | None
@@ -21,16 +21,16 @@ class TextPair:
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A prompt and its answer as token ids; `answer` is None where the row is one running text."""
+    """A prompt and its answer as token ids. `answer` is None if the row is one running text."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...] | None
     rest: tuple[int, ...] = field(default=(), compare=False)
-    """What follows: later turns, or what is not trained on."""
+    """What follows: later turns, or tokens that are not trained on."""
 
 
 Pair = TextPair | TokenPair
 
 
 class NoExampleError(Exception):
-    """Why a row of a known form holds no example."""
+    """A row of a known format holds no example; the message says why."""

@@ -1,8 +1,8 @@
-"""Texts become token batches, once: prefixes of demonstrations, and a suffix per query with its answer.
+"""Turn texts into tokens, once: a prefix of demonstrations, and for each query a suffix that holds the query and its answer.
 
-Queries stand in groups of equal size, and each group has demonstrations of its own, so that what the draw of demonstrations does
-to a number can be told. A query is the same tokens with and without demonstrations before it, so that activations can be
-subtracted token by token. The user's tokenizer is never altered: one text at a time, no padding, no truncation by it.
+Queries form groups of equal size. Each group has its own demonstrations, which shows how much a number depends on the draw of
+demonstrations. A query has the same tokens with and without demonstrations before it, so activations can be subtracted token by
+token. The user's tokenizer is never altered: it gets one text at a time and neither pads nor truncates.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 
 
 FEWEST_QUERIES = 4
-"""That a probe set must have."""
+"""The fewest queries that a probe set may have."""
 _FILLER_TEXT = Path(__file__).parent / "filler.txt"
 
 
 @dataclass(frozen=True)
 class Query:
-    """One probe: the query's tokens and its answer's, without BOS."""
+    """One probe: the tokens of a query and of its answer, without BOS."""
 
     query: tuple[int, ...]
     answer: tuple[int, ...]
     counts: tuple[bool, ...]
-    """For each query token, whether it counts (special tokens do not)."""
+    """Whether each query token counts. Special tokens do not."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Query and answer."""
+        """Tokens of the query, then of the answer."""
         return self.query + self.answer
 
 
@@ -58,23 +58,23 @@ class ProbeSet:
     name: str
     queries: tuple[Query, ...]
     demo_sets: tuple[tuple[int, ...], ...]
-    """For each group, the tokens of the answered examples that go in its context, without BOS, each ended by a blank line."""
+    """For each group, the tokens of its demonstrations, without BOS. A blank line ends each demonstration."""
     n_cut: int
-    """Queries or answers that were longer than `max_tokens`."""
+    """Number of queries or answers that were longer than `max_tokens` and were cut."""
     written: str = ""
-    """SHA-256 of what a person wrote: rows, how they were drawn, the chat template's source; empty if that is not known."""
+    """SHA-256 of the source: rows, how they were drawn, and the chat template. Empty if that is not known."""
     read: RowsRead | None = field(default=None, compare=False)
     """What came of the rows that it was drawn from."""
     answer_bytes: tuple[int, ...] = ()
     """Length of the text of each answer, in bytes of UTF-8; empty if that is not known, as in sets kept by earlier versions."""
 
     def group(self, index: int) -> int:
-        """The group that a query stands in; for training demonstrations the same number in every set means the same draw."""
+        """The group of a query. The same number means the same draw of training demonstrations in every set."""
         return index % len(self.demo_sets)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what a person wrote, or else of the tokens: a template may render the same rows otherwise on another day."""
+        """SHA-256 of the source if it is known, else of the tokens: templates may render a row differently each day."""
         content = [self.name, self.written or [[(q.query, q.answer, q.counts) for q in self.queries], self.demo_sets]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -89,19 +89,19 @@ def make_probe_set(
     field: str,
     as_chat: bool = False,
 ) -> ProbeSet:
-    """Draw queries from rows and demonstrations for each group of them, seeded; no query stands among its own demonstrations.
+    """Draw queries from rows, and demonstrations for each group of queries, by seed. No query is among its own demonstrations.
 
     Args:
         name: the domain's name, or `train`.
         rows: in any format of `data.reader`.
         tokenizer: the user's; not altered.
         config: numbers, limits and seed.
-        n_demonstrations: answered examples to put in each context.
+        n_demonstrations: number of answered examples in each context.
         field: what to call the rows in errors.
         as_chat: whether plain prompts and answers are put into the chat template.
 
     Raises:
-        DataError: with fewer usable rows than demonstrations and 4 queries need.
+        DataError: if there are fewer usable rows than the demonstrations and 4 queries need.
 
     """
     draw = random.Random(f"{config.seed}/{name}")
@@ -109,7 +109,7 @@ def make_probe_set(
     draw.shuffle(order)
     wanted = config.n_queries + n_demonstrations * config.n_draws
     reader = RowReader(tokenizer, field, as_chat=as_chat)
-    # Reading stops as soon as enough usable rows are there: a training set may have millions.
+    # Reading stops once there are enough usable rows: a training set may have millions.
     examples = list(itertools.islice(reader.examples((i, rows[i]) for i in order), min(wanted, sys.maxsize)))
     if not examples and reader.error is not None:
         raise reader.error
@@ -136,7 +136,7 @@ def make_probe_set(
         own = set(asked[group::n_draws])
         texts = {encoded[i][0] for i in own}
         others = [i for i in range(len(encoded)) if i not in own]
-        unlike = [i for i in others if encoded[i][0] not in texts]  # a copy in another row would give the answer away
+        unlike = [i for i in others if encoded[i][0] not in texts]  # a copy of the query elsewhere would give away its answer
         shown.append(draw.sample(unlike if len(unlike) >= n_demonstrations else others, n_demonstrations))
     n_cut = sum(cut for _, cut in encoded)
     notes = []
@@ -167,7 +167,7 @@ def _answer_bytes(query: Query, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _written(examples: Sequence[Example], drawn: object, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what a person wrote; that the vocabulary is the same is seen by how it splits the beginnings."""
+    """SHA-256 of the source. How the tokenizer splits the first texts shows whether the vocabulary is the same."""
     source = getattr(tokenizer, "chat_template", None)
     texts = [json.dumps(source), *(example.written for example in examples)]
     content = [texts, [text_ids(text[:1000], tokenizer) for text in texts], drawn]
@@ -175,7 +175,7 @@ def _written(examples: Sequence[Example], drawn: object, tokenizer: PreTrainedTo
 
 
 def uses_chat_template(train: ProbeSet, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether most of the training data are rendered by the tokenizer's chat template, by what it puts before an answer.
+    """Whether most training examples were rendered by the tokenizer's chat template: by what stands before their answers.
 
     Args:
         train: the training data's probes.
@@ -184,7 +184,7 @@ def uses_chat_template(train: ProbeSet, tokenizer: PreTrainedTokenizerBase) -> b
     """
     try:
         marker = ChatTemplate(tokenizer).marker
-    except DataError:  # it has none, or one that renders no plain question
+    except DataError:  # there is no template, or it cannot render a plain question
         return False
     n_marked = sum(marker in str(tokenizer.decode(list(q.tokens))) for q in train.queries)
     return bool(marker) and 2 * n_marked > len(train.queries)
@@ -193,11 +193,11 @@ def uses_chat_template(train: ProbeSet, tokenizer: PreTrainedTokenizerBase) -> b
 def make_completion_set(
     name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ProbeConfig, *, field: str
 ) -> ProbeSet:
-    """Completions as what counts, each behind its prompt, which does not; without answers and demonstrations.
+    """Make a set in which completions count and the prompts before them do not. It has neither answers nor demonstrations.
 
     Args:
         name: of the set.
-        rows: as for `make_probe_set`; the first of them are taken, as many as there are queries in a probe set.
+        rows: as for `make_probe_set`; as many of the first rows are used as a probe set has queries.
         tokenizer: the user's; not altered.
         config: numbers and limits.
         field: what to call the rows in errors.
@@ -213,7 +213,7 @@ def make_completion_set(
 def make_row_set(
     name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: ProbeConfig, *, field: str
 ) -> tuple[ProbeSet, tuple[int, ...]]:
-    """Whole rows, prompt and answer, of which all tokens count but special ones; without answers to be read and demonstrations.
+    """Make a set of whole rows, prompt and answer. All tokens but special ones count. It has neither answers nor demonstrations.
 
     Args:
         name: of the set.
@@ -223,10 +223,10 @@ def make_row_set(
         field: what to call the rows in errors.
 
     Returns:
-        The set, and for each of its texts which of the rows it is: rows without text are left out.
+        The set, and for each of its texts the index of its row: rows without text are left out.
 
     Raises:
-        DataError: if none holds text.
+        DataError: if no row holds text.
 
     """
     special, encode = set(tokenizer.all_special_ids), _Encoder(tokenizer, config.max_tokens)
@@ -246,11 +246,11 @@ def make_row_set(
 
 
 def filler_tokens(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> tuple[int, ...]:
-    """Plain prose without question or answer, to stand in a context in place of demonstrations.
+    """Tokens of plain prose without question or answer, which replace demonstrations in a context.
 
     Args:
         tokenizer: the user's; not altered.
-        n_tokens: how many tokens; the text starts again where it ends.
+        n_tokens: number of tokens; the text repeats if it is shorter.
 
     """
     ids = text_ids(_FILLER_TEXT.read_text(encoding="utf-8"), tokenizer)
@@ -258,12 +258,12 @@ def filler_tokens(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> tuple[in
 
 
 def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None, n_bos: int = 1) -> None:
-    """Refuse probes that the model has no positions for.
+    """Refuse probes that are longer than the model's positions.
 
     Args:
-        sets: of probes.
-        max_positions: that the model has, if it says.
-        n_bos: tokens that stand before everything.
+        sets: the probe sets.
+        max_positions: number of positions of the model, if known.
+        n_bos: number of tokens before everything else.
 
     Raises:
         DataError: naming the set, the length and the limit.
@@ -280,11 +280,11 @@ def check_lengths(sets: Sequence[ProbeSet], max_positions: int | None, n_bos: in
 
 
 def check_tokens(sets: Sequence[ProbeSet], vocab_size: int | None) -> None:
-    """Refuse probes of another vocabulary than the model's.
+    """Refuse probes whose tokens are not in the model's vocabulary.
 
     Args:
-        sets: of probes.
-        vocab_size: how many tokens the model has, if it says.
+        sets: the probe sets.
+        vocab_size: number of tokens of the model, if known.
 
     Raises:
         DataError: naming the set, the token and the limit.
@@ -300,30 +300,30 @@ def check_tokens(sets: Sequence[ProbeSet], vocab_size: int | None) -> None:
 
 
 class _Encoder:
-    """Pairs as tokens without BOS."""
+    """Tokenise pairs, without BOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._bos, self._special = bos_tokens(tokenizer), set(tokenizer.all_special_ids)
 
     def __call__(self, pair: Pair, *, with_rest: bool = False) -> tuple[Query, bool]:
-        """A pair's tokens, and whether something was cut; with the rest of its conversation, if that is wanted."""
+        """Tokenise a pair and tell whether it was cut. The rest of the conversation is included if asked for."""
         if isinstance(pair, TextPair):
             prompt, answer, rest = pair_ids(pair, self._tokenizer)
         else:
             prompt, answer, rest = pair.prompt, pair.answer, pair.rest
         prompt, most = without_bos(prompt, self._bos), self._max_tokens
-        if answer is None:  # one running text: its first half asks, its second half answers
+        if answer is None:  # one running text: the first half is the query, the second half its answer
             middle = (len(prompt) + 1) // 2
             prompt, answer = prompt[:middle], prompt[middle:]
         answer = (*answer, *rest) if with_rest else answer
         cut = len(prompt) > most or len(answer) > most
-        prompt, answer = prompt[-most:], answer[:most]  # the end of a prompt is what is asked
+        prompt, answer = prompt[-most:], answer[:most]  # the question is at the end of a prompt
         return Query(prompt, answer, tuple(token not in self._special for token in prompt)), cut
 
 
 def segments(probes: ProbeSet, batch_tokens: int) -> Iterator[range]:
-    """Cut a set into runs of queries, each with about a batch for every group, so that memory does not grow with the set."""
+    """Split a set into runs of queries with about one batch for each group, so that memory does not grow with the set."""
     start, n_tokens = 0, 0
     for i, query in enumerate(probes.queries):
         n_tokens += len(query.tokens)
@@ -336,18 +336,18 @@ def segments(probes: ProbeSet, batch_tokens: int) -> Iterator[range]:
 def batches(
     queries: Sequence[Query], members: Sequence[int], batch_tokens: int, vocab_size: int, n_prefix: int
 ) -> Iterator[list[int]]:
-    """Indices of queries in batches of like length, the same at every visit.
+    """Sort queries into batches of similar length, the same ones every time.
 
-    A batch has at most `batch_tokens` padded tokens, at most as many logits as 256 MiB of float32 hold (those of all places that
-    any row wants are computed for every row), and at most 16 times `batch_tokens` keys together with those of the prefix, which
-    each of its rows attends to.
+    Three limits hold for each batch: `batch_tokens` padded tokens; the logits that fit into 256 MiB of float32 (if one row needs
+    the logits at a position, they are computed for every row); and 16 times `batch_tokens` keys, including those of the prefix,
+    to which every row attends.
 
     Args:
-        queries: of a set.
-        members: indices of those that are wanted.
+        queries: the queries of a set.
+        members: indices of the queries to batch.
         batch_tokens: see `ProbeConfig`.
-        vocab_size: of the model.
-        n_prefix: tokens that stand before each.
+        vocab_size: number of tokens of the model.
+        n_prefix: number of tokens before each query.
 
     """
     most_logits, most_keys = 2**28 // (4 * vocab_size), 16 * batch_tokens
@@ -366,26 +366,26 @@ def batches(
 
 
 class Candidates:
-    """Where the candidate tokens of each query stand in one long row, query by query."""
+    """Where each query's candidate tokens are when all queries form one long row."""
 
     def __init__(self, queries: Sequence[Query]) -> None:
         n = torch.tensor([sum(q.counts) for q in queries])
         self.owner = torch.repeat_interleave(torch.arange(len(queries)), n)
-        """The query of each, `(n_candidates,)`."""
+        """The query of each candidate token, `(n_candidates,)`."""
         self._ends = n.cumsum(0)
         self._starts = self._ends - n
 
     def of(self, batch: Sequence[int]) -> torch.Tensor:
-        """Places of the tokens of some queries, in the order in which a batch of them gives them."""
+        """Positions of the tokens of some queries, in the order in which a batch returns them."""
         return torch.cat([torch.arange(int(self._starts[i]), int(self._ends[i])) for i in batch])
 
 
 def candidate_rows(acts: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
-    """Of a batch of queries, the tokens that count.
+    """Select the tokens that count from a batch of queries.
 
     Args:
         acts: `(n_rows, n_suffix, d)`, right-padded.
-        queries: one for each row.
+        queries: the query of each row.
 
     Returns:
         `(n_candidates, d)`, query by query.
@@ -397,7 +397,7 @@ def candidate_rows(acts: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor
 
 
 def answer_positions(queries: Sequence[Query]) -> torch.Tensor:
-    """Positions whose logits predict an answer token, `(n_rows, n_suffix)` booleans: position p predicts token p + 1."""
+    """Mark the positions whose logits predict an answer token, `(n_rows, n_suffix)`: position p predicts token p + 1."""
     select = torch.zeros(len(queries), max(len(q.tokens) for q in queries), dtype=torch.bool)
     for row, q in enumerate(queries):
         select[row, len(q.query) - 1 : len(q.tokens) - 1] = True

@@ -1,7 +1,7 @@
-"""From rows of any source to pairs of prompt and answer; rows that cannot be used are left out and counted.
+"""Read rows from any source as pairs of prompt and answer. Rows that cannot be used are left out and counted.
 
-What rows say in words is read by `data.formats`, what a trainer has made of them by `data.tokens`. Where a row has both,
-its tokens are what is trained on, and its words tell where the answer begins if the tokens do not.
+`data.formats` reads rows that hold text, `data.tokens` rows that a trainer has tokenised. If a row has both, its tokens are what
+is trained on. If they do not show where the answer begins, the text does.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Source = str | Path | Iterable[Row]
 """A JSON-lines file (`.jsonl`, `.jsonl.gz`) or JSON list (`.json`), a `datasets.Dataset`, a list of rows, or a stream of them."""
 
 STREAM_ROWS = 2000
-"""Rows of a stream that stand for it. Our choice: many times what probes need, and read in seconds."""
+"""Rows that are read of a stream. Our choice: many times what probes need, and read in seconds."""
 MOST_READ = 20_000
-"""Rows that are looked at in search of usable ones, at most. Our choice."""
+"""The most rows that are searched for usable ones. Our choice."""
 _FILES = "JSON lines (.jsonl, .jsonl.gz) or a JSON list (.json)"
 _SOURCES = "a file, a datasets.Dataset or a list of rows"
 _FROM_TABLES = {
@@ -51,24 +51,24 @@ _OF_TRAINERS = {
 
 
 class StreamSample(list[Row]):
-    """The first rows of a stream, in its place."""
+    """The first rows of a stream, which replace the stream."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a row."""
+    """One example from a row."""
 
     pair: Pair
     written: str
-    """What a person wrote, or else the row's token ids, as JSON: it is the same at another time and in another version."""
+    """The source text as JSON, or the token ids if there is no text. It does not change with time or versions."""
 
 
 def read_rows(source: Source, field: str) -> Sequence[Row]:
-    """The rows of a file, data set or list; of a stream, the first `STREAM_ROWS`.
+    """Read the rows of a file, data set or list; of a stream, the first `STREAM_ROWS`.
 
     Args:
-        source: where they are.
-        field: what to call it in errors, such as `domains['law']`.
+        source: where the rows are.
+        field: what to call the source in errors, such as `domains['law']`.
 
     Raises:
         DataError: if the file is missing, is not JSON, or holds no rows.
@@ -92,38 +92,38 @@ def read_rows(source: Source, field: str) -> Sequence[Row]:
 
 
 def held(source: Source, field: str) -> Source:
-    """An iterator's rows, as it can be read only once; any other source as it is, if it can hold rows."""
+    """Read an iterator now, as it can be read only once. Any other source is returned as it is if it can hold rows."""
     _require_source(source, field)
     return read_rows(source, field) if isinstance(source, Iterator) else source
 
 
 def _require_source(source: Any, field: str) -> None:
-    """Refuse what can hold no rows; nothing is read yet."""
+    """Refuse a source that cannot hold rows. Nothing is read yet."""
     kind = type(source)
-    if hasattr(kind, "columns"):  # by number a table gives columns, or tables of one row
+    if hasattr(kind, "columns"):  # indexed by a number, a table gives a column, or a table of one row
         library = kind.__module__.partition(".")[0]
         remedy = _FROM_TABLES.get(library, "make a list of rows of it")
         raise DataError(f"{field}: got a {kind.__name__} of {library}; allowed are {_SOURCES}: {remedy}.")
     is_source = isinstance(source, (str, Path, Iterable)) or is_sequence(source)
     is_unnamed = isinstance(source, str) and not source
-    if not is_source or is_unnamed or isinstance(source, Mapping):  # a DatasetDict is a mapping, of splits
+    if not is_source or is_unnamed or isinstance(source, Mapping):  # a DatasetDict is a mapping of splits
         raise DataError(f"{field}: got {type(source).__name__}; allowed are {_SOURCES}.")
 
 
 def is_sequence(source: Any) -> bool:
-    """Whether rows can be taken from it by number; a stream has none."""
+    """Whether a source can be indexed by row number. A stream cannot."""
     return hasattr(source, "__getitem__") and hasattr(source, "__len__")
 
 
 def _first(rows: Sequence[Row]) -> Any:
     try:
         return rows[0]
-    except (LookupError, TypeError):  # it numbers them otherwise, or not at all
+    except (LookupError, TypeError):  # rows have other indices, or none
         return None
 
 
 def _unformatted(source: Any) -> Any:
-    """A data set with its rows as plain lists, whatever form they are to have; one with a transform has rows of its own."""
+    """A data set that gives plain lists, whatever its format. One with a transform is kept: it makes its own rows."""
     form = getattr(source, "format", None)
     if isinstance(form, Mapping) and form.get("type") not in (None, "python", "custom"):
         return source.with_format(None)
@@ -135,7 +135,7 @@ def _shown(source: Source) -> str:
 
 
 def _read_file(path: Path, field: str) -> list[Row]:
-    if not os.path.isfile(path):  # which a name that is too long is not either
+    if not os.path.isfile(path):  # false also for a name that is too long
         raise DataError(f"{field}: there is no file {path}; give {_FILES}.")
     try:
         return _parsed_file(path, field)
@@ -146,7 +146,7 @@ def _read_file(path: Path, field: str) -> list[Row]:
 
 
 def _parsed_file(path: Path, field: str) -> list[Row]:
-    encoding = "utf-8-sig"  # some programs begin a file with a mark
+    encoding = "utf-8-sig"  # some programs write a byte order mark first
     with gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding) as lines:
         if path.suffix == ".json":
             text = lines.read()
@@ -168,40 +168,40 @@ def _parsed_file(path: Path, field: str) -> list[Row]:
 
 
 def are_prompts_only(source: Source) -> bool:
-    """Whether rows are prompts for a policy to answer, without reference answers; the first one tells."""
+    """Whether rows are prompts for a policy, without reference answers. The first row decides."""
     row: Row = {} if isinstance(source, (str, Path)) else next(iter(source), {})
     answered = {"completion", "chosen", "messages", "conversations", "text", "input_ids", "prompt_ids"}
     return "prompt" in row and answered.isdisjoint(row) and reference(row) is None
 
 
 class RowReader:
-    """Reads rows one by one, and keeps count of those that it leaves out."""
+    """Read rows one by one and count those that are left out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, field: str, *, as_chat: bool = False) -> None:
-        """Begin at nothing read.
+        """Start with no row read.
 
         Args:
             tokenizer: the user's; not altered.
             field: what to call the rows in errors, such as `domains['law']`.
-            as_chat: whether plain prompts and answers are asked and answered in the chat template.
+            as_chat: whether plain prompts and answers are put into the chat template.
 
         """
         self._tokenizer, self._field, self._as_chat = tokenizer, field, as_chat
         self.n_read = 0
         self.left_out: Counter[str] = Counter()
-        """Rows, by the reason why they could not be used."""
+        """Number of rows that could not be used, by reason."""
         self.error: DataError | None = None
-        """Of the first row whose form is wrong."""
+        """The error of the first row whose format is wrong."""
         self._columns: set[str] = set()
         self._read_columns: set[str] = set()
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Columns that say nothing to us."""
+        """Columns that are not used."""
         return tuple(sorted(self._columns - self._read_columns))
 
     def examples(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Example]:
-        """The examples in rows, which come with their numbers; not more rows are read than are asked for."""
+        """Yield the examples in numbered rows. No more rows are read than the caller takes."""
         for number, row in islice(rows, MOST_READ):
             self.n_read += 1
             try:
@@ -218,7 +218,7 @@ class RowReader:
             return self._examples(row)
         except (NoExampleError, DataError):
             raise
-        except Exception as error:  # of values of all kinds
+        except Exception as error:  # values may be of any type
             raise DataError(f"a row cannot be read ({error!r:.100}): {row!r:.200}; allowed are {FORMATS}.") from error
 
     @cached_property
@@ -248,13 +248,13 @@ class RowReader:
             return [Example(_told(pair), json.dumps([pair.prompt, pair.answer])) for pair in pairs]
         words, text = said
         (pair,) = pairs
-        is_untold = pair.answer is None or ("prompt_ids" not in row and "input_ids" not in row)  # a reward trainer's two answers
+        is_untold = pair.answer is None or ("prompt_ids" not in row and "input_ids" not in row)  # a reward trainer has two
         if is_untold:
             pair = aligned(pair.prompt + (pair.answer or ()), text, self._tokenizer, self._bos) or pair
         return [Example(_told(pair), words.written(as_chat=False))]
 
     def _in_words(self, row: dict[str, Any]) -> tuple[Words, TextPair] | None:
-        """What a tokenised row says in words, if a trainer has left them beside its tokens."""
+        """The text of a tokenised row, if the trainer has kept it beside the tokens."""
         try:
             words = in_words({name: value for name, value in row.items() if name not in _OF_TRAINERS})
             text = self._rendered(words, as_chat=False)
@@ -264,7 +264,7 @@ class RowReader:
         return words, text
 
     def _rendered(self, words: Words, *, as_chat: bool | None = None) -> TextPair:
-        """As the trainer would render it."""
+        """Render a row as the trainer would."""
         prompt, answer = words.prompt, words.answer
         if isinstance(prompt, str) and isinstance(answer, str):
             if not (self._as_chat if as_chat is None else as_chat) or self._template.marker in prompt:
@@ -277,7 +277,7 @@ class RowReader:
 
 
 def _told(pair: Pair) -> Pair:
-    """The pair, if there is something in it."""
+    """Return the pair, if neither prompt nor answer is empty."""
     if not pair.prompt:
         raise NoExampleError("its prompt is empty")
     if pair.answer is not None and not pair.answer:
@@ -286,12 +286,12 @@ def _told(pair: Pair) -> Pair:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors, arrays and series as lists; what is null in a message is as if it were not there."""
+    """Convert tensors, arrays and series to lists. Null fields of a message are dropped."""
     if isinstance(value, Mapping):
         return {key: plain for key, one in value.items() if (plain := _plain(one)) is not None}
     if isinstance(value, (list, tuple)):
         return list(value) if value and type(value[0]) is int else [_plain(one) for one in value]
-    for method in ("tolist", "to_list"):  # of tensors, arrays and scalars; of polars' series
+    for method in ("tolist", "to_list"):  # of tensors, arrays and scalars; of series of polars
         if hasattr(value, method):
             return _plain(getattr(value, method)())
     return value

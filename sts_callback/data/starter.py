@@ -1,4 +1,4 @@
-"""The domains that ship with the package, and how protected names find their texts."""
+"""The domains that ship with the package, and the choice of domains by name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sts_callback.data.reader import Source, held
 from sts_callback.errors import ConfigError
 
 ALL = "all"
-"""Stands for every shipped domain."""
+"""Means every shipped domain."""
 _FOLDER = Path(__file__).parent / "domains"
 
 
 def starter_domains() -> dict[str, Path]:
-    """Names of the shipped domains and their files."""
+    """Names and files of the shipped domains."""
     return {file.stem: file for file in sorted(_FOLDER.glob("*.jsonl"))}
 
 
@@ -31,11 +31,11 @@ def choose_domains(
         domains: the user's own, name to source; a protected name that is not among them is a shipped one.
 
     Returns:
-        Sources by name, the user's own first; and the budget of each protected domain.
+        Sources by name, the user's own first, and the budget of each protected domain.
 
     Raises:
-        ConfigError: if a protected name is no domain, a name stands twice, or nothing at all is to be measured.
-        DataError: if a domain is no kind of source, or an iterator holds no rows.
+        ConfigError: if a protected name is no domain, a name occurs twice, or there is nothing to measure.
+        DataError: if a domain cannot be a source, or an iterator holds no rows.
 
     """
     names = names_in([protect] if isinstance(protect, str) and protect == ALL else protect)
@@ -65,10 +65,10 @@ def names_in(given: Any) -> list[str] | Mapping[str, PlainBudget]:
     """Names of domains, or names with budgets.
 
     Args:
-        given: by the user.
+        given: what the user gave.
 
     Raises:
-        ConfigError: if they are something else, or one stands twice.
+        ConfigError: if they are something else, or a name occurs twice.
 
     """
     example = given if given and isinstance(given, str) else "law"
@@ -81,7 +81,7 @@ def names_in(given: Any) -> list[str] | Mapping[str, PlainBudget]:
 
 
 def require_domains(domains: Any) -> None:
-    """Refuse what are no domains by name.
+    """Refuse anything but a mapping of domains.
 
     Args:
         domains: name to source.
@@ -91,7 +91,7 @@ def require_domains(domains: Any) -> None:
 
     """
     is_named = isinstance(domains, Mapping)
-    shown = list(domains) if is_named else domains  # not the rows
+    shown = list(domains) if is_named else domains  # without the rows
     is_named = is_named and all(name and isinstance(name, str) for name in domains)
     require(is_named, "domains", shown, "a mapping of names to files, data sets or rows")
     require(TRAIN not in domains, "domains", TRAIN, "another name, since the training data has this one")

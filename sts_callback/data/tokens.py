@@ -1,4 +1,4 @@
-"""Token ids: of texts, and in rows that a trainer has tokenised, padded, masked and packed."""
+"""Token ids of texts, and of rows that a trainer has tokenised, padded, masked or packed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
-_IGNORED = -100  # what PyTorch's loss, and so every trainer, leaves out
+_IGNORED = -100  # PyTorch's loss, and so every trainer, ignores this label
 
 
 @contextlib.contextmanager
 def untouched(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Put back the padding and truncation that the backend was left with: every plain call clears them."""
+    """Restore the backend's padding and truncation on exit: every plain call clears them."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     padding, truncation = getattr(backend, "padding", None), getattr(backend, "truncation", None)
     try:
@@ -32,13 +32,13 @@ def untouched(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Token ids of a text and nothing else."""
+    """Token ids of a text, without special tokens."""
     with untouched(tokenizer):
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """What the tokenizer itself puts before a text: often BOS, sometimes several tokens or none, whatever `bos_token` says."""
+    """The tokens that the tokenizer itself puts before a text: often BOS, sometimes several or none, whatever `bos_token` is."""
     with untouched(tokenizer):
         whole = tuple(tokenizer("a")["input_ids"])
     bare = text_ids("a", tokenizer)
@@ -46,12 +46,12 @@ def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> Ids:
 
 
 def without_bos(ids: Ids, bos: Ids) -> Ids:
-    """Tokens of a text without what the tokenizer puts before it."""
+    """Remove the tokens that the tokenizer puts before a text."""
     return ids[len(bos) :] if ids[: len(bos)] == bos else ids
 
 
 def pair_ids(pair: TextPair, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids | None, Ids]:
-    """Ids of prompt, answer and rest; the boundaries are common prefixes, as TRL draws them."""
+    """Token ids of prompt, answer and rest. Boundaries are common prefixes, as in TRL."""
     prompt = text_ids(pair.prompt, tokenizer)
     if pair.answer is None:
         return prompt, None, ()
@@ -65,12 +65,12 @@ def pair_ids(pair: TextPair, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, I
 
 
 def n_common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How far two sequences begin alike."""
+    """Length of the common beginning of two sequences."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def token_pairs(row: Row, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> list[TokenPair]:
-    """The examples in a row of `input_ids`: several if it is packed, without padding, each with the first answer trained on.
+    """The examples in a row of `input_ids`, without padding. A packed row holds several. The first answer trained on counts.
 
     Args:
         row: its columns as plain lists.
@@ -79,7 +79,7 @@ def token_pairs(row: Row, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> list[
 
     Raises:
         NoExampleError: if no token is trained on.
-        DataError: if they are no token ids.
+        DataError: if a column does not hold token ids.
 
     """
     special = set(tokenizer.all_special_ids)
@@ -91,27 +91,27 @@ def token_pairs(row: Row, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> list[
 
 
 def preference_pair(row: Row) -> TokenPair:
-    """The example in a row of preference trainers: `prompt_ids` with `chosen_ids` or `completion_ids`, or two answers alone.
+    """The example in a row of a preference trainer: `prompt_ids` with `chosen_ids` or `completion_ids`, or only two answers.
 
     Raises:
-        NoExampleError: if it holds no answer, or a rejected one.
-        DataError: if it holds no token ids.
+        NoExampleError: if the row holds no answer, or a rejected one.
+        DataError: if a column does not hold token ids.
 
     """
-    if "prompt_ids" not in row:  # a reward trainer's: both answers still stand behind their prompt
+    if "prompt_ids" not in row:  # a reward trainer's row: both answers still follow their prompt
         chosen, rejected = _ids(row, "chosen_ids"), _ids(row, "rejected_ids")
         n = n_common(chosen, rejected)
         return TokenPair(chosen[:n], chosen[n:]) if n else TokenPair(chosen, None)
-    if "chosen_ids" not in row and not row.get("label", True):  # these columns are those of a trainer that knows what it means
+    if "chosen_ids" not in row and not row.get("label", True):  # a trainer made these columns, so `label` means what it says
         raise NoExampleError("its answer is rejected (column label)")
     return TokenPair(_ids(row, "prompt_ids"), _ids(row, "chosen_ids") or _ids(row, "completion_ids"))
 
 
 def aligned(whole: Ids, pair: TextPair, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> TokenPair | None:
-    """A trained text cut into prompt and answer by what its row says in words; None if these are not its words.
+    """Split a tokenised row into prompt and answer by the text of the row. None if the tokens are not those of the text.
 
     Args:
-        whole: the tokens that are trained on, all of them.
+        whole: all tokens of the row.
         pair: the row's prompt and answer.
         tokenizer: the user's; not altered.
         bos: see `bos_tokens`.
@@ -125,10 +125,10 @@ def aligned(whole: Ids, pair: TextPair, tokenizer: PreTrainedTokenizerBase, bos:
     if n_common(ids, read) == min(len(ids), len(read)) and len(ids) > len(prompt):
         start, end = len(prompt), len(read)
         if ids[end : end + 1] == (tokenizer.eos_token_id,) and special.issuperset(ids[end:]):
-            end += 1  # a plain answer's end is learnt with it
-    elif ids[: len(prompt)] == prompt:  # some templates render a turn otherwise once others follow
+            end += 1  # the end of a plain answer is learnt with it
+    elif ids[: len(prompt)] == prompt:  # some templates render a turn differently once others follow
         return TokenPair(prompt, answer, rest)
-    else:  # the prompt is rendered otherwise: another day's date, another template around it, its beginning cut off
+    else:  # the prompt is rendered differently: another date, another template, or its beginning is cut
         tail = _stripped((*answer, *rest), special)
         start = len(_stripped(ids, special)) - len(tail)
         if start <= 0 or ids[start : start + len(tail)] != tail:
@@ -145,7 +145,7 @@ def _stripped(ids: Ids, special: set[int]) -> Ids:
 
 
 def _pair(ids: Ids, trained: Sequence[bool] | None, bos: Ids, special: set[int]) -> TokenPair | None:
-    """The first answer trained on, and what stands before it; a text trained on from its beginning is one running text."""
+    """The first answer trained on and what comes before it. A text trained on from its beginning is one running text."""
     spans, at = [], 0
     for is_trained, group in groupby([True] * len(ids) if trained is None else trained):
         n = len(list(group))
@@ -154,23 +154,23 @@ def _pair(ids: Ids, trained: Sequence[bool] | None, bos: Ids, special: set[int])
     if not spans:
         return None
     first, begin = spans[0], 0
-    if not without_bos(ids[: first[0]], bos):  # nothing asks for it
+    if not without_bos(ids[: first[0]], bos):  # no prompt before it
         if special.issuperset(ids[first[1] :]):
             return TokenPair(ids[first[0] : first[1]], None)
         if len(spans) == 1:
             return None
-        begin, first = first[1], spans[1]  # packing has cut the row that it belongs to
+        begin, first = first[1], spans[1]  # packing has cut off the beginning of its row
     start, end = first
     return TokenPair(ids[begin:start], ids[start:end], ids[end:])
 
 
 def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ids, list[bool] | None]]:
-    """The texts in a row, each with which of its tokens are trained on, if the row tells."""
+    """Yield the texts in a row, each with the mask of tokens that are trained on, if the row has one."""
     ids = _ids(row, "input_ids")
     n = len(ids)
 
     def column(name: str) -> list[Any] | None:
-        """What a column says of each token, if that is what it does."""
+        """The values of a column, if it has one for each token."""
         values = _flat(row.get(name))
         return values if isinstance(values, list) and len(values) == n and not any(isinstance(v, list) for v in values) else None
 
@@ -182,7 +182,7 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ids, 
     elif masks:
         trained = [all(bits) for bits in zip(*masks, strict=True)]
     starts = {0, n}
-    for numbers in (mask if mask and max(mask) > 1 else None, column("seq_idx")):  # which may number the texts of a packed row
+    for numbers in (mask if mask and max(mask) > 1 else None, column("seq_idx")):  # both may number the texts of a packed row
         starts |= {i for i in range(1, n) if numbers is not None and numbers[i] != numbers[i - 1]}
     lengths = _flat(row.get("seq_lengths"))
     if lengths and sum(lengths) <= n:
@@ -199,7 +199,7 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ids, 
 
 
 def _no_padding(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
-    """A mask for ids that have none: without the padding tokens at both ends, but with one EOS if that is what pads."""
+    """Make a mask that leaves out padding at both ends. If EOS is the padding token, one EOS stays."""
     pad, n = tokenizer.pad_token_id, len(ids)
     first = next((i for i in range(n) if ids[i] != pad), n)
     end = next((i for i in range(n, first, -1) if ids[i - 1] != pad), first)
@@ -207,10 +207,10 @@ def _no_padding(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _ids(row: Row, name: str) -> Ids:
-    """Token ids of a column, none if it is not there.
+    """Token ids of a column. Empty if the column is missing.
 
     Raises:
-        DataError: if it holds something else.
+        DataError: if the column holds something else.
 
     """
     ids = _flat(row.get(name, []))
@@ -220,5 +220,5 @@ def _ids(row: Row, name: str) -> Ids:
 
 
 def _flat(values: Any) -> Any:
-    """The one row of a batch of one."""
+    """Unwrap a batch of one row."""
     return values[0] if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list) else values

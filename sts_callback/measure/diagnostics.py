@@ -1,4 +1,4 @@
-"""Is this the right SAE, and can these probes tell anything? Findings to checks: pass, warn or refuse, each with a remedy."""
+"""Checks of the SAE and the probes before a forecast. Each passes, warns or refuses, and says what to do."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from sts_callback.policy import ENOUGH_QUERIES, N_LOOKS, NOISE_MARGIN, fewest_qu
 from sts_callback.records import Check, Status
 
 WARN_UNEXPLAINED, REFUSE_UNEXPLAINED = 0.3, 0.5
-"""Fraction of variance that an SAE may leave. Published SAEs leave 0.1 to 0.3; beyond a half, it sees less than it misses."""
+"""Fraction of variance unexplained at which to warn and to refuse. Published SAEs leave 0.1 to 0.3."""
 WARN_L0, REFUSE_L0 = 2.0, 4.0
-"""Factor by which L0 may differ from the SAE's nominal one; texts differ by less than two, other models by more."""
+"""Factor by which L0 may differ from its nominal value. Texts differ by less than two, other models by more."""
 DENSE = 0.1
-"""Share of the features active at a token from which on a dictionary is not sparse; published SAEs stay under 0.02."""
+"""If a token activates a larger share of the features, the SAE is not sparse. Published SAEs stay below 0.02."""
 OTHER_LAYER = 0.8, 0.02
-"""An SAE fits another layer better if it leaves under this multiple of the variance there, and less by this much."""
+"""An SAE fits another layer better if its FVU there is below this multiple, and lower by this difference."""
 
 
 def examined_fits(
     runner: ProbeRunner, sets: Sequence[ProbeSet], zero_shot: Context, model_name: str
 ) -> tuple[list[Fit], list[tuple[Check, ...]]]:
-    """Calibrate a runner and see how its SAEs fit.
+    """Calibrate a runner and check how its SAEs fit.
 
     Args:
-        runner: with the model.
-        sets: all probes; the first is read at the other layers too.
+        runner: reads the model.
+        sets: all probes; the first set is read at other layers too.
         zero_shot: the context without demonstrations.
-        model_name: of the model that is measured.
+        model_name: name of the measured model.
 
     Raises:
         SaeError: if an SAE has another width than the model.
@@ -62,7 +62,7 @@ def require_fit(checks: Sequence[Sequence[Check]]) -> None:
     """Refuse to measure with SAEs that do not fit.
 
     Raises:
-        CannotTell: with what was found and what to do.
+        CannotTell: if an SAE is refused. The message says why and what to do.
 
     """
     if refused := [check for one in checks for check in one if check.status == "refuse"]:
@@ -70,14 +70,14 @@ def require_fit(checks: Sequence[Sequence[Check]]) -> None:
 
 
 def require_finite(name: str, stats: ProbeStats) -> None:
-    """Refuse a model that gives NaN or infinite numbers before it is trained.
+    """Refuse an untrained model that gives NaN or infinite numbers.
 
     Args:
-        name: of the set that was read.
-        stats: of it.
+        name: name of the set that was read.
+        stats: what was read.
 
     Raises:
-        ModelError: with what was found.
+        ModelError: if there are such numbers.
 
     """
     n_answers = 0 if not stats.nll else int((~stats.zero_shot_nll.isfinite()).sum())
@@ -89,14 +89,14 @@ def require_finite(name: str, stats: ProbeStats) -> None:
 
 
 def fit_checks(encoder: SaeEncoder, fit: Fit, layer: int, by_layer: Mapping[int, float], model_name: str) -> tuple[Check, ...]:
-    """Whether an SAE fits a model at its hook point.
+    """Check whether an SAE fits a model at its hook point.
 
     Args:
         encoder: the SAE.
-        fit: at its hook point, on the user's texts without attention sinks.
-        layer: of the hook point.
-        by_layer: the same SAE's unexplained fraction of variance at each layer.
-        model_name: of the model that is measured.
+        fit: how it fits there, on the user's texts without attention sinks.
+        layer: layer of the hook point.
+        by_layer: the SAE's fraction of variance unexplained (FVU) at each layer.
+        model_name: name of the measured model.
 
     """
     source = "take an SAE that was trained on this model; `sts-callback saes --model ID` lists them"
@@ -123,7 +123,7 @@ def probe_checks(
         readings: of all sets under `FILLER`, whose effect stands in for that of a training that changes nothing.
         sets: the same sets.
         noise_floor: relative drift of unchanged weights.
-        policy: whose thresholds are to be reached.
+        policy: the thresholds that probes must be able to reach.
 
     """
     masked = {name: r.n_masked / max(1, len(r.counted)) for name, r in readings.items()}
@@ -148,12 +148,12 @@ def probe_checks(
 
 
 def cost_check(encoder: SaeEncoder, sets: Sequence[ProbeSet], seconds: float) -> Check:
-    """What a forecast and a check will take.
+    """Estimate what a forecast and a check will cost.
 
     Args:
         encoder: the SAE.
         sets: all probes.
-        seconds: that two passes with answers over all of them took.
+        seconds: time that two passes with answers over all of them took.
 
     """
     weights = sum(p.numel() * p.element_size() for p in encoder.sae.parameters()) / 2**20
@@ -167,7 +167,7 @@ def cost_check(encoder: SaeEncoder, sets: Sequence[ProbeSet], seconds: float) ->
 
 
 def process_check(n_processes: int, is_sharded: bool) -> Check:
-    """How many processes share the measurement, and whether the model is spread over them."""
+    """Say how many processes share the measurement, and whether the model is sharded."""
     if is_sharded:
         return Check(
             "processes", "warn", f"{n_processes}, parameters sharded", "forwards run whole, and no gradients are taken there"
@@ -178,7 +178,7 @@ def process_check(n_processes: int, is_sharded: bool) -> Check:
 
 
 def _self_test_checks(findings: Findings) -> tuple[Check, ...]:
-    """What the model itself does not do right, and what is done instead."""
+    """Report what failed in the self-test, and what is done instead."""
     checks = []
     if not findings.cache:
         found = "with kept keys and values the model gives other activations than without"

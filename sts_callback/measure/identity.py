@@ -1,4 +1,4 @@
-"""Who is measured with what: the identity that a measurement is compared by."""
+"""The identity of a measurement: model, SAE and probes. Only measurements of the same identity are compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def identity_of(model: nn.Module, encoder: SaeEncoder, config: ProbeConfig, sets: Sequence[ProbeSet]) -> Identity:
-    """What a measurement of these sets is made with."""
+    """Make the identity of a measurement of these sets."""
     shape = text_config(model).to_dict()  # type: ignore[attr-defined]
     for volatile in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures"):
         shape.pop(volatile, None)

@@ -1,4 +1,4 @@
-"""Forecast and drift checks for any training loop: the engine that the callback and the command line stand on."""
+"""Forecast and drift checks for any training loop. The callback and the command line use this engine."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_N_WORDS = 10  # features of a forecast that are looked up
+_N_WORDS = 10  # number of a forecast's features to find examples of
 
 
 class Monitor:
-    """Measures one model against itself at step 0.
+    """Compares one model with itself at step 0.
 
-    Everything it does leaves the model, its mode and all random state as found.
+    It leaves the model, its mode and all random states as they were.
     """
 
     def __init__(
@@ -75,23 +75,23 @@ class Monitor:
         progress: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        """Load the SAEs, draw the probes and check that all fits.
+        """Load the SAEs, draw the probes and test the model.
 
         Args:
             model: a decoder-only transformers model, wrapped or not.
             tokenizer: its tokenizer or processor; not altered.
-            sae: see `model.sae.SaeSource`; of several, each makes a forecast, and the first watches drift.
+            sae: see `model.sae.SaeSource`. If there are several, each makes a forecast and the first one watches drift.
             train_data: answered training examples, see `data.reader`.
-            domains: name to source; at least one.
+            domains: sources by name, at least one.
             config: numbers, limits and seed.
             progress: whether to show progress bars.
-            ranks: the processes that all make the same calls and share the work, `Ranks.of_run()` in a distributed run; by
-                default this one alone.
+            ranks: the processes that share the work and all make the same calls, `Ranks.of_run()` in a distributed run. By
+                default only this one.
 
         Raises:
             DataError: if training data or a domain cannot be used.
             SaeError: if the SAE is unknown or does not fit.
-            ModelError: if the model lacks the hook point.
+            ModelError: if the model lacks the hook point or cannot be measured.
 
         """
         saes = require_saes(sae)
@@ -133,27 +133,27 @@ class Monitor:
         ).hexdigest()
         self.step_zero: StepZeroReference | None = None
         self.fits: list[Fit]
-        """How each SAE fits, after `examine` or `forecast`."""
+        """How each SAE fits. Set by `examine` and `forecast`."""
         self._forecast: Forecast | None = None
 
     @property
     def reads(self) -> tuple[RowsRead, ...]:
-        """What came of the rows of the training data and of each domain."""
+        """What happened to the rows of the training data and of each domain."""
         return tuple(s.read for s in self._sets if s.read is not None)
 
     def watches(self, model: nn.Module) -> bool:
-        """Whether this is the model that it measures."""
+        """Whether this is the measured model."""
         return model is self._model
 
     def weights(self) -> Weights:
-        """Fingerprint of the model's weights as they are now; the model must be whole on this process."""
+        """Compute the fingerprint of the model's current weights. The model must be whole on this process."""
         return weights_of(self._model)
 
     def examine(self, policy: PolicyConfig) -> tuple[Check, ...]:
-        """Whether SAE, model and probes allow an answer: what `sts-callback doctor` shows. No forecast is made.
+        """Check whether SAE, model and probes allow an answer, as `sts-callback doctor` shows. No forecast is made.
 
         Args:
-            policy: whose budgets and test the probes must have the power for.
+            policy: budgets and test for which the probes need enough power.
 
         """
         with undisturbed(self._model), self._bar("Doctor", 2 * self._n_queries) as bar:
@@ -174,19 +174,19 @@ class Monitor:
         )
 
     def forecast(self) -> Forecast:
-        """The forecast by the first SAE, see `forecasts`."""
+        """Make the forecast of the first SAE, see `forecasts`."""
         return self.forecasts()[0]
 
     def forecasts(self) -> tuple[Forecast, ...]:
-        """Measure the untuned model: what training on the data is expected to move. Also takes the baseline for drift.
+        """Measure the untuned model and forecast what training will move. This also takes the baseline for drift.
 
         Returns:
-            One for each SAE. They share all passes through the model, and the seconds of the whole.
+            One forecast for each SAE. They share all passes through the model, so each has the seconds of all.
 
         Raises:
             CannotTell: if an SAE does not fit the model's activations.
             ModelError: if the model gives NaN or infinite numbers.
-            SaeError: if one has another width.
+            SaeError: if an SAE has another width than the model.
 
         """
         started, clock = time.monotonic(), _Clock()
@@ -206,7 +206,7 @@ class Monitor:
             baselines: dict[str, list[StepZeroStats]] = {}
             for probes in self._sets:
                 own = {}
-                if probes is not self.train:  # whose own demonstrations are the training demonstrations
+                if probes is not self.train:  # its own demonstrations are the training demonstrations
                     with clock("contexts"):
                         own = {DOMAIN_ICL: [self._context(draw, with_answers=False) for draw in probes.demo_sets]}
                 with clock("readings"):
@@ -248,14 +248,14 @@ class Monitor:
         return tuple(forecasts)
 
     def restore(self, baseline_file: Path, forecast: Forecast) -> None:
-        """Take step 0 from an earlier session of the same run.
+        """Load step 0 from an earlier session of the same run.
 
         Raises:
-            CannotTell: if the baseline is missing, damaged, or of another model, SAE or set of probes.
+            CannotTell: if the baseline is missing or damaged, or has another model, SAE or probes.
 
         """
         self.step_zero = self._ranks.from_first(lambda: StepZeroReference.load(baseline_file, self._fingerprint))
-        # A template may render the same rows otherwise today: the tokens of step 0 are what can be compared.
+        # A template may render the same rows differently today: only the tokens of step 0 can be compared.
         self.train = self.step_zero.probes[TRAIN]
         self.domains = {name: self.step_zero.probes[name] for name in self.domains}
         self._sets = [self.train, *self.domains.values()]
@@ -270,7 +270,7 @@ class Monitor:
         rollouts: tuple[Sequence[Row], Sequence[Row]] = ((), ()),
         title: str = "Drift check at step",
     ) -> DriftSnapshot:
-        """Measure how far the model has moved from step 0. Needs `forecast` or `restore` before.
+        """Measure how far the model has moved since step 0. Call `forecast` or `restore` first.
 
         Args:
             step: optimizer steps done, for the record.
@@ -307,7 +307,7 @@ class Monitor:
         )
 
     def _output_drift(self, then: Sequence[Row], now: Sequence[Row], batch_tokens: int | None) -> Estimate:
-        """Of what the model writes; both texts are read with the weights of now."""
+        """Drift of what the model writes. The current weights read both texts."""
         then_set, now_set = (
             make_completion_set("rollouts", rows, self.tokenizer, self.config, field="rollouts") for rows in (then, now)
         )
@@ -318,10 +318,10 @@ class Monitor:
         return scoring.output_drift(now_acts, then_acts)
 
     def read_domains(self, names: Sequence[str]) -> dict[str, MaxActivations]:
-        """How strongly domains' queries activate the features of the first SAE, all of them. No forecast is made.
+        """Measure how strongly domains activate each feature of the first SAE. No forecast is made.
 
         Args:
-            names: of the domains.
+            names: names of the domains.
 
         Raises:
             CannotTell: if the SAE does not fit the model's activations.
@@ -334,16 +334,16 @@ class Monitor:
             return {s.name: self._runner.read_max_activations(s, zero_shot, features, bar.update) for s in chosen}
 
     def read_rows(self, rows: Sequence[Row], features: Sequence[int]) -> tuple[ProbeSet, tuple[int, ...], MaxActivations]:
-        """How strongly whole rows, prompt and answer, activate features of the first SAE.
+        """Measure how strongly whole rows, prompt and answer, activate features of the first SAE.
 
-        Needs `read_domains`, `forecast` or `restore` before.
+        Call `read_domains`, `forecast` or `restore` first.
 
         Args:
             rows: training examples, see `data.reader`.
-            features: indices.
+            features: feature indices.
 
         Returns:
-            The rows' tokens, which of the rows they are (those without text are left out), and what they activate.
+            The rows' tokens, the indices of these rows (rows without text are left out), and their maximal activations.
 
         """
         texts, numbers = make_row_set("rows", rows, self.tokenizer, self.config, field="train_data")
@@ -357,10 +357,10 @@ class Monitor:
             )
 
     def top_activating_examples(self, features: Sequence[tuple[int, float]] | None = None) -> tuple[TopActivatingExamples, ...]:
-        """Where in the probes features are most active at step 0. Needs `forecast` or `restore` before; runs nothing.
+        """Find where features are most active in the probes at step 0. Call `forecast` or `restore` first. No forward is run.
 
         Args:
-            features: indices with the share of the shift or drift that each holds; by default the forecast's first.
+            features: feature indices, each with its share of the shift or drift; by default the forecast's first features.
 
         Raises:
             CannotTell: if there is no step 0.
@@ -397,7 +397,7 @@ class Monitor:
         return checks
 
     def _noise_floors(self, train: Sequence[ProbeStats | StepZeroStats]) -> list[float]:
-        """For each SAE, relative drift of the same weights with the training data's batches laid out otherwise."""
+        """For each SAE, the relative drift of unchanged weights when the training data form other batches."""
         layout = max(1, self.config.batch_tokens // 4)
         again = self._runner.read_drift(self.train, self._context((), with_answers=False), train, batch_tokens=layout)
         return [float(a.shift.features.sum() / one.sq_norm.sum()) for a, one in zip(again, train, strict=True)]
@@ -411,7 +411,7 @@ class Monitor:
 
 
 class _Clock:
-    """Adds up what the parts of a measurement take."""
+    """Adds up the seconds of each part of a measurement."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

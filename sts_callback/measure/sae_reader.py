@@ -1,4 +1,4 @@
-"""Where an SAE reads, which tokens it counts there, and how well it fits."""
+"""An SAE at its hook point: which tokens count there, and how well the SAE fits."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from sts_callback.metrics.sums import is_not_outlier
 from sts_callback.model.hooks import HookPoint
 from sts_callback.model.sae import SaeEncoder
 
-# Activations encoded at once: few enough for memory that is used again and again, enough tokens for a fast matrix product.
+# Activations that are encoded at once: few enough to reuse the same memory, enough for a fast matrix product.
 _CHUNK_ELEMENTS, _FEWEST_TOKENS = 2**22, 256
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the untuned model's activations look like; thresholds of later visits hang on it."""
+    """Norms of the untuned model's activations. Thresholds of later checks depend on them."""
 
     median_norm: float
     """Median activation norm of query tokens at the hook point."""
     mean_norm: float
-    """Mean activation norm of those among them that are no outliers."""
+    """Mean activation norm of the query tokens that are no outliers."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well an SAE fits the activations that it reads, over query tokens that are no outliers."""
+    """How well an SAE fits the activations of query tokens that are no outliers."""
 
     n_tokens: int
     fvu: float
-    """Fraction of their variance that the reconstruction leaves (FVU); NaN for a transcoder."""
+    """Fraction of variance unexplained (FVU). NaN for a transcoder."""
     l0: float
-    """Active features a token."""
+    """Active features per token (L0)."""
     dead_fraction: float
-    """Share of the features that no token activates."""
+    """Share of features that no token activates."""
 
 
 class SAEReader:
-    """An SAE, where it reads, and what is usual there, after `calibrate` or `adopt`."""
+    """An SAE, its hook point and, after `calibrate` or `adopt`, the reference norms there."""
 
     def __init__(self, encoder: SaeEncoder, point: HookPoint, max_norm_multiple: float) -> None:
         self.encoder, self.point = encoder, point
@@ -48,7 +48,7 @@ class SAEReader:
         self._max_norm_multiple = max_norm_multiple
 
     def calibrate(self, x: torch.Tensor) -> Fit:
-        """Set the reference and see how the SAE fits.
+        """Set the reference and measure how the SAE fits.
 
         Args:
             x: a sample of activations at the hook point, `(n_tokens, d_in)`.
@@ -73,30 +73,30 @@ class SAEReader:
         return self._fit(x)
 
     def adopt(self, reference: Reference) -> None:
-        """Take the reference of an earlier visit."""
+        """Use the reference of an earlier session."""
         self.reference = reference
         if self.encoder.needs_scale:
             self.encoder = self.encoder.scaled(reference.mean_norm)
 
     def fvu(self, x: torch.Tensor) -> float:
-        """Fraction of variance that the SAE would leave of activations from anywhere, `(n_tokens, d_in)`, without their sinks."""
+        """Fraction of variance unexplained (FVU) of any activations, `(n_tokens, d_in)`, without attention sinks."""
         return self._fit(self._without_sinks(x.float())[0]).fvu
 
     def not_outlier(self, x: torch.Tensor) -> torch.Tensor:
-        """Which of `(n_tokens, d_in)` are no attention sinks by what is usual at step 0, `(n_tokens,)` booleans."""
+        """Mark the tokens of `(n_tokens, d_in)` that are no attention sinks by the norms of step 0, `(n_tokens,)` booleans."""
         return self._is_below(x, self.reference.median_norm)
 
     def not_outlier_now(self, x: torch.Tensor) -> torch.Tensor:
-        """The same after training, which may rescale the whole stream: sinks are what stands out from what is usual now."""
+        """The same after training, by current norms: training may rescale the whole residual stream."""
         return self._is_below(x, max(self.reference.median_norm, x.float().norm(dim=1).median().item()))
 
     def chunks(self, n_tokens: int) -> Iterator[slice]:
-        """Slices of tokens that are encoded at once."""
+        """Slices of tokens to encode at once."""
         size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // self.encoder.d_sae)
         return (slice(start, start + size) for start in range(0, n_tokens, size))
 
     def _without_sinks(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Of a sample of tokens those that are no outliers, by its own median norm, and that norm."""
+        """Drop the outliers of a sample of tokens by its own median norm. Returns that norm too."""
         median_norm = x.norm(dim=1).median().item()
         return x[self._is_below(x, median_norm)], median_norm
 

@@ -1,4 +1,4 @@
-"""Top activating examples: where in the user's own texts a feature is most active."""
+"""Top activating examples: the places in the user's texts where a feature is most active."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 N_SNIPPETS = 3
-"""Snippets of each set, no two from one query."""
-_N_BEFORE, _N_AFTER = 12, 6  # tokens shown around the active one
+"""Snippets from each set, at most one from a query."""
+_N_BEFORE, _N_AFTER = 12, 6  # tokens shown before and after the active one
 
 
 def top_activating_examples(
@@ -26,14 +26,14 @@ def top_activating_examples(
     tokenizer: PreTrainedTokenizerBase,
     neuronpedia_id: str | None,
 ) -> tuple[TopActivatingExamples, ...]:
-    """Look features up in the texts that were measured, before training; no further forward is run.
+    """Find examples of features in the texts that were measured at step 0. No forward is run.
 
     Args:
-        features: indices with the share of the shift or drift that each holds.
-        sets: the training data and all domains.
-        step_zero: of each, by name.
-        tokenizer: for reading tokens as text.
-        neuronpedia_id: `model/source`, if the SAE is explained there.
+        features: feature indices, each with its share of the shift or drift.
+        sets: the probes of the training data and of all domains.
+        step_zero: stats of each set at step 0, by name.
+        tokenizer: decodes tokens.
+        neuronpedia_id: the SAE's id on Neuronpedia, `model/source`, if it has one.
 
     """
     snippets = {s.name: _strongest(s, step_zero[s.name], [j for j, _ in features], tokenizer) for s in sets}
@@ -51,7 +51,7 @@ def top_activating_examples(
 def _strongest(
     probes: ProbeSet, step_zero: StepZero, features: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, tuple[Snippet, ...]]:
-    """Per feature, where it is most active in one set, the strongest first."""
+    """The places in one set where each feature is most active, the strongest first."""
     places = [(i, column) for i, q in enumerate(probes.queries) for column, counts in enumerate(q.counts) if counts]
     counted = step_zero.counted.nonzero()[:, 0].tolist()
     acts = step_zero.acts
@@ -72,13 +72,13 @@ def _strongest(
 
 
 def snippet(tokens: tuple[int, ...], column: int, activation: float, tokenizer: PreTrainedTokenizerBase) -> Snippet:
-    """A token of a text with what stands around it.
+    """Make a snippet of a token and the tokens around it.
 
     Args:
-        tokens: of the text.
-        column: which of them activates.
-        activation: how strongly.
-        tokenizer: for reading tokens as text.
+        tokens: tokens of the text.
+        column: index of the active token.
+        activation: the activation at this token.
+        tokenizer: decodes tokens.
 
     """
     before, after = tokens[max(0, column - _N_BEFORE) : column], tokens[column + 1 : column + 1 + _N_AFTER]

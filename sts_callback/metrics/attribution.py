@@ -1,4 +1,4 @@
-"""Training rows by how far they activate what a domain activates, and which of them stand out."""
+"""Score training rows by how much they activate the features of a domain, and find those that stand out."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import torch
 from scipy import stats
 
 MANY_DEVIATIONS = 4.0
-"""Our choice: of rows with normally distributed scores, one in 30,000 lies as far above the median."""
+"""Our choice: if scores are normally distributed, one row in 30,000 is as far above the median."""
 LEAST_SCORE = 0.1
-"""A row stands out only if it departs from an average row in the domain's direction at all, however alike the others are: our
+"""A row stands out only if it differs clearly from an average row in the domain's direction, however similar the others are. Our
 choice."""
 LEAST_LIKENESS = 0.5
-"""A row stands out only if it scores at least this share of what the domain's own texts do: a word of the domain's in a row of
-another kind is not enough. Our choice."""
+"""A row stands out only if its score is at least this share of that of the domain's own texts: one word from the domain in a row
+of another kind is not enough. Our choice."""
 
 
 def roots(activity: torch.Tensor) -> torch.Tensor:
-    """Square roots of activations, in float64; one below zero, which few kinds of SAE have, counts as none."""
+    """Square roots of activations, in float64. Negative activations, which few kinds of SAE have, count as 0."""
     return activity.double().clamp_min(0).sqrt()
 
 
 def contributions(mean_activity: torch.Tensor, domain_activity: torch.Tensor, average: torch.Tensor) -> torch.Tensor:
-    """What each feature adds to the score of each text.
+    """Compute what each feature adds to the score of each text.
 
-    A score, the sum of a text's contributions, is the cosine between how the text and how the domain depart from an average
-    row, in square roots of activations: so no few features that are strong everywhere decide.
+    The score of a text is the sum of its contributions. It is the cosine between two differences from an average row, that of the
+    text and that of the domain. Square roots of activations keep a few strong features from deciding alone.
 
     Args:
         mean_activity: mean activation of each feature over each text's own tokens, `(n_texts, n_features)`.
-        domain_activity: the same over all tokens of the domain, `(n_features,)`.
-        average: the mean over all training rows of the `roots` of theirs, `(n_features,)`.
+        domain_activity: mean activation of each feature over all tokens of the domain, `(n_features,)`.
+        average: mean of `roots` over all training rows, `(n_features,)`.
 
     Returns:
-        `(n_texts, n_features)`, float64, whose sums are in [-1, 1]: 1 as the domain, 0 as an average row. NaN if the domain does
-        not depart from an average row.
+        `(n_texts, n_features)`, float64. Sums over features are in [-1, 1]: 1 is like the domain, 0 like an average row. NaN if
+        the domain does not differ from an average row.
 
     """
     texts, domain = (roots(activity) - average for activity in (mean_activity, domain_activity))
@@ -42,14 +42,14 @@ def contributions(mean_activity: torch.Tensor, domain_activity: torch.Tensor, av
 
 
 def limit_of_scores(scores: torch.Tensor, own_score: float) -> float:
-    """Above which score a row stands out.
+    """Compute the score above which a row stands out.
 
     Args:
-        scores: of all rows, `(n_rows,)`.
-        own_score: what the domain's own texts have.
+        scores: scores of all rows, `(n_rows,)`.
+        own_score: score of the domain's own texts.
 
     Returns:
-        The median plus `MANY_DEVIATIONS` median absolute deviations, each scaled to be the standard deviation of a normal
+        The median plus `MANY_DEVIATIONS` median absolute deviations, scaled to the standard deviation of a normal
         distribution; at least `LEAST_SCORE`, and at least `LEAST_LIKENESS` of the domain's own score.
 
     Source: F. R. Hampel, The influence curve and its role in robust estimation, JASA 69, 1974.

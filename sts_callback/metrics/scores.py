@@ -1,7 +1,7 @@
-"""Transferability scores: which features shift, and how much of a domain lives on them.
+"""Transferability scores: which features shift, and how much a domain uses them.
 
-All take means over tokens (`metrics.sums.token_mean`) and return Python floats. Symbols are those of Zhang et al., ICLR 2026,
-arXiv 2603.02908, sections 3.2 and 4.1.
+Functions take means over tokens (`metrics.sums.token_mean`) and return Python floats. Symbols are those of Zhang et al., ICLR
+2026, arXiv 2603.02908, sections 3.2 and 4.1.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 N_SETS = 30
-"""Random sets behind a null: their mean is then known to a fifth of their spread."""
-_N_NEAREST = 20  # candidates for each place in a set
+"""Number of random sets for a null: it gives their mean to a fifth of their spread."""
+_N_NEAREST = 20  # candidates to replace each feature of a set
 
 
 def shifted_features(mean_shift: torch.Tensor, n_features: int) -> tuple[int, ...]:
-    """The features with the largest mean squared shift: D_N.
+    """Select the features with the largest mean squared shift: D_N.
 
     Args:
-        mean_shift: mean over tokens of (activation with context - without)^2, or of drift, `(d_sae,)`.
-        n_features: N. Features that do not shift at all are left out, so fewer may be returned.
+        mean_shift: mean over tokens of (activation with context - without)^2, or of squared drift, `(d_sae,)`.
+        n_features: N. Features that do not shift are left out, so fewer may be returned.
 
     Returns:
         Feature indices, largest shift first.
@@ -64,16 +64,17 @@ def shift_score(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
 
 
 def shift_share(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
-    """The share of a shift that falls on the shifted features.
+    """The share of a shift that is on the shifted features.
 
-    STS_rel with the shift that the domain's own demonstrations cause; STS_cross with the one that the training data's cause.
+    It is STS_rel for the shift that the domain's own demonstrations cause, and STS_cross for the shift that the training
+    demonstrations cause.
 
     Args:
         mean_shift: `(d_sae,)`.
         features: D_N.
 
     Returns:
-        In [0, 1]; NaN where nothing shifts.
+        In [0, 1]; NaN if nothing shifts.
 
     """
     total = float(mean_shift.sum())
@@ -81,15 +82,15 @@ def shift_share(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
 
 
 def net_share(mean_shift: torch.Tensor, filler_shift: torch.Tensor, features: tuple[int, ...]) -> float:
-    """STS_net: what the training demonstrations shift on the shifted features beyond plain prose, as a share of all they shift.
+    """STS_net: shift by training demonstrations less shift by plain prose, on the shifted features, over all of the former.
 
     Args:
         mean_shift: mean squared shift that the training demonstrations cause, `(d_sae,)`.
-        filler_shift: the same by plain prose of equal length, `(d_sae,)`.
+        filler_shift: mean squared shift that plain prose of equal length causes, `(d_sae,)`.
         features: D_N.
 
     Returns:
-        At most 1, below 0 where plain prose shifts more; NaN where nothing shifts.
+        At most 1; below 0 if plain prose shifts more; NaN if nothing shifts.
 
     """
     total = float(mean_shift.sum())
@@ -97,28 +98,30 @@ def net_share(mean_shift: torch.Tensor, filler_shift: torch.Tensor, features: tu
 
 
 def n_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many features two sets share."""
+    """Number of features that two sets share."""
     return len(set(one) & set(other))
 
 
 def matched_sets(activity: torch.Tensor, features: tuple[int, ...], *, n_sets: int = N_SETS, seed: int = 0) -> torch.Tensor:
-    """Draw sets of other features with like activity.
+    """Draw random sets of other features with similar activity.
 
-    In place of each feature stands one of those nearest to it in the order of activity. Where the features are the most active of
-    all, the sets are made of the next most active.
+    Each feature is replaced by one of those nearest to it in the order of activity. If the features are the most active of all,
+    the sets consist of the next most active ones.
 
     Args:
         activity: mean activation of each feature, `(d_sae,)`.
-        features: the set that is to be matched; at most half of all.
-        n_sets: how many.
-        seed: of the draws.
+        features: the set to match; at most half of all features.
+        n_sets: number of sets.
+        seed: seed of the draws.
 
     Returns:
-        Feature indices, `(n_sets, len(features))`, none of them in `features`, none twice in a set.
+        Feature indices, `(n_sets, len(features))`. None is in `features`, and none is twice in a set.
 
     """
     level = activity.double().numpy()
-    others = np.setdiff1d(np.argsort(level, kind="stable"), features, assume_unique=True)  # keeps the order of activity
+    others = np.setdiff1d(
+        np.argsort(level, kind="stable"), features, assume_unique=True
+    )  # keeps features in the order of activity
     generator = np.random.default_rng(seed)
     sets = np.empty((n_sets, len(features)), dtype=np.int64)
     for one in sets:
@@ -133,11 +136,11 @@ def matched_sets(activity: torch.Tensor, features: tuple[int, ...], *, n_sets: i
 
 
 def mean_over_sets(values: torch.Tensor, sets: torch.Tensor) -> float:
-    """Mean over random sets of the sum of a value over each, in the value's unit.
+    """Sum a value over each random set and return the mean of the sums, in the value's unit.
 
     Args:
-        values: per feature, `(d_sae,)`.
-        sets: from `matched_sets`.
+        values: one value per feature, `(d_sae,)`.
+        sets: sets from `matched_sets`.
 
     """
     return float(values[sets].sum(dim=1).mean())

@@ -1,4 +1,4 @@
-"""What is kept of a stream of tokens: which of them count, sums per query, and sparse activations and sketches of step 0."""
+"""Reduce a stream of tokens: which tokens count, sums per query, and sparse activations and sketches of step 0."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 import torch
 
 SKETCH_WIDTH = 64
-"""Numbers a vector is kept as; its squared length is then known to sqrt(2 / 64), 18 %, that of a sum over many to less."""
-_SEED = 20260302  # any, but always the same: a resumed run projects as the first session did
+"""Length of a sketch. It gives the squared length of one vector to sqrt(2 / 64), 18 %, and of a sum of many more exactly."""
+_SEED = 20260302  # any seed, but always the same: a resumed run must project as the first session did
 
 
 def is_not_outlier(norms: torch.Tensor, median_norm: float, multiple: float) -> torch.Tensor:
-    """Tell tokens of content from attention sinks by the norm of their residual stream.
+    """Mark the tokens that are no attention sinks, by the norm of their residual stream.
 
-    About 1 % of tokens carry massive activations, 5 to 100 times the median norm, that hold no content. With them in, every text
+    About 1 % of tokens have massive activations, 5 to 100 times the median norm, without content. If they count, every text
     shifts the same features and the score is noise.
 
     Args:
         norms: Euclidean norms of the activations at the hook point, `(n_tokens,)`.
-        median_norm: median norm over a reference sample of the same model and hook point.
-        multiple: tokens count if their norm is below this multiple of the median.
+        median_norm: median norm of a reference sample at the same hook point of the same model.
+        multiple: a token counts if its norm is below this multiple of the median.
 
     Returns:
-        `(n_tokens,)` booleans, true where the token counts.
+        `(n_tokens,)` booleans, true if the token counts.
 
     """
     return norms < multiple * median_norm
 
 
 class QuerySums:
-    """Adds up rows of tokens by the query they belong to, on their device; only reading it out waits for a GPU."""
+    """Adds up token rows by query, on their device. Only reading the sums waits for a GPU."""
 
     def __init__(self, n_queries: int, n_columns: int, device: torch.device) -> None:
         self._sums = torch.zeros(n_queries, n_columns, device=device)
@@ -52,11 +52,11 @@ class QuerySums:
 
 
 def token_mean(sums: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
-    """Mean over all tokens of all queries; NaN where no token counts.
+    """Mean over all tokens of all queries. NaN if no token counts.
 
     Args:
-        sums: per query, `(n_queries, n_columns)` or `(n_queries,)`.
-        n_tokens: tokens of each query, `(n_queries,)`.
+        sums: sums of each query, `(n_queries, n_columns)` or `(n_queries,)`.
+        n_tokens: number of tokens of each query, `(n_queries,)`.
 
     Returns:
         `(n_columns,)` or a scalar, float64.
@@ -70,7 +70,7 @@ class SparseActs:
     """Non-zero feature activations of a sequence of tokens."""
 
     n_active: torch.Tensor
-    """Active features of each token, `(n_tokens,)`, int32."""
+    """Number of active features of each token, `(n_tokens,)`, int32."""
     features: torch.Tensor
     """Their indices, token by token, `(n_nonzero,)`, int32."""
     values: torch.Tensor
@@ -78,14 +78,14 @@ class SparseActs:
 
     @classmethod
     def of(cls, acts: torch.Tensor) -> SparseActs:
-        """Keep what is not zero of `(n_tokens, d_sae)`, on the CPU."""
+        """Keep the non-zero entries of `(n_tokens, d_sae)`, on the CPU."""
         rows, features = acts.nonzero(as_tuple=True)
         n_active = torch.bincount(rows, minlength=len(acts))
         return cls(n_active.int().cpu(), features.int().cpu(), acts[rows, features].float().cpu())
 
     @classmethod
     def cat(cls, parts: list[SparseActs]) -> SparseActs:
-        """Tokens of several parts, in order; none of no parts."""
+        """Join several parts in order. Without parts there are no tokens."""
         if not parts:
             return cls(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
         return cls(
@@ -95,7 +95,7 @@ class SparseActs:
         )
 
     def dense(self, start: int, stop: int, d_sae: int, device: torch.device) -> torch.Tensor:
-        """Tokens `start` to `stop` as `(stop - start, d_sae)`, float32."""
+        """Tokens `start` to `stop` as a dense tensor, `(stop - start, d_sae)`, float32."""
         ends = self.n_active.long().cumsum(0)
         first = int(ends[start - 1]) if start else 0
         last = int(ends[stop - 1]) if stop else 0
@@ -106,14 +106,14 @@ class SparseActs:
 
 
 def sketch(x: torch.Tensor) -> torch.Tensor:
-    """Project vectors so that squared distances are kept in expectation.
+    """Project vectors to fewer dimensions. Squared distances are kept in expectation.
 
     Args:
         x: `(n_tokens, d)`.
 
     Returns:
-        `(n_tokens, SKETCH_WIDTH)`, float32, on the same device. Equal vectors have equal sketches; the sketch of a difference is
-        the difference of the sketches.
+        `(n_tokens, SKETCH_WIDTH)`, float32, on the same device. Equal vectors have equal sketches. The sketch of a difference
+        is the difference of the sketches.
 
     Source: W. B. Johnson and J. Lindenstrauss, 1984; here with Gaussian entries.
 

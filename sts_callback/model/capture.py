@@ -1,8 +1,8 @@
 """Run a model up to its hook points.
 
 The forward stops at the deepest hook point (no upper layers, no head, no logits) unless logits are asked for or the model is
-sharded, where an early stop would leave collective state behind. Keys and values of a shared prefix are computed once and forked,
-without copies, for every batch of suffixes.
+sharded: there an early stop would leave collective state behind. The keys and values of a shared prefix are computed once. Each
+batch of suffixes uses them without a copy.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ class _Captured(Exception):  # noqa: N818  # not an error: it ends a forward who
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over processes (FSDP, ZeRO-3, tensor parallel), where only whole forwards are safe."""
+    """Whether parameters are spread over processes (FSDP, ZeRO-3, tensor parallel). Only whole forwards are safe there."""
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()) or any(
         hasattr(m, "_fsdp_wrapped_module") for m in model.modules()
     )
 
 
 def may_differ(model: nn.Module) -> bool:
-    """Whether each process may run a batch of its own: not where all compute parts of one (tensor parallelism)."""
+    """Whether each process may run its own batch. It may not where all processes compute one batch (tensor parallelism)."""
     if (getattr(model, "tp_size", None) or 1) > 1 or getattr(model, "ds_autotp_parsed", False):  # transformers' and DeepSpeed's
         return False
     meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
     if not meshes:
         return True
-    from torch.distributed.fsdp import FSDPModule  # not there in a torch without distributed
+    from torch.distributed.fsdp import FSDPModule  # missing if torch is built without distributed
 
     return any(isinstance(module, FSDPModule) for module in model.modules()) and all(mesh.ndim == 1 for mesh in meshes)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens that stand before every suffix of a batch, with their keys and values where the model can keep them."""
+    """Tokens before every suffix of a batch, with their keys and values if the model can keep them."""
 
     token_ids: tuple[int, ...]
     cache: DynamicCache | None
 
     def fork(self, n_rows: int) -> DynamicCache:
-        """A cache for one batch of `n_rows` suffixes: expanded views of the same keys and values, to which nothing is added."""
+        """Make a cache for one batch of `n_rows` suffixes. It holds expanded views of the prefix, to which nothing is added."""
         assert self.cache is not None
         fork = _Fork()
         fork.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in fork.layers:
-            assert isinstance(layer, DynamicLayer)  # `Capture.prefix` keeps no other kind
-            if layer.keys is not None and layer.values is not None:  # layers above the hook point hold none
+            assert isinstance(layer, DynamicLayer)  # `Capture.prefix` keeps only this kind
+            if layer.keys is not None and layer.values is not None:  # layers above the hook point have none
                 layer.keys = layer.keys.expand(n_rows, -1, -1, -1)
                 layer.values = layer.values.expand(n_rows, -1, -1, -1)
         return fork
 
 
 class _Fork(DynamicCache):
-    """Forgets each layer's keys and values of the suffixes as soon as it has handed them out: no other forward will ask for them.
+    """Drops a layer's suffix keys and values once they are returned: no other forward needs them.
 
-    Prefix and suffixes of all rows are then together in memory for one layer at a time, not for all of them.
+    So only one layer at a time holds prefix and suffixes of all rows in memory.
     """
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -81,24 +81,24 @@ class _Fork(DynamicCache):
 
 @dataclass(frozen=True)
 class Captured:
-    """What one forward left: hook-point tensors and, if asked for, logits."""
+    """Result of one forward: the tensors at the hook points and, if asked for, logits."""
 
     activations: dict[str, torch.Tensor]
     """Per hook name, `(n_rows, n_suffix, d)` in the model's dtype."""
     logits: torch.Tensor | None
-    """`(n_selected, vocab)` at the selected positions, row by row."""
+    """Logits at the selected positions, row by row, `(n_selected, vocab)`."""
 
 
 @dataclass(frozen=True)
 class Differentiated:
-    """What one forward and one backward left."""
+    """Result of one forward and one backward."""
 
     activations: dict[str, torch.Tensor]
     """Per hook name, `(n_rows, n_suffix, d)` in the model's dtype."""
     gradients: dict[str, torch.Tensor]
-    """Of the loss with respect to these."""
+    """Gradients of the loss with respect to these activations."""
     losses: torch.Tensor
-    """As the loss function gave them."""
+    """Values that the loss function returned."""
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,21 @@ class _Inputs:
     cache: DynamicCache | None
     select: torch.Tensor | None
     n_suffix: int
-    """Positions of the suffixes, the last ones: before them stand a prefix that has no cache, and what a wrapper adds (PEFT's
+    """Number of suffix positions, the last ones. Before them come a prefix without a cache and what a wrapper adds (PEFT's
     virtual tokens)."""
 
     @property
     def columns(self) -> torch.Tensor:
-        """Places of the logits to compute, counted from the end: all that any row wants, or just the last.
+        """Positions whose logits are computed, counted from the end: all that any row needs, or only the last.
 
-        A mask of rows and columns would compute fewer, but transformers takes one only from 5.21 on, and Liger never.
+        A mask of rows and columns would compute fewer, but transformers takes one only since 5.21, and Liger never.
         """
         if self.select is None:
             return torch.tensor([-1])  # the integer 1 would drop hidden states in Gemma 4's shared layers
         return self.select.any(dim=0).nonzero()[:, 0] - self.n_suffix
 
     def logits(self, out: Any) -> torch.Tensor:
-        """Those at the selected positions, row by row, of a forward that may not have been able to compute them alone."""
+        """Select the logits at the selected positions, row by row. Some forwards compute the logits of all positions."""
         assert self.select is not None
         logits: torch.Tensor = out.logits
         if logits.shape[1] != len(self.columns):
@@ -132,24 +132,26 @@ class _Inputs:
         return logits[self.select[:, self.columns]]
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """What a hook point gave, `(n_rows, n_suffix, d)`; OPT flattens rows and tokens before its MLP."""
+        """Select the suffix positions of a tensor, `(n_rows, n_suffix, d)`. OPT flattens rows and tokens before its MLP."""
         if x.dim() == 2:
             x = x.reshape(len(self.ids), -1, x.shape[-1])
-        return x[:, -self.n_suffix :] if x.shape[1] >= self.ids.shape[1] else x  # fewer positions than tokens are not theirs
+        return (
+            x[:, -self.n_suffix :] if x.shape[1] >= self.ids.shape[1] else x
+        )  # with fewer positions than tokens these are not the suffixes'
 
 
 class Capture:
-    """Reads hook points of one model. Use it inside `undisturbed(model)`."""
+    """Reads the hook points of one model. Use it inside `undisturbed(model)`."""
 
     def __init__(self, model: nn.Module, points: Sequence[HookPoint], ranks: Ranks | None = None) -> None:
         self.model, self._ranks = model, ranks or Ranks()
         self.points = tuple(points)
         self.may_stop = not is_sharded(model)
-        """Whether a forward may end early; if not, only whole ones are safe, and no backward."""
+        """Whether a forward may end early. If not, only whole forwards are safe, and no backward."""
         self.device = next(model.parameters()).device
-        """Where batches go."""
+        """Device of the batches."""
         self.may_cache = True
-        """Whether `prefix` may keep anything; the self-test finds out."""
+        """Whether `prefix` may keep keys and values. The self-test decides."""
         self._takes_selection = _takes_selection(model)
 
     def prefix(self, token_ids: Sequence[int], *, whole: bool) -> Prefix:
@@ -157,7 +159,7 @@ class Capture:
 
         Args:
             token_ids: the prefix, `(n_prefix,)`; may be empty.
-            whole: keep them for all layers, as suffixes that want logits need; else only up to the deepest hook point.
+            whole: keep those of all layers, which suffixes need whose logits are wanted; else only up to the deepest hook point.
 
         """
         ids = tuple(token_ids)
@@ -165,7 +167,7 @@ class Capture:
             return Prefix(ids, None)
         cache = DynamicCache(config=text_config(self.model))  # type: ignore[arg-type]
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-            return Prefix(ids, None)  # recurrent or chunked state cannot be forked by expanding
+            return Prefix(ids, None)  # recurrent or chunked state cannot be shared by expanding it
         row = torch.tensor([ids], device=self.device)
         self._forward(_Inputs(row, torch.ones_like(row), cache, None, len(ids)), whole=whole)
         return Prefix(ids, cache if cache.get_seq_length() == len(ids) else None)
@@ -178,7 +180,7 @@ class Capture:
         Args:
             suffixes: token ids of each row, not padded.
             prefix: from `prefix`, with `whole=True` if `select` is given.
-            select: `(n_rows, n_suffix)` booleans on the CPU, the positions whose logits are wanted.
+            select: the positions whose logits are wanted, `(n_rows, n_suffix)` booleans on the CPU.
             whole: run all layers, even if no logits are wanted.
 
         """
@@ -194,13 +196,13 @@ class Capture:
         select: torch.Tensor,
         loss: Callable[[torch.Tensor], torch.Tensor],
     ) -> Differentiated:
-        """One forward, and one backward from a loss down to the lowest hook point; no gradient of a weight is made.
+        """Run one forward, and one backward from a loss to the lowest hook point. No weight gets a gradient.
 
         Args:
             suffixes: as for `run`.
-            prefix: as for `run`; a constant, nothing flows into it.
+            prefix: as for `run`; no gradient flows into it.
             select: as for `run`.
-            loss: of the logits at the selected positions, `(n_selected, vocab)`; the gradient is that of its sum.
+            loss: function of the logits at the selected positions, `(n_selected, vocab)`; its sum is differentiated.
 
         """
         inputs, found, handles = self._inputs(suffixes, prefix, select), dict[str, torch.Tensor](), []
@@ -208,11 +210,11 @@ class Capture:
         def cutting(point: HookPoint) -> Callable[..., Any]:
             def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
                 x = _tensor_at(point, args, kwargs, *output)
-                if torch.is_grad_enabled():  # a lower hook point has been passed
+                if torch.is_grad_enabled():  # a lower hook point came before
                     found[point.name] = x
                     return None
                 leaf = found[point.name] = x.detach().requires_grad_()
-                torch.set_grad_enabled(True)  # from here up; below, weights that train would record a graph nobody needs
+                torch.set_grad_enabled(True)  # from here up; below, trainable weights would record a graph that nobody needs
                 if point.side == "output":
                     return leaf if isinstance(output[0], torch.Tensor) else type(output[0])((leaf, *output[0][1:]))
                 return ((leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf})
@@ -236,14 +238,14 @@ class Capture:
         )
 
     def can_move(self, name: str, suffix: Sequence[int]) -> bool:
-        """Whether training changes what a hook point reads: whether a weight that takes part in it requires a gradient.
+        """Whether training can change a hook point: whether a weight below it requires a gradient.
 
         Args:
-            name: of the hook point.
+            name: name of the hook point.
             suffix: token ids of any text.
 
         """
-        if not self.may_stop:  # a forward with gradients would leave a sharded model waiting for its backward
+        if not self.may_stop:  # after a forward with gradients a sharded model would wait for a backward
             return any(p.requires_grad for p in self.model.parameters())
         with torch.enable_grad():
             found = self._forward(self._inputs([suffix], Prefix((), None), None), whole=False)
@@ -264,7 +266,7 @@ class Capture:
         return _Inputs(ids.to(self.device), mask.to(self.device), cache, select, n_suffix)
 
     def _arguments(self, inputs: _Inputs) -> dict[str, Any]:
-        """What the model is called with."""
+        """Arguments for the model's forward."""
         arguments: dict[str, Any] = {
             "input_ids": inputs.ids,
             "attention_mask": inputs.mask,
@@ -276,7 +278,7 @@ class Capture:
         return arguments
 
     def _forward(self, inputs: _Inputs, *, whole: bool) -> Captured:
-        if not self.may_stop:  # the forward needs all processes: one that has failed says so before it, or the others wait in it
+        if not self.may_stop:  # all processes must run it: one that has failed says so first, or the others hang
             self._ranks.together(lambda: None)
         activations: dict[str, torch.Tensor] = {}
         stop = self.may_stop and not whole
@@ -295,14 +297,14 @@ class Capture:
 
 
 def _hooked(point: HookPoint, hook: Callable[..., Any]) -> RemovableHandle:
-    """Put a forward (pre-)hook where a point is."""
+    """Register a forward (pre-)hook at a hook point."""
     if point.side == "input":
         return point.module.register_forward_pre_hook(hook, with_kwargs=True)
     return point.module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> Callable[..., None]:
-    """A forward (pre-)hook that stores the point's tensor and ends the forward once `n_wanted` are there (0: never)."""
+    """Make a hook that stores the point's tensor and ends the forward once `n_wanted` are stored (0: never)."""
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
         if point.name in into:
@@ -330,7 +332,7 @@ def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def _has_parameter(node: Any) -> bool:
-    """Whether a graph of autograd ends in a parameter; gradient checkpointing lets inputs require gradients, too."""
+    """Whether a graph of autograd contains a parameter. With gradient checkpointing, inputs require gradients too."""
     waiting, seen = [node], {None}
     while waiting:
         node = waiting.pop()
@@ -343,5 +345,5 @@ def _has_parameter(node: Any) -> bool:
 
 
 def _takes_selection(model: nn.Module) -> bool:
-    """Whether the language model, under whatever wrappers, computes logits at chosen positions only."""
+    """Whether the language model can compute logits at chosen positions only, whatever wraps it."""
     return any("logits_to_keep" in inspect.signature(type(module).forward).parameters for module in model.modules())

@@ -1,4 +1,4 @@
-"""A fingerprint of a model's weights, by which another model of the same shape is known from it."""
+"""A fingerprint of a model's weights, which tells models of the same shape apart."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from torch import nn
 from sts_callback.errors import ModelError
 
 _CHUNK = 2**20
-"""Weights summed at a time; the sum does not depend on it."""
+"""Number of weights that are summed at a time. The sum does not depend on it."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model computes with, beside its configuration."""
+    """Identifies the weights of a model."""
 
     fingerprint: str
-    """SHA-256 over all weights; the same for weights that are held in a wider dtype than they were saved in."""
+    """SHA-256 over all weights. It stays the same if weights are loaded in a wider dtype."""
     dtype: str
-    """Of the first parameter, such as `torch.float32`."""
+    """Dtype of the first parameter, such as `torch.float32`."""
 
 
 def weights_of(model: nn.Module) -> Weights:
     """Fingerprint all weights of a model that is whole on this process.
 
-    Of each tensor, the bits of all elements as float32 are summed as integers, each times an odd number of its place. Such a
-    sum is exact on every device and in any order. It changes when any one element does, by however little, and reads a tensor
-    once: seconds, where a forecast takes minutes. Of quantised weights, the packed tensors are summed.
+    For each tensor, the bits of all elements in float32 are taken as integers, multiplied by an odd number that depends on the
+    position, and added up. The sum is exact on every device and in any order. Any change of one element changes it. It reads each
+    tensor once, which takes seconds. For quantised weights, the packed tensors are summed.
 
     Args:
-        model: with parameters and saved buffers; not altered.
+        model: the model; not altered. Parameters and saved buffers count.
 
     Raises:
-        ModelError: if a weight is not whole here, or cannot be read.
+        ModelError: if a weight is not whole on this process or cannot be read.
 
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):  # quantised models keep other things there too
+        if not isinstance(tensor, torch.Tensor):  # quantised models store other things here too
             continue
         if tensor.is_meta or hasattr(tensor, "device_mesh"):
             raise ModelError(f"model: {name} is not whole on this process; load the model without sharding or offloading.")
@@ -57,7 +57,7 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Plain tensors that a tensor is made of: itself, or what a subclass packs (values, scales, zero points)."""
+    """Yield the plain tensors that make up a tensor: itself, or what a subclass packs (values, scales, zero points)."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
@@ -67,12 +67,12 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    """Modulo 2 to the 64th; an odd factor keeps the change of one element from vanishing there."""
+    """Weighted sum modulo 2 to the 64th. As the factors are odd, the change of one element cannot vanish."""
     flat = tensor.detach().reshape(-1)
     factors = torch.arange(1, 2 * min(_CHUNK, flat.numel()) + 1, 2, device=flat.device)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for number, chunk in enumerate(torch.split(flat, _CHUNK)):
-        # Packed integers use all their bits, of which float32 would keep 24.
+        # Packed integers use all their bits; float32 would keep only 24.
         bits = chunk.to(torch.float32).view(torch.int32) if chunk.is_floating_point() else chunk
         total += (bits.to(torch.int64) * (factors[: len(bits)] + 2 * _CHUNK * number)).sum()
     return int(total)

@@ -1,8 +1,8 @@
-"""Where a hook name points to in a Hugging Face model.
+"""Find the module that a hook name means in a Hugging Face model.
 
 SAEs name their hook point in TransformerLens words (`blocks.12.hook_resid_post`) or by a Hugging Face module path
-(`model.layers.12.output`). Both are resolved by structure, not by architecture name, so that PEFT, DDP and compiled wrappers
-and text towers nested in multimodal models are seen through.
+(`model.layers.12.output`). Both are resolved by structure, not by the name of the architecture, so PEFT, DDP and compiled
+wrappers and the text towers of multimodal models work.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class HookPoint:
     """One tensor inside a model: the first input or the output of one module."""
 
     name: str
-    """The name it was asked for by."""
+    """Its name, as the caller gave it."""
     module: nn.Module
     """The module to hook."""
     side: Side
-    """Which of its tensors is meant."""
+    """Which tensor of the module."""
     layer: int
-    """Index of the decoder layer it lies in."""
+    """Index of its decoder layer."""
 
 
 @dataclass(frozen=True)
 class _Site:
-    """Where a TransformerLens hook lies inside a decoder layer, valid only if the layer has a module named `beside`."""
+    """Where a TransformerLens hook is inside a decoder layer. Valid only if the layer has a module named `beside`."""
 
     path: str
     side: Side
@@ -43,7 +43,7 @@ class _Site:
 
 
 # Hidden-state equality of each site with TransformerLens was measured on random models of ten architectures
-# (relative error <= 6e-7). The first site whose modules exist is taken. Gemma 2 and 3, OLMo 2 and 3 and EXAONE 4 norm a block's
+# (relative error <= 6e-7). The first site whose modules exist is used. Gemma 2 and 3, OLMo 2 and 3 and EXAONE 4 norm a block's
 # output before adding it, so there `post_attention_layernorm` is an output norm; `post_feedforward_layernorm` tells them apart.
 # GLM-4 does so too, under names of its own.
 _SITES: dict[str, tuple[_Site, ...]] = {
@@ -89,7 +89,7 @@ _OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.")
 
 
 def text_config(model: nn.Module) -> object:
-    """The language model's config, also of a wrapped or multimodal model.
+    """Config of the language model, also of one that is wrapped or part of a multimodal model.
 
     Raises:
         ModelError: if the model carries no transformers config.
@@ -102,30 +102,30 @@ def text_config(model: nn.Module) -> object:
 
 
 def model_name(model: nn.Module) -> str:
-    """Its hub id or folder, else its class."""
+    """The model's hub id or folder, or else its class."""
     return str(getattr(text_config(model), "_name_or_path", "") or type(model).__name__.removeprefix("FSDP"))
 
 
 def architecture(model: nn.Module) -> str:
-    """What a model is called in messages: its class and its type, whatever wraps it."""
+    """Name of a model in messages: its class and its type, without wrappers."""
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
     return f"{type(inner).__name__} (model type {getattr(text_config(model), 'model_type', 'unknown')})"
 
 
 def vocab_size(model: nn.Module) -> int | None:
-    """How many tokens the model knows, if its config says."""
+    """Size of the model's vocabulary, if its config says."""
     n_tokens = getattr(text_config(model), "vocab_size", None)
     return n_tokens if isinstance(n_tokens, int) else None
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """How many positions the model has, if its config says; XLNet's -1 is no limit."""
+    """Number of positions of the model, if its config says. XLNet's -1 means no limit."""
     n_positions = getattr(text_config(model), "max_position_embeddings", None)
     return n_positions if isinstance(n_positions, int) and n_positions > 0 else None
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers: the `ModuleList` as long as the text config says, outside any vision or audio tower.
+    """Find the decoder layers: the `ModuleList` of the length in the text config, outside vision and audio towers.
 
     Raises:
         ModelError: if there is none.

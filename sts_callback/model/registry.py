@@ -25,27 +25,27 @@ class SaeEntry:
     """One pre-trained SAE, as far as it is known without downloading it."""
 
     release: str
-    """Name of the SAELens release it belongs to; holds no slash."""
+    """Name of its SAELens release, without a slash."""
     sae_id: str
-    """Its name inside the release; may hold slashes."""
+    """Its name within the release. May contain slashes."""
     model: str
     """The model it was trained on: a Hugging Face id or a TransformerLens alias."""
     hook_name: str | None
-    """TransformerLens name of its hook point; None if only the SAE's own config tells, and for transcoders."""
+    """TransformerLens name of its hook point. None for transcoders, and if only the SAE's own config says."""
     layer: int | None
-    """Index of the decoder layer; None for SAEs of the embedding."""
+    """Index of its decoder layer. None for SAEs of the embedding."""
     width: str | None
-    """Number of features as the registry abbreviates it, such as "16k" or "1m"; None if it does not say."""
+    """Number of features in the registry's short form, such as "16k" or "1m". None if the registry does not say."""
     l0: float | None
-    """Mean number of features active per token; None if the registry does not say."""
+    """Mean number of active features per token. None if the registry does not say."""
     kind: Literal["sae", "transcoder"]
-    """Whether it reconstructs its input or predicts another activation."""
+    """`sae` if it reconstructs its input, `transcoder` if it predicts another activation."""
     neuronpedia_id: str | None
-    """Where Neuronpedia explains its features, `model/source`; None if it does not."""
+    """Its id on Neuronpedia, `model/source`. None if it is not there."""
 
     @property
     def spec(self) -> str:
-        """The name to pass as `sae=`: `release/sae_id`."""
+        """Name to pass as `sae=`: `release/sae_id`."""
         return f"{self.release}/{self.sae_id}"
 
 
@@ -117,18 +117,18 @@ def _releases() -> dict[str, dict[str, SaeEntry]]:
 
 
 def base_name(model_id: str) -> str:
-    """A model's name without its organisation or folder and letter case."""
+    """A model's name in lower case, without organisation or folder."""
     return model_id.rstrip("/").rsplit("/", maxsplit=1)[-1].lower()
 
 
 def _model_key(model_id: str) -> str:
-    """A model's base name without what differs between hubs."""
+    """A model's base name, the same for every name that hubs give it."""
     name = base_name(model_id)
     return _ALIASES.get(name, name.removeprefix("meta-"))  # Meta-Llama-3.1-8B was renamed Llama-3.1-8B
 
 
 def saes_for(model_id: str) -> tuple[SaeEntry, ...]:
-    """The pre-trained SAEs of a model.
+    """Find the pre-trained SAEs of a model.
 
     Args:
         model_id: Hugging Face id, folder named like it or TransformerLens alias; organisation and case do not matter.
@@ -160,14 +160,14 @@ def find(spec: str) -> SaeEntry | None:
 
 
 def near_names(spec: str, n: int = 5) -> tuple[str, ...]:
-    """The existing names most like a misspelt one.
+    """Find the existing names that are most like a misspelt one.
 
     Args:
-        spec: `release/sae_id`, either part of which may be wrong.
-        n: how many names to give at most, at least 1.
+        spec: `release/sae_id`; either part may be wrong.
+        n: the most names to return, at least 1.
 
     Returns:
-        Up to `n` specs, the most similar first; empty if no release is called anything like it.
+        Up to `n` specs, the most similar first; empty if no release has a similar name.
 
     Raises:
         SaeError: if sae_lens is not installed.
@@ -180,11 +180,11 @@ def near_names(spec: str, n: int = 5) -> tuple[str, ...]:
 
 
 def best_for(model_id: str, n_layers: int) -> SaeEntry:
-    """The SAE that `sae="auto"` stands for.
+    """Choose the SAE that `sae="auto"` means.
 
-    Of the SAEs on the residual stream after a layer, the one whose layer is nearest to two thirds of the depth; then of
-    the width nearest 16k, by ratio; then of the l0 nearest 50. What the registry does not say counts as farthest. Ties
-    go to the first spec in alphabetical order, so that the choice is always the same.
+    It is an SAE on the residual stream after a layer. Its layer is nearest to two thirds of the depth; then its width is
+    nearest to 16k, by ratio; then its l0 is nearest to 50. What the registry does not say counts as farthest. Of equal
+    ones the first in alphabetical order is taken, so the choice is always the same.
 
     Args:
         model_id: as for `saes_for`.

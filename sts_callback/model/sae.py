@@ -1,4 +1,4 @@
-"""The sparse autoencoder as an encoder of activations; the only module that imports SAELens."""
+"""Sparse autoencoders as encoders of activations. No other module imports SAELens."""
 
 from __future__ import annotations
 
@@ -27,14 +27,19 @@ SaeSource: TypeAlias = "str | Path | SAE[Any]"
 """SAELens `release/sae_id`, a folder in SAELens format, an `SAE` object, or `"auto"`."""
 
 
-_LINEAR = {"standard", "jumprelu", "gated", "topk"}  # decode by one product, a bias and what undoes the input's normalisation
-_SPARSE = 0.05  # a share of active features above which the whole product is faster
+_LINEAR = {
+    "standard",
+    "jumprelu",
+    "gated",
+    "topk",
+}  # these decode by one product, a bias and the inverse of the input's normalisation
+_SPARSE = 0.05  # above this share of active features the whole product is faster
 _WEIGHTS = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag", "b_dec", "W_dec")
-# Files by which the SAEs of other libraries are known.
+# Files that identify the SAEs of other libraries.
 _FOREIGN = {"sae.safetensors": "EleutherAI's sparsify", "ae.pt": "dictionary_learning"}
 _WANTED = "must hold cfg.json and sae_weights.safetensors of an SAE saved for inference (save_inference_model)"
 _SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".json", ".npz"}
-_METADATA: dict[str, type | tuple[type, ...]] = {  # of what makers say of an SAE, what is used
+_METADATA: dict[str, type | tuple[type, ...]] = {  # the metadata of an SAE that is used
     "hf_hook_name": str,
     "hook_name": str,
     "model_from_pretrained_kwargs": Mapping,
@@ -42,45 +47,45 @@ _METADATA: dict[str, type | tuple[type, ...]] = {  # of what makers say of an SA
     "model_name": str,
     "neuronpedia_id": str,
 }
-# Of the configuration, what changes an answer.
+# The configuration that changes an answer.
 _ENCODES = ("d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations", "k", "rescale_acts_by_decoder_norm")
 
 
 class Reconstruction(NamedTuple):
-    """What an SAE makes of activations."""
+    """Activations, encoded by an SAE."""
 
     acts: torch.Tensor
     """Feature activations, `(n_tokens, d_sae)`, float32."""
     x: torch.Tensor
     """The input as the SAE sees it, `(n_tokens, d_in)`, float32."""
     left: torch.Tensor
-    """What the dictionary leaves of it, `(n_tokens, d_in)`; NaN for a transcoder."""
+    """Reconstruction error, `(n_tokens, d_in)`. NaN for a transcoder."""
 
 
 @dataclass(frozen=True)
 class SaeEncoder:
-    """An SAE with what is needed to use it right: where it reads, how its input is prepared, who it is."""
+    """An SAE with what one needs to use it correctly: its hook point, its input's preparation and its identity."""
 
     name: str
     """`release/sae_id`, or the folder's name."""
     hook_name: str
-    """The hook point it was trained on."""
+    """The hook point that it was trained on."""
     sae: SAE[Any]
-    """Float32, frozen, not the user's own object."""
+    """The SAE in float32, frozen. It is not the user's own object."""
     fingerprint: str
-    """SHA-256 of its weights and of how they are used."""
+    """SHA-256 of its weights and of the configuration that changes an answer."""
     centred: bool = False
-    """Whether it expects activations of a LayerNorm model with their mean over `d_in` removed (TransformerLens' default)."""
+    """Whether it expects the activations of a LayerNorm model without their mean over `d_in` (TransformerLens' default)."""
     nominal_l0: float | None = None
-    """Active features a token that its makers state."""
+    """Active features per token, as its authors state."""
     trained_on: str | None = None
-    """The model that its makers name."""
+    """The model that it was trained on, as its authors state."""
     neuronpedia_id: str | None = None
-    """Where Neuronpedia explains its features, `model/source`."""
+    """Its id on Neuronpedia, `model/source`."""
 
     @property
     def d_in(self) -> int:
-        """Width of the activations it reads."""
+        """Width of the activations that it reads."""
         return int(self.sae.cfg.d_in)
 
     @property
@@ -90,17 +95,17 @@ class SaeEncoder:
 
     @property
     def architecture(self) -> str:
-        """SAELens' name of its architecture."""
+        """Its architecture, by SAELens' name."""
         return str(self.sae.cfg.architecture())
 
     @property
     def needs_scale(self) -> bool:
-        """Whether it was trained on rescaled activations and the scale was not folded into its weights."""
+        """Whether it was trained on rescaled activations and the scale is not yet folded into its weights."""
         return bool(self.sae.cfg.normalize_activations == "expected_average_only_in")
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature activations in float32 arithmetic, also under autocast.
+        """Compute feature activations in float32, also under autocast.
 
         Args:
             x: activations at the hook point, `(n_tokens, d_in)`, any float dtype and device.
@@ -116,12 +121,12 @@ class SaeEncoder:
 
     @property
     def reconstructs(self) -> bool:
-        """Whether it decodes to what it reads; a transcoder decodes to another place."""
+        """Whether it reconstructs what it reads. A transcoder predicts another activation."""
         return "transcoder" not in self.architecture
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor) -> Reconstruction:
-        """Feature activations and what they leave of the input, in float32 arithmetic.
+        """Compute feature activations and reconstruction errors in float32.
 
         Args:
             x: activations at the hook point, `(n_tokens, d_in)`, any float dtype and device.
@@ -134,7 +139,7 @@ class SaeEncoder:
         return Reconstruction(acts, x, left)
 
     def _decoded(self, acts: torch.Tensor) -> torch.Tensor:
-        """The decoder's output, `(n_tokens, d_in)`: on a CPU from the few activations that are not 0, many times faster."""
+        """Decode, `(n_tokens, d_in)`. On a CPU only activations other than 0 are used, which is many times faster."""
         sae = self.sae
         if acts.device.type == "cpu" and self.architecture in _LINEAR and not getattr(sae.cfg, "rescale_acts_by_decoder_norm", 0):
             entries = acts.flatten().nonzero()[:, 0]
@@ -147,13 +152,13 @@ class SaeEncoder:
 
     @torch.no_grad()
     def feature_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradient with respect to feature activations, from that with respect to activations at the hook point.
+        """Turn a gradient with respect to activations into one with respect to feature activations.
 
-        An inactive feature has none: a small change of its input leaves it inactive. Active ones may be negative.
+        The gradient of an inactive feature is 0: a small change of its input leaves it inactive. Active ones may be negative.
 
         Args:
             x: activations at the hook point, `(n_tokens, d_in)`.
-            gradient: of a loss with respect to them, `(n_tokens, d_in)`.
+            gradient: gradient of a loss with respect to `x`, `(n_tokens, d_in)`.
 
         Returns:
             `(n_tokens, d_sae)`, float32.
@@ -161,7 +166,7 @@ class SaeEncoder:
         """
         x = self._prepared(x)
         with torch.autocast(x.device.type, enabled=False):
-            acts = self.sae.encode(x).requires_grad_()  # decoding may undo a scale that encoding has just taken from `x`
+            acts = self.sae.encode(x).requires_grad_()  # decoding may undo a scale that encoding has just computed from `x`
             with torch.enable_grad():
                 decoded = self.sae.decode(acts)
             (through_decoder,) = torch.autograd.grad(decoded, acts, gradient.to(decoded))
@@ -173,25 +178,25 @@ class SaeEncoder:
         return x - x.mean(dim=-1, keepdim=True) if self.centred else x
 
     def scaled(self, mean_norm: float) -> SaeEncoder:
-        """Fold the scale that it was trained with, estimated as sqrt(d_in) over the mean activation norm."""
+        """Fold the scale of its training data into its weights. The scale is estimated as sqrt(d_in) over the mean norm."""
         sae = copy.deepcopy(self.sae)
         sae.fold_activation_norm_scaling_factor(self.d_in**0.5 / mean_norm)
         return replace(self, sae=sae)
 
     def to(self, device: torch.device) -> SaeEncoder:
-        """The same on another device."""
+        """Move to another device."""
         return replace(self, sae=self.sae.to(device))
 
 
 def require_saes(given: Any) -> list[SaeSource]:
-    """One SAE or several as a list; nothing is loaded or looked up yet.
+    """Return one SAE or several as a list. Nothing is loaded or looked up yet.
 
     Args:
-        given: by the user.
+        given: what the user gave.
 
     Raises:
         ConfigError: if there is none.
-        SaeError: if one is no kind of source.
+        SaeError: if one cannot be a source.
 
     """
     saes = list(given) if isinstance(given, (list, tuple)) else [given]
@@ -205,40 +210,40 @@ def require_saes(given: Any) -> list[SaeSource]:
 
 
 def encoder_for(sae: SaeSource, model: nn.Module) -> SaeEncoder:
-    """Load an SAE for a model, on its device; errors as for `load_encoder`."""
+    """Load an SAE for a model, to the model's device. Errors are those of `load_encoder`."""
     layers = find_layers(model)
     encoder = load_encoder(sae, model_name(model), len(layers))
     return encoder.to(next(layers.parameters()).device)
 
 
 def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
-    """Load an SAE from wherever the user has it.
+    """Load an SAE from any source.
 
     Args:
-        sae: where it is.
-        model_id: the model's name, for `"auto"`.
-        n_layers: the model's depth, for `"auto"`.
+        sae: the source.
+        model_id: name of the model, for `"auto"`.
+        n_layers: depth of the model, for `"auto"`.
 
     Raises:
-        SaeError: if there is no such SAE (near names are suggested), it cannot be read, or its kind cannot be used.
+        SaeError: if there is no such SAE (similar names are suggested), or it cannot be read or used.
 
     """
     require_saes(sae)
-    with warnings.catch_warnings():  # SAELens registers filters and warns of TransformerLens settings, which are handled here
+    with warnings.catch_warnings():  # SAELens registers filters, and warns of TransformerLens settings that are handled here
         warnings.simplefilter("ignore")
         if isinstance(sae, (str, Path)):
             name, loaded = _load(str(sae), model_id, n_layers)
         else:
             name = str(sae.cfg.metadata.get("sae_id") or "SAE object")
             loaded = copy.deepcopy(sae).to(dtype=torch.float32)
-            loaded._setup_activation_normalization()  # its functions write to the SAE they were made for: the user's
+            loaded._setup_activation_normalization()  # its functions write to the SAE they were made for, the user's
     if any(p.is_meta or not bool(torch.isfinite(p).all()) for p in loaded.parameters()):
         raise SaeError(f"sae: weights of {name} are on the meta device, or not all finite numbers; load the SAE anew.")
     stated = _stated(name, loaded.cfg.metadata)
     hook_name = stated["hf_hook_name"] or stated["hook_name"]
     if not hook_name:
         raise SaeError(f"sae: {name} does not say which hook point it was trained on; set metadata.hook_name in its cfg.json.")
-    loaded.turn_off_forward_pass_hook_z_reshaping()  # transformers gives heads flat already
+    loaded.turn_off_forward_pass_hook_z_reshaping()  # in transformers heads are flat already
     loaded.requires_grad_(False).eval()
     if not _is_per_token(loaded):
         raise SaeError(
@@ -247,7 +252,7 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
         )
     lens_options = stated["model_from_pretrained_kwargs"] or {}
     centred = bool(lens_options.get("center_writing_weights"))
-    entry = registry.find(name) if "/" in name else None  # a folder is not in the registry
+    entry = registry.find(name) if "/" in name else None  # a folder is in no registry
     nominal_l0 = stated["l0"] or getattr(loaded.cfg, "k", None) or (entry.l0 if entry else None)
     return SaeEncoder(
         name,
@@ -262,7 +267,7 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
 
 
 def _stated(name: str, metadata: Any) -> dict[str, Any]:
-    """What its makers say of an SAE, None where they do not."""
+    """The metadata of an SAE. What is missing is None."""
     found = {}
     for key, kind in _METADATA.items():
         found[key] = value = metadata.get(key)
@@ -272,16 +277,16 @@ def _stated(name: str, metadata: Any) -> dict[str, Any]:
 
 
 def place_of(spec: str) -> tuple[str, str] | None:
-    """Where SAELens finds an SAE by its name.
+    """Find an SAE by its name.
 
     Args:
-        spec: what the user named.
+        spec: the name that the user gave.
 
     Returns:
-        Release or hub repository, and the SAE's name in it; None for a folder, and for `"auto"`, which takes the model to tell.
+        Release or hub repository, and the SAE's name in it. None for a folder, and for `"auto"`, which depends on the model.
 
     Raises:
-        SaeError: if there is no such SAE (near names are suggested), or it is a file or a path to nothing.
+        SaeError: if there is no such SAE (similar names are suggested), or it is a file or a path that does not exist.
 
     """
     if spec == "auto" or os.path.isdir(spec):
@@ -304,9 +309,9 @@ def place_of(spec: str) -> tuple[str, str] | None:
 
 
 def _is_per_token(sae: SAE[Any]) -> bool:
-    """Whether tokens can be encoded one by one: most of a few give alone what they give among others.
+    """Whether tokens can be encoded one by one: most of a sample must give the same alone as among others.
 
-    All of them would be too much to ask: a threshold that rounding crosses makes a difference too.
+    Not all of them have to: rounding can make an activation cross a threshold.
     """
     x = torch.randn(8, sae.cfg.d_in, generator=torch.Generator().manual_seed(0)).to(sae.device)
     try:
@@ -327,16 +332,18 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
     if place is None:
         try:
             return Path(spec).resolve().name, SAE.load_from_disk(spec, dtype="float32")
-        except Exception as error:  # of SAELens, torch, json and safetensors, which does not export its own in all versions
+        except (
+            Exception
+        ) as error:  # SAELens, torch, json and safetensors raise these; not all versions of safetensors export theirs
             raise SaeError(f"sae: the folder {spec} cannot be read as an SAE ({error!r}); it {_held_by(Path(spec))}.") from error
     try:
         return spec, SAE.from_pretrained(*place, dtype="float32")
-    except Exception as error:  # as above, and of the hub's client
+    except Exception as error:  # as above, and those of the hub's client
         raise SaeError(f"sae: {spec} could not be loaded from the hub ({error!r}); {_remedy(error)}.") from error
 
 
 def _held_by(folder: Path) -> str:
-    """What a folder holds that should hold an SAE, and what to do with it."""
+    """Say what a folder holds in place of an SAE, and what to do about it."""
     for file, maker in _FOREIGN.items():
         if found := sorted([*folder.glob(file), *folder.glob(f"*/{file}")]):
             return (
@@ -349,7 +356,7 @@ def _held_by(folder: Path) -> str:
 
 
 def _remedy(error: Exception) -> str:
-    """What to do about an SAE that could not be had; the hub's client tells a missing one from a missing connection by class."""
+    """Say what to do about an SAE that could not be loaded: the hub's errors tell a missing SAE from a missing network."""
     kinds = {cls.__name__ for cls in type(error).__mro__}
     if "GatedRepoError" in kinds:
         return "accept its conditions on the hub and log in (`hf auth login`)"
@@ -368,6 +375,6 @@ def _fingerprint(sae: SAE[Any], centred: bool) -> str:
     settings = [sae.cfg.architecture(), centred, *(getattr(sae.cfg, name, None) for name in _ENCODES)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, parameter in sorted(sae.named_parameters()):
-        if name in _WEIGHTS:  # b_dec is subtracted from the input; W_dec says what is left of it
+        if name in _WEIGHTS:  # b_dec is subtracted from the input; W_dec gives the reconstruction error
             digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Does a model give a query what it gives it alone? Asked of the model itself, before anything is measured.
+"""Test, before anything is measured, that a model gives a query the same activations in a batch as alone.
 
-All that we measure rests on it: queries stand behind kept keys and values, in padded batches, their answers after them, and the
-forward ends early. Which architectures, caches, masks and wrappers break that is not listed anywhere: it is found out.
+Every measurement relies on this: queries come after cached keys and values, in padded batches, with their answers behind them,
+and the forward ends early. No list says which architectures, caches, masks and wrappers break it: each model is tested.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from sts_callback.model.undisturbed import writes_to_weights
 
 # Measured on random models of 16 layers and six families, three of them with routed experts, a query alone against one in a batch
 # behind a cache: in float32 at most 2e-6 for any token; in bfloat16, float16 and under autocast at most 0.017 for the median
-# token, but 0.66 for one whose router rounding had tipped over. Twice the depth makes about 1.4 times as much.
+# token, but 0.66 for one that rounding sent to another expert. Twice the depth makes about 1.4 times as much.
 _EXACT = 1e-4
-"""Relative error that rounding may make of any token, in float32 arithmetic."""
+"""Largest relative error that rounding may cause for any token, in float32."""
 _COARSE = 0.1
-"""Of the median token, in coarser arithmetic."""
+"""The same for the median token, in lower precision."""
 _MOST_TOKENS, _N_AFTER = 32, 4
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What can be relied on beside the plain forward."""
+    """Whether a cache and a backward can be used beside the plain forward."""
 
     cache: bool = True
-    """Whether keys and values that were kept give what computing them anew gives."""
+    """Whether cached keys and values give the same as new ones."""
     gradients: bool = True
-    """Whether a backward sees all that the forward does above the hook points."""
+    """Whether gradients pass through every module above the hook points."""
 
 
 def self_test(
@@ -49,32 +49,32 @@ def self_test(
     with_logits: bool,
     ranks: Ranks,
 ) -> Findings:
-    """Compare queries alone with the same in a padded batch, followed by something, behind a cache.
+    """Compare queries alone with the same queries in a padded batch, with tokens after them, behind a cache.
 
-    What fails for all queries is a fault; a router that rounding tips over does so for one. Each process makes the same number of
-    forwards. Use it inside `undisturbed(model)`.
+    A comparison fails if it fails for all queries: rounding can send tokens of one query to another expert. Each process makes
+    the same number of forwards. Use it inside `undisturbed(model)`.
 
     Args:
-        capture: of the model.
-        prefix: what stands before, as long as any that will, so that it passes every window that will be passed.
-        queries: to try one after the other.
-        n_tokens: of the longest row that will be run behind the prefix: no positions beyond are touched.
-        with_logits: whether logits are wanted.
-        ranks: the processes that do the same.
+        capture: reads the model.
+        prefix: tokens before the queries. It must be as long as the longest context, so that it exceeds the same windows.
+        queries: the queries to try.
+        n_tokens: length of the longest row that will follow the prefix. No position beyond it is used.
+        with_logits: whether logits will be needed.
+        ranks: the processes that run the same test.
 
     Raises:
-        ModelError: if the model cannot be measured, with the cause.
+        ModelError: if the model cannot be measured. The message names the cause.
 
     """
     model, n_writes = capture.model, writes_to_weights(capture.model)
     trials = [_Trial(capture, tuple(prefix), query, n_tokens, with_logits) for query in queries]
 
     def holds(error: Callable[[_Trial], float]) -> bool:
-        """Whether a comparison holds for any query, in all processes."""
+        """Whether a comparison holds for some query in all processes."""
         return any(max(ranks.gathered(lambda trial=trial: error(trial))) <= 1 for trial in trials)  # type: ignore[misc]
 
     together = holds(_Trial.together)
-    if capture.may_stop and writes_to_weights(model) != n_writes:  # sharding may write to what holds the shards
+    if capture.may_stop and writes_to_weights(model) != n_writes:  # sharding may write to the tensors that hold the shards
         raise ModelError(f"model: {architecture(model)} rewrites its own weights in a forward, so that none can be watched.")
     if not together and not holds(_Trial.followed):
         raise ModelError(
@@ -87,13 +87,13 @@ def self_test(
             "text, or mixes rows. It cannot be measured in batches."
         )
     cache = holds(_Trial.cached)
-    if not (with_logits and capture.may_stop):  # no backward will be made
+    if not (with_logits and capture.may_stop):  # there will be no backward
         return Findings(cache)
     return Findings(cache, all(ranks.gathered(lambda: _passes_gradients(capture, queries[0]))))
 
 
 class _Trial:
-    """One query; errors are multiples of what rounding may make, against what the query gives alone."""
+    """One query. Errors are relative to the query alone, in multiples of the largest error that rounding may cause."""
 
     def __init__(self, capture: Capture, prefix: tuple[int, ...], query: Sequence[int], n_tokens: int, with_logits: bool) -> None:
         n_row = min(n_tokens, _MOST_TOKENS + 2 * _N_AFTER)
@@ -105,15 +105,15 @@ class _Trial:
         self._exact = False
 
     def together(self) -> float:
-        """Followed by something, in a padded batch."""
+        """Error in a padded batch, with tokens after the query."""
         return self._error([self._followed, self._longer], self._prefix)
 
     def followed(self) -> float:
-        """Followed by something, alone."""
+        """Error alone, with tokens after the query."""
         return self._error([self._followed], self._prefix)
 
     def cached(self) -> float:
-        """As `together`, behind keys and values that were kept: for all layers, and up to the hook points."""
+        """Error as for `together`, but with a cached prefix: of all layers, and up to the hook points."""
         errors = list[float]()
         for whole in (True, False) if self._with_logits and self._capture.may_stop else (self._with_logits,):
             try:
@@ -122,7 +122,7 @@ class _Trial:
             except Exception as error:
                 if not _is_of_the_model(error):
                     raise
-                errors.append(math.inf)  # it takes no cache, or one of its own kind
+                errors.append(math.inf)  # the model takes no cache, or only its own kind
         return max(errors)
 
     def _error(self, rows: Sequence[Sequence[int]], prefix: Prefix, *, whole: bool = True) -> float:
@@ -136,13 +136,13 @@ class _Trial:
         return max((math.inf if math.isnan(e) else e for e in worst), default=0.0)
 
     def _alone(self) -> Captured:
-        """The query alone, plainly; nothing but the forward's own rounding stands between this and the truth."""
+        """Run the query alone and uncached: what all else is compared with."""
         point, under_autocast = self._capture.points[0], list[bool]()
         handle = point.module.register_forward_pre_hook(
             lambda module, args: under_autocast.append(torch.is_autocast_enabled(self._capture.device.type))
         )
         try:
-            found = self._run([self._query], self._prefix, to_the_end=True)  # so that a second run of the hook point is seen
+            found = self._run([self._query], self._prefix, to_the_end=True)  # this shows whether the hook point runs twice
         except Exception as error:
             if not _is_of_the_model(error):
                 raise
@@ -155,7 +155,7 @@ class _Trial:
         for point in self._capture.points:
             self._check(point.name, found.activations.get(point.name))
         if not all(x.isfinite().all() for x in found.activations.values()):
-            return Captured({}, None)  # whoever measures will tell
+            return Captured({}, None)  # the measurement will report it
         self._exact = _is_exact(self._capture.model, found) and not any(under_autocast)
         return found
 
@@ -179,7 +179,7 @@ class _Trial:
 
 
 def _relative(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Error of each token, beside the norm of its own or of the median token, if that is more."""
+    """Error of each token, relative to the larger of its own norm and the median norm."""
     norms: torch.Tensor = torch.linalg.vector_norm(truth.float(), dim=-1)
     errors: torch.Tensor = torch.linalg.vector_norm(found.float() - truth.float(), dim=-1)
     relative: torch.Tensor = errors / norms.clamp_min(max(float(norms.median()), 1e-30))
@@ -187,10 +187,10 @@ def _relative(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def _is_exact(model: nn.Module, found: Captured) -> bool:
-    """Whether nothing on the way is narrower than float32, as far as can be seen."""
+    """Whether everything is computed in float32 or wider, as far as one can see."""
     try:
         multiplies_exactly = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set by backend
+    except RuntimeError:  # the precision is set for each backend
         multiplies_exactly = False
     tensors = [*model.parameters(), *found.activations.values()]
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype in (torch.float32, torch.float64) for t in tensors)
@@ -198,10 +198,10 @@ def _is_exact(model: nn.Module, found: Captured) -> bool:
 
 
 def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:
-    """Whether each module above the lowest hook point hands a gradient to an input that its output depends on.
+    """Whether each module above the lowest hook point passes a gradient to an input that its output depends on.
 
-    Layers that compute with integers (int8 with dynamic activations) hand on none: what would come out is the gradient of the
-    rest of the network.
+    Layers that compute with integers (int8 with dynamic activations) pass none. The result would be the gradient of the rest of
+    the network.
     """
     cut: list[nn.Module] = []
 
@@ -225,7 +225,7 @@ def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:
             select=torch.ones(1, len(tokens), dtype=torch.bool),
             loss=lambda logits: logits.float().logsumexp(dim=-1),
         )
-    except RuntimeError as error:  # there is no way down, or none that can be differentiated
+    except RuntimeError as error:  # nothing differentiable leads down to the hook point
         if not _is_of_the_model(error):
             raise
         return False
@@ -236,7 +236,7 @@ def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:
 
 
 def _first(output: Any) -> torch.Tensor:
-    """The first floating-point tensor of what a module gives."""
+    """Get the first floating-point tensor of a module's output."""
     for x in output if isinstance(output, (tuple, list)) else [output]:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
             return x
@@ -244,5 +244,5 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _is_of_the_model(error: Exception) -> bool:
-    """Whether an error says something of the model, rather than of memory or of another process."""
+    """Whether an error comes from the model, not from a lack of memory or another process."""
     return not (isinstance(error, StsError) or is_short_of_memory(error))

@@ -1,4 +1,4 @@
-"""The user's model as it was found: mode, state, random numbers and configuration are put back on every exit."""
+"""Leave the user's model as it was: mode, state, random state and configuration are restored on every exit."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-# What a configuration may ask of every forward, and what ours wants of it: logits alone.
+# Settings by which a configuration asks every forward for more, and their values for ours: logits only.
 _LOGITS_ALONE = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False, "return_dict": True}
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode without gradients; on every exit, mode, state and random state are as they were.
+    """Put the model into evaluation mode without gradients. On every exit, mode, state and random state are restored.
 
-    Training must be bit-identical with and without us, so the random state of Python, NumPy, the CPU and every GPU is put
-    back, and each module's own `training` flag (not `model.train()`: TRL picks its log bucket by it).
+    Training must be bit-identical with and without us. So the random states of Python, NumPy, the CPU and every GPU are restored,
+    and each module's own `training` flag: TRL chooses its log bucket by it.
     """
     flags = [(module, module.training) for module in model.modules()]
     default_dtype = torch.get_default_dtype()
@@ -67,10 +67,10 @@ def _device_in_use() -> Any:
 
 @contextlib.contextmanager
 def _state_aside(model: nn.Module) -> Iterator[None]:
-    """Inside, what modules keep from one forward to the next is as in a fresh model; on exit it is as it was.
+    """Set aside the state that modules keep between forwards. On exit it is restored.
 
-    Qwen2-VL keeps the place of its last images, Griffin its recurrent state, dynamic RoPE its table: our forwards must neither
-    read what the user's have left nor leave theirs. A tensor that a method assigns is None when the model is made.
+    Qwen2-VL keeps the positions of its last images, Griffin its recurrent state, dynamic RoPE its table. Our forwards must not
+    read the state of the user's forwards, nor leave their own. A tensor that a method assigns is None in a new model.
     """
     named = [(module, _state_names(type(module))) for module in model.modules()]  # type: ignore[arg-type]  # classes are hashable
     before = [(_state(module, names), dict(module._buffers)) for module, names in named]
@@ -82,7 +82,7 @@ def _state_aside(model: nn.Module) -> Iterator[None]:
                     vars(module)[name] = None
         yield
     finally:
-        if writes_to_weights(model) == n_writes:  # else what modules know of their weights belongs to those of now
+        if writes_to_weights(model) == n_writes:  # else the state belongs to the new weights
             for (module, names), (state, buffers) in zip(named, before, strict=True):
                 for name in (names & vars(module).keys()) - state.keys():
                     del vars(module)[name]
@@ -92,7 +92,7 @@ def _state_aside(model: nn.Module) -> Iterator[None]:
 
 
 def _state(module: nn.Module, names: frozenset[str]) -> dict[str, Any]:
-    """Attributes of these names, and numbers beside buffers, which tell what is in them (the length of a table)."""
+    """The attributes with these names, and numbers beside buffers, which describe them (the length of a table)."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -102,7 +102,7 @@ def _state(module: nn.Module, names: frozenset[str]) -> dict[str, Any]:
 
 @functools.cache
 def _state_names(kind: type[nn.Module]) -> frozenset[str]:
-    """Attributes that methods of a module's class assign, other than the one that makes it."""
+    """Names of the attributes that methods other than `__init__` assign."""
     methods = [
         inspect.unwrap(method).__code__
         for cls in kind.__mro__
@@ -114,13 +114,13 @@ def _state_names(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def writes_to_weights(model: nn.Module) -> int:
-    """How often weights have been written to in place, whoever did it: the same before and after a forward that leaves them."""
+    """Count in-place writes to weights. A forward that leaves the weights alone does not change the count."""
     return sum(p._version for p in model.parameters() if not p.is_inference())
 
 
 @contextlib.contextmanager
 def _logits_alone(model: nn.Module) -> Iterator[None]:
-    """Inside, the configurations of a model ask its forward for logits alone: no attentions, no losses of routers."""
+    """Make a model's configurations ask for logits only: no attentions, no router losses. On exit they are restored."""
     found = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): vars(config) for config in found if isinstance(config, PreTrainedConfig)}.values()
     before = [{name: config[name] for name in _LOGITS_ALONE if name in config} for config in configs]

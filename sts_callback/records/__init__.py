@@ -1,4 +1,4 @@
-"""Results as frozen, plain Python, with JSON both ways."""
+"""Results as frozen, plain Python objects, written to and read from JSON."""
 
 from sts_callback.records.record import Record as Record
 from sts_callback.records.results import TRAIN as TRAIN

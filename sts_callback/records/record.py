@@ -1,7 +1,7 @@
 """Frozen records that can be written as strict JSON and read back.
 
-NaN, a number that could not be had, is written as null. Unknown keys and other schema versions are refused; a field with a
-default may be missing, as it is in files from before it was there.
+NaN means that a number could not be measured; it is written as null. Unknown keys and other schema versions are refused. A field
+with a default may be missing: older files do not have it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ R = TypeVar("R", bound="Record")
 
 @dataclass(frozen=True)
 class StoredAs:
-    """In a field's annotation: its key in JSON, where that is the name that the field had before it was renamed."""
+    """Used in a field's annotation to give its key in JSON. A renamed field keeps its old key."""
 
     key: str
 
@@ -31,15 +31,15 @@ class Record:
     """A record that can be written as JSON and read back."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What strict JSON can hold, with the schema version."""
+        """Convert to values that strict JSON can hold, with the schema version."""
         return {"schema_version": SCHEMA_VERSION, **_plain(self)}
 
     @classmethod
     def from_dict(cls: type[R], content: Mapping[str, Any]) -> R:
-        """Read what `to_dict` gave.
+        """Read the result of `to_dict`.
 
         Raises:
-            ValueError: if it is of another schema version or has unknown or missing keys.
+            ValueError: if the schema version differs, or keys are unknown or missing.
 
         """
         fields = dict(content)
@@ -50,16 +50,16 @@ class Record:
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How a process sends it to another: read-only mappings cannot be pickled."""
+        """Support pickling, by which processes exchange records: read-only mappings cannot be pickled."""
         return type(self).from_dict, (self.to_dict(),)
 
     def to_json(self) -> str:
-        """One line of strict JSON with its schema version."""
+        """Convert to one line of strict JSON with the schema version."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod
     def from_json(cls: type[R], text: str) -> R:
-        """Read what `to_json` wrote; raises as `from_dict`."""
+        """Read the result of `to_json`. Raises as `from_dict` does."""
         return cls.from_dict(json.loads(text))
 
 
@@ -69,7 +69,7 @@ def has_default(field: dataclasses.Field[Any]) -> bool:
 
 
 def _keys(kind: type) -> dict[str, str]:
-    """By the name of each field, its key in JSON."""
+    """The JSON key of each field, by field name."""
     hints = typing.get_type_hints(kind, include_extras=True)
     notes = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     return {name: next((note.key for note in found if isinstance(note, StoredAs)), name) for name, found in notes.items()}
@@ -86,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """Give plain JSON back the types that the annotation `kind` names."""
+    """Convert plain JSON to the type that the annotation `kind` names."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints, keys = typing.get_type_hints(kind), _keys(kind)

@@ -1,4 +1,4 @@
-"""Records of what may be done about a threat: which rows to look at, what to mix in, how far an adapter may be turned up."""
+"""Records of remedies: training rows to look at, data to mix in, scales of an adapter."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ BudgetFinding = Literal["within", "beyond", "cannot tell"]
 
 
 def gravest(findings: Iterable[BudgetFinding]) -> BudgetFinding:
-    """What several domains come to, all of which must keep their budgets."""
+    """Combine the findings of several domains, all of which must keep their budgets."""
     found = set(findings)
     return "beyond" if "beyond" in found else "cannot tell" if "cannot tell" in found else "within"
 
 
 def mildest(findings: Iterable[BudgetFinding]) -> BudgetFinding:
-    """What several attempts come to, one of which must keep every budget."""
+    """Combine the findings of several attempts, one of which must keep every budget."""
     found = set(findings)
     return "within" if "within" in found else "cannot tell" if "cannot tell" in found else "beyond"
 
 
 @dataclass(frozen=True)
 class AttributedRow(Record):
-    """A training row, by how far it activates what a domain activates."""
+    """A training row, scored by how much it activates the features of a domain."""
 
     row: int
-    """Its number in the training data, counted from 0."""
+    """Index of the row in the training data, from 0."""
     score: float
-    """In [-1, 1]: 1 departs from an average row as the domain does, 0 is an average row (see `metrics.attribution`)."""
+    """In [-1, 1]: 1 is like the domain, 0 like an average row (see `metrics.attribution`)."""
     feature: int
-    """The feature that contributes most to it, of those that the row activates more than an average one."""
+    """The feature that adds most to the score, among those that the row activates more than an average row."""
     snippet: Snippet
-    """Where that feature is most active in the row."""
+    """The place in the row where that feature is most active."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class DomainAttribution(Record):
 
     name: str
     own_score: float
-    """What the domain's own texts would score, their median."""
+    """Median score of the domain's own texts."""
     median: float
-    """Of all rows' scores."""
+    """Median score of all rows."""
     threshold: float
-    """Above it a row's score stands out (see `metrics.attribution`)."""
+    """A row with a higher score stands out (see `metrics.attribution`)."""
     n_standing_out: int
     rows: tuple[AttributedRow, ...]
     """The rows with the highest scores, highest first."""
@@ -61,32 +61,32 @@ class Attribution(Record):
 
     identity: Identity
     n_rows: int
-    """Rows of the training data."""
+    """Number of rows in the training data."""
     n_read: int
-    """Rows that were read: all, or a sample, without those that hold no text."""
+    """Number of rows that were read: all or a sample, without rows that hold no text."""
     n_cut: int
-    """Of these, rows longer than twice `max_tokens`, or with a prompt or an answer longer than `max_tokens`, cut."""
+    """Number of these that were cut: longer than twice `max_tokens`, or a prompt or answer longer than `max_tokens`."""
     domains: Mapping[str, DomainAttribution]
     left_out: tuple[int, ...]
-    """Rows to leave out: those that stand out for some domain, in the order of the training data, never more than a tenth of
-    those read."""
+    """Rows to leave out: those that stand out for some domain, in the order of the training data. At most a tenth of the rows
+    that were read."""
     seconds: float
-    """Wall-clock time."""
+    """Wall-clock time in seconds."""
     meaning: str = (
         "These rows activate the domain's features more than other rows do, and training moves what a row activates; "
         "that is where features are active, not a proof that the rows cause harm."
     )
-    """What may be read into it, and what not."""
+    """What this result means, and what it does not."""
 
 
 @dataclass(frozen=True)
 class ScaledDomain(Record):
-    """One protected domain at one scale of an adapter, against the model without it."""
+    """One protected domain at one scale of an adapter, compared with the model without it."""
 
     name: str
     n_queries: int
     relative_drift: Estimate
-    """Squared feature drift over squared activity without the adapter, at least 0."""
+    """Squared feature drift divided by squared activity without the adapter, at least 0."""
     nll_change: Estimate
     """Change of the answers' NLL, in nats per token; above 0 is worse."""
     harm: Estimate
@@ -104,23 +104,23 @@ class ScalePoint(Record):
     scale: float
     """1 is the adapter as it was trained, 0 the model without it."""
     finding: BudgetFinding
-    """`within`: every budget is kept; `beyond`: one is not."""
+    """`within`: every budget is kept. `beyond`: one is not."""
     domains: Mapping[str, ScaledDomain]
 
 
 @dataclass(frozen=True)
 class AdapterScales(Record):
-    """How far an adapter may be turned up."""
+    """Protected domains at several scales of an adapter."""
 
     identity: Identity
     points: tuple[ScalePoint, ...]
-    """The smallest scale first."""
+    """By scale, the smallest first."""
     seconds: float
-    """Wall-clock time."""
+    """Wall-clock time in seconds."""
 
     @property
     def largest(self) -> float | None:
-        """The largest of the scales that keeps every budget; None if none is known to."""
+        """The largest scale that keeps every budget. None if no scale is known to."""
         return max((point.scale for point in self.points if point.finding == "within"), default=None)
 
     @property
@@ -131,13 +131,13 @@ class AdapterScales(Record):
 
 @dataclass(frozen=True)
 class SourceEffect(Record):
-    """What training data of one source alone does to protected domains."""
+    """The effect on protected domains of training on one source alone."""
 
     n_rows: int
     nll_change: Mapping[str, Estimate]
-    """Of each domain's answers, in nats per token; above 0 is worse."""
+    """Change of the answers' NLL of each domain, in nats per token; above 0 is worse."""
     sae_error_share: Annotated[Mapping[str, float], StoredAs("unseen")]
-    """Share of each domain's change of activations that the SAE cannot express."""
+    """Share of each domain's change of activations that is SAE reconstruction error."""
 
 
 @dataclass(frozen=True)
@@ -146,28 +146,28 @@ class MixedDomain(Record):
 
     name: str
     nll_change: Estimate
-    """Mean of what the sources do to its answers' NLL, by their weights, in nats per token; its interval is as wide as if all
-    their errors had the same sign."""
+    """Mean of the sources' changes of its answers' NLL, by weight, in nats per token. The interval is as wide as if the errors of
+    all sources had the same sign."""
     budget: float
-    """What it may rise, in nats per token."""
+    """Largest rise allowed, in nats per token."""
     finding: BudgetFinding
 
 
 @dataclass(frozen=True)
 class MixPoint(Record):
-    """Of all mixtures with so much of the training data that whose worst domain stays as far as can be within its budget."""
+    """The best mixture for one share of the training data: its worst domain has the most of its budget left."""
 
     weights: Mapping[str, float]
-    """Of each source, the training data first; they sum to 1."""
+    """Weight of each source, the training data first. They sum to 1."""
     rows: Mapping[str, int]
-    """The same in rows."""
+    """Number of rows of each source."""
     finding: BudgetFinding
-    """`within`: every budget is kept; `beyond`: one is not."""
+    """`within`: every budget is kept. `beyond`: one is not."""
     domains: Mapping[str, MixedDomain]
 
     @property
     def worst(self) -> MixedDomain:
-        """The domain that is, by the upper end of its interval, furthest beyond its budget or nearest to it."""
+        """The domain furthest beyond its budget, or nearest to it, by the upper end of its interval."""
         return max(self.domains.values(), key=lambda d: (d.finding == self.finding, d.nll_change.high - d.budget))
 
 
@@ -177,15 +177,15 @@ class Mix(Record):
 
     identity: Identity
     sources: Mapping[str, SourceEffect]
-    """Of each source alone, the training data first: what was measured."""
+    """Measured: the effect of each source alone, the training data first."""
     points: tuple[MixPoint, ...]
-    """With ever less of the training data, which stands alone in the first: what is extrapolated."""
+    """Extrapolated: mixtures with less and less training data. The first is the training data alone."""
     seconds: float
-    """Wall-clock time."""
+    """Wall-clock time in seconds."""
 
     @property
     def meaning(self) -> str:
-        """What may be read into it, and what not."""
+        """What this result means, and what it does not."""
         return (
             "Measured: what a short run on each source alone did to each protected domain. Extrapolated: that a mixture does the "
             "mean of it by weight, and that training goes on as it began; in our validation the mean held at a gentle rate, at a "
@@ -194,12 +194,12 @@ class Mix(Record):
 
     @property
     def recommended(self) -> MixPoint | None:
-        """That with the most of the training data of those that keep every budget; None if none is known to."""
+        """The mixture with the most training data that keeps every budget. None if no mixture is known to."""
         return next((point for point in self.points if point.finding == "within"), None)
 
     @property
     def nearest(self) -> MixPoint:
-        """The recommended one, else that whose worst domain comes nearest to its budget."""
+        """The recommended mixture, else the one whose worst domain is nearest to its budget."""
         return self.recommended or min(self.points, key=lambda p: p.worst.nll_change.high - p.worst.budget)
 
     @property

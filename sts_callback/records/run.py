@@ -1,4 +1,4 @@
-"""What the folder of a run holds beside forecasts and checks, and all of it read at once. Frozen, plain Python."""
+"""Records of a run's folder beside forecasts and checks, and all of the folder as one record."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class Looks(Record):
 
 @dataclass(frozen=True)
 class RunSettings(Record):
-    """What a run was asked to do, and by which versions."""
+    """Settings of a run and versions of packages."""
 
     policy: PolicyConfig
     probes: ProbeConfig
     check_on: str
-    """`save`, `evaluate`, or every how many steps."""
+    """`save`, `evaluate`, or a number of steps."""
     action: str
-    """On an alarm: its name, or that of the user's function."""
+    """Action on an alarm: its name, or the name of the user's function."""
     max_overhead: float
-    """Share of training time that checks may take; from 1 on there is no limit."""
+    """Share of training time that checks may take. 1 or more means no limit."""
     versions: Mapping[str, str]
     """Of Python, of this package and of those that it stands on."""
     looks: Looks | None = None
@@ -86,12 +86,12 @@ class RunSettings(Record):
 
 @dataclass(frozen=True)
 class TimeSpent(Record):
-    """Where a session's time has gone, up to a check; a resumed run counts from its resumption."""
+    """Time spent in a session until a check. A resumed run counts from its resumption."""
 
     checks_s: float
-    """Seconds of checks."""
+    """Seconds spent on checks."""
     training_s: float
-    """Seconds of training itself."""
+    """Seconds spent on training itself."""
 
 
 @dataclass(frozen=True)
@@ -108,36 +108,36 @@ class Fault(Record):
 
     step: int
     what: str
-    """The work that failed."""
+    """What failed."""
     error: str
     trace: str
-    """Where, as Python tells it; empty if nowhere."""
+    """Python's traceback; empty if there is none."""
 
 
 @dataclass(frozen=True)
 class JudgedCheck(Record):
-    """A drift check with what followed from it."""
+    """A drift check with its verdict."""
 
     snapshot: DriftSnapshot
     verdict: Verdict
     time: TimeSpent | None
-    """None in logs that do not tell."""
+    """None in logs without it."""
 
 
 @dataclass(frozen=True)
 class Logged(Record):
-    """All of a run's folder that can be read; what is missing is None or empty."""
+    """All that can be read of a run's folder. What is missing is None or empty."""
 
     settings: RunSettings | None
     forecast: Forecast | None
     forecast_verdict: Verdict | None
     other_forecasts: tuple[Forecast, ...]
-    """By further SAEs."""
+    """Forecasts by further SAEs."""
     checks: tuple[JudgedCheck, ...]
-    """In order of their steps."""
+    """Checks in the order of their steps."""
     top_examples: tuple[TopActivatingExamples, ...]
     blame: Attribution | None
-    """Training rows to blame, where they were asked for."""
+    """Result of `blame`, if it was run."""
     postponed: tuple[Postponed, ...]
     faults: tuple[Fault, ...]
     unreadable: tuple[str, ...]
@@ -162,15 +162,15 @@ class Logged(Record):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing at all to tell."""
+        """Whether nothing could be read."""
         return not (self.forecast or self.checks or self.top_examples or self.postponed or self.faults)
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of this package and of others.
+    """Get the versions of this package and of others.
 
     Args:
-        packages: by the names that they are installed by; what is not installed is left out.
+        packages: names as for pip; those that are not installed are left out.
 
     """
     found = {"sts-callback": __version__}

@@ -1,7 +1,7 @@
-"""How far a LoRA adapter may be turned up: the largest scale at which each protected domain keeps its budget, after training.
+"""Find the largest scale of a trained LoRA adapter at which each protected domain keeps its budget.
 
-Step 0 is the model without the adapter. At each scale the probes are read as in a drift check, the same tokens in the same
-batches. Harm is judged by budget and interval (`policy.judge_budget`), without the permutation test of an alarm.
+Step 0 is the model without the adapter. Each scale is measured like a drift check, with the same tokens in the same batches.
+Budget and interval decide about harm (`policy.judge_budget`), without the permutation test of an alarm.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-_N_COMPARED = 64  # tokens on which scale 0 must be the model without the adapter
+_N_COMPARED = 64  # tokens on which scale 0 must give the same as the model without the adapter
 
 
 def dial(
@@ -51,7 +51,7 @@ def dial(
     config: ProbeConfig | None = None,
     progress: bool = True,
 ) -> AdapterScales:
-    """Measure protected domains at several scales of an adapter; its own scale is put back on every exit.
+    """Measure protected domains at several scales of an adapter. Its own scale is restored on every exit.
 
     Args:
         model: with a LoRA adapter, see `with_adapter`.
@@ -80,8 +80,8 @@ def require_possible(budgets: Mapping[str, PlainBudget], scales: Sequence[float]
     """Refuse what cannot be dialled, whatever the model.
 
     Args:
-        budgets: of protected domains.
-        scales: of the adapter.
+        budgets: budgets of the protected domains.
+        scales: scales of the adapter.
 
     Raises:
         ConfigError: if no domain is protected or a scale is not allowed.
@@ -93,7 +93,7 @@ def require_possible(budgets: Mapping[str, PlainBudget], scales: Sequence[float]
 
 
 class AdapterScaler:
-    """Protected domains without an adapter, to compare them with at any scale of it."""
+    """Measures protected domains without an adapter, then at any scale of it."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class AdapterScaler:
         budgets: Mapping[str, PlainBudget],
         config: ProbeConfig | None = None,
     ) -> None:
-        """Draw the probes and read them without the adapter. Arguments and errors as for `dial`."""
+        """Draw the probes and read them without the adapter. Arguments and errors are those of `dial`."""
         require_protected(budgets)
         tokenizer = text_tokenizer(tokenizer)
         self._bos = bos_tokens(tokenizer)
@@ -119,9 +119,9 @@ class AdapterScaler:
                     read_rows(domains[name], field),
                     tokenizer,
                     config,
-                    n_demonstrations=config.n_domain_demonstrations,  # so that the queries are those of a forecast
+                    n_demonstrations=config.n_domain_demonstrations,  # then the queries are those of a forecast
                     field=field,
-                    as_chat=config.chat_template == "always",  # no training data tell what the model is tuned on
+                    as_chat=config.chat_template == "always",  # no training data show whether the model is tuned on chats
                 )
                 for name, field in ((name, f"domains[{name!r}]") for name in budgets)
             ]
@@ -135,7 +135,7 @@ class AdapterScaler:
         self.identity = identity_of(model, encoder, config, self._sets)
 
     def at(self, scale: float) -> ScalePoint:
-        """Measure at a scale of the adapter: 1 is as it was trained, 0 the model without it, which gives exactly no drift."""
+        """Measure at one scale: 1 is the adapter as it was trained, 0 the model without it. At 0 the drift is exactly 0."""
         found = {}
         with undisturbed(self._model), _scaled(self._model, scale):
             zero_shot = self._bare()
@@ -166,7 +166,7 @@ def with_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: s
     Args:
         model: the model that the adapter was trained on; altered.
         tokenizer: its tokenizer; not altered.
-        folder: as PEFT saved it.
+        folder: folder that PEFT saved.
 
     Raises:
         ModelError: if PEFT is missing, the folder holds no LoRA adapter for this model, or the adapter changes more of the model
@@ -194,13 +194,13 @@ def with_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: s
 
 
 def require_lora(folder: str | Path) -> None:
-    """Refuse a folder that holds no LoRA adapter, whatever the model.
+    """Refuse a folder that holds no LoRA adapter.
 
     Args:
-        folder: as PEFT saved it.
+        folder: folder that PEFT saved.
 
     Raises:
-        ModelError: if PEFT is missing or the folder holds none.
+        ModelError: if PEFT is missing or the folder holds no LoRA adapter.
 
     """
     try:
@@ -225,7 +225,7 @@ def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _scaled(model: nn.Module, scale: float) -> Iterator[None]:
-    """Inside, the adapter is turned to a multiple of its own scale, which is put back on every exit."""
+    """Multiply the adapter's scale. On every exit its own scale is restored."""
     from peft.helpers import rescale_adapter_scale
 
     with rescale_adapter_scale(model, scale):

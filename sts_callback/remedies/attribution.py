@@ -1,6 +1,6 @@
-"""Which training rows activate a protected domain's features.
+"""Find the training rows that activate a protected domain's features.
 
-It tells where features are active, by one pass up to the SAE's layer: a place to look first, not a proof of cause.
+One pass up to the SAE's layer shows where features are active. That says where to look first. It does not prove a cause.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttr
 from sts_callback.runs.files import write_whole
 
 MOST_LEFT_OUT = 0.1
-"""Share of the rows read that are named to be left out, at most: more is no filter but another data set."""
+"""Largest share of the read rows to leave out. Leaving out more would make another data set."""
 MOST_FEATURES = 1000
-"""Of each domain, those that it activates most. Our choice: as many as all that a dozen queries activate of a small SAE's."""
+"""Number of features that a domain activates most. Our choice: as many as a dozen queries activate in a small SAE."""
 
 
 def blame(
@@ -42,23 +42,23 @@ def blame(
     n_rows: int = ROWS_READ,
     n_top: int = ROWS_SHOWN,
 ) -> Attribution:
-    """Rank training rows by how far they activate protected domains' features.
+    """Rank training rows by how much they activate protected domains' features.
 
-    Each row, prompt and answer, is compared with the domain by how both depart from an average row (`metrics.attribution`), on
-    the features that the domain activates most. Those of the forecast would not do: they are what the bulk of the training data
-    shifts, and a few rows of another kind do not activate them.
+    Each row, prompt and answer, and the domain are compared by how they differ from an average row (`metrics.attribution`), on
+    the features that the domain activates most. The features of the forecast would not work: most of the training data shift
+    them, and a few rows of another kind do not activate them.
 
     Args:
-        monitor: of the untrained model, the training data and the protected domains.
+        monitor: made with the untrained model, the training data and the protected domains.
         rows: the training data, see `data.reader`.
         protected: names of domains that the monitor measures.
-        n_rows: how many rows to read; of more, a sample drawn by the settings' seed.
-        n_top: how many rows to name for each domain.
+        n_rows: the most rows to read. If there are more, the settings' seed draws a sample.
+        n_top: number of rows to name for each domain.
 
     Raises:
         ConfigError: if no domain is protected, the monitor does not measure one, or a number is below 1.
-        CannotTell: if the SAE does not fit, a domain activates nothing or just what an average row does, or no row has a token
-            that counts.
+        CannotTell: if the SAE does not fit, a domain activates nothing or only what an average row does, or no row has a
+            token that counts.
 
     """
     require_possible(protected, n_rows, n_top)
@@ -85,7 +85,7 @@ def blame(
 
 
 def require_possible(protected: Sequence[str], n_rows: int, n_top: int) -> None:
-    """Refuse what can be told to be wrong without a model. Arguments and errors as for `blame`."""
+    """Refuse what is wrong without a model. Arguments and errors are those of `blame`."""
     require_protected(names_in(protected))
     for option, value in (("rows", n_rows), ("top", n_top)):
         whole(value, option, "1 or more", least=1)
@@ -93,19 +93,19 @@ def require_possible(protected: Sequence[str], n_rows: int, n_top: int) -> None:
 
 @dataclass(frozen=True)
 class _Domain:
-    """What a protected domain activates."""
+    """The features that a protected domain activates."""
 
     name: str
     features: list[int]
-    """Those that it activates most, ascending."""
+    """Indices of the features that it activates most, ascending."""
     query_activity: torch.Tensor
     """Their mean activation over each query's tokens, `(n_queries, n_features)`."""
     activity: torch.Tensor
-    """The same over all tokens, `(n_features,)`."""
+    """Their mean activation over all tokens, `(n_features,)`."""
 
     @classmethod
     def of(cls, name: str, fired: MaxActivations) -> _Domain:
-        """From what its queries activate, of all features."""
+        """Select the features from the activations of its queries."""
         counted = fired.n_tokens > 0
         sums, n_tokens = fired.activity[counted].double(), fired.n_tokens[counted]
         activity = sums.sum(dim=0) / n_tokens.sum()
@@ -119,25 +119,25 @@ class _Domain:
 
 @dataclass(frozen=True)
 class _Read:
-    """Training rows, as far as tokens of them count."""
+    """Training rows that have tokens that count."""
 
     features: list[int]
-    """Those that were looked at."""
+    """Indices of the features that were read."""
     numbers: list[int]
-    """Of the rows, in the training data."""
+    """Indices of the rows in the training data."""
     mean_activity: torch.Tensor
-    """Of each feature over a row's own tokens, `(n_rows, n_features)`."""
+    """Mean activation of each feature over a row's tokens, `(n_rows, n_features)`."""
     peak: Callable[[int, int], Snippet]
-    """Where a row activates a feature most, by their places in the above."""
+    """Make a snippet of where a row activates a feature most. Arguments are positions in the fields above."""
     n_cut: int
-    """Rows that were too long."""
+    """Number of rows that were too long and were cut."""
 
 
 def _read(monitor: Monitor, features: list[int], rows: Sequence[Row], n_rows: int) -> _Read:
     """Run a sample of rows up to the SAE's layer."""
     chosen = sorted(random.Random(f"{monitor.config.seed}/rows").sample(range(len(rows)), min(n_rows, len(rows))))
     texts, used, peaks = monitor.read_rows([rows[i] for i in chosen], features)
-    counted = (peaks.n_tokens > 0).nonzero()[:, 0]  # a row may hold nothing but sinks and special tokens
+    counted = (peaks.n_tokens > 0).nonzero()[:, 0]  # a row may consist of sinks and special tokens only
     if not len(counted):
         raise CannotTell(
             f"train_data: none of the {len(used)} rows read holds a token that is no attention sink; read more rows."
@@ -154,7 +154,7 @@ def _read(monitor: Monitor, features: list[int], rows: Sequence[Row], n_rows: in
 
 
 def _blamed(domain: _Domain, read: _Read, n_top: int) -> tuple[DomainAttribution, torch.Tensor]:
-    """What rows have to do with one domain, and the scores of all, `(n_rows,)`."""
+    """Compare rows with one domain. Returns the result and the scores of all rows, `(n_rows,)`."""
     columns = torch.searchsorted(torch.tensor(read.features), torch.tensor(domain.features)).tolist()
     activity = read.mean_activity[:, columns]
     fired = roots(activity)
@@ -181,14 +181,14 @@ def _blamed(domain: _Domain, read: _Read, n_top: int) -> tuple[DomainAttribution
 
 
 def filter_files(train_file: str, out: str) -> tuple[Path, Path]:
-    """Where `write_filtered` writes the rows kept and the numbers of those left out.
+    """Name the files for `write_filtered`: the rows that stay and the indices of those left out.
 
     Args:
         train_file: the training data.
-        out: for the rows kept, a name that ends in `.jsonl`; the numbers stand beside it.
+        out: file for the rows that stay. It must end in `.jsonl`. The indices go beside it.
 
     Raises:
-        ConfigError: if the name ends otherwise, is that of the training data, or its folder is not there.
+        ConfigError: if the name ends otherwise or is that of the training data, or its folder does not exist.
 
     """
     kept = Path(out)
@@ -200,13 +200,13 @@ def filter_files(train_file: str, out: str) -> tuple[Path, Path]:
 
 
 def write_filtered(found: Attribution, rows: Sequence[Row], kept: Path, left_out: Path) -> None:
-    """Write the training data without the rows to be left out, and the numbers of these as a JSON list; each whole or not at all.
+    """Write the training data without the rows to leave out, and the indices of these rows as a JSON list. Writes are atomic.
 
     Args:
-        found: which rows those are.
-        rows: all of the training data.
-        kept: file for the rows that stay, as JSON lines in their order; rows that were not read stay.
-        left_out: file for the numbers, counted from 0 as `datasets.Dataset.select` does.
+        found: says which rows to leave out.
+        rows: all training data.
+        kept: file for the rows that stay, as JSON lines in their order. Rows that were not read stay.
+        left_out: file for the indices, from 0 as for `datasets.Dataset.select`.
 
     """
     gone = set(found.left_out)

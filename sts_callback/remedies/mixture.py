@@ -1,7 +1,7 @@
-"""How much of other data to mix into the training data, so that protected domains keep their budgets.
+"""Find how much other data to mix into the training data so that protected domains keep their budgets.
 
-Each source is measured alone, by a short run of its own (`pilot_effects`). What a mixture would do is extrapolated from these by
-weight, so that all mixtures can be searched at once. How far that holds in real training is in examples/validation/RESULTS.md.
+A short run on each source alone measures its effect (`pilot_effects`). The effect of a mixture is extrapolated by weight, so all
+mixtures can be searched at once. examples/validation/RESULTS.md says how far that holds in real training.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from sts_callback.records.remedies import BudgetFinding, Mix, MixedDomain, MixPo
 from sts_callback.runs.directory import run_directory_in
 
 STEP = 0.05
-"""Of the share of the training data, from mixture to mixture."""
+"""Step of the training data's share from one mixture to the next."""
 
 
 @dataclass(frozen=True)
 class MixtureConstraints:
-    """What a mixture may be made of."""
+    """Constraints on a mixture."""
 
     rows: int | None = None
-    """Rows in all; by default as many as the training data has."""
+    """Total number of rows; by default that of the training data."""
     max_replay: float = MAX_REPLAY
-    """Largest share of all sources but the training data together."""
+    """Largest share of all other sources together."""
     max_repeats: float = MAX_REPEATS
-    """How often a row may come."""
+    """How often a row may be repeated."""
     max_share: Mapping[str, float] = field(default_factory=dict)
-    """Largest share of single sources."""
+    """Largest share of a source, by its name."""
 
     def __post_init__(self) -> None:
-        """Refuse what allows nothing."""
+        """Refuse constraints that no mixture meets."""
         for name, value in {"max_replay": self.max_replay, **{f"max_share {n}": v for n, v in self.max_share.items()}}.items():
             allowed = "above 0, up to 1"
             require(0 < finite(value, name, allowed) <= 1, name, value, allowed)
@@ -50,13 +50,13 @@ class MixtureConstraints:
             whole(self.rows, "rows", "1 or more", least=1)
 
     def weights(self, n_rows: Mapping[str, int]) -> dict[str, float]:
-        """Largest weight of each source: by its share, and by how often its rows may come.
+        """Compute the largest weight of each source, from its share and from how often its rows may be repeated.
 
         Args:
-            n_rows: that each source has, the training data among them.
+            n_rows: number of rows of each source, including the training data.
 
         Raises:
-            ConfigError: if a cap names no source, or the training data has too few rows.
+            ConfigError: if a cap names no source, or the training data have too few rows.
 
         """
         replay = sorted(n_rows.keys() - {TRAIN})
@@ -72,11 +72,11 @@ class MixtureConstraints:
 
 
 def require_sources(replay: Mapping[str, Any], policy: PolicyConfig) -> None:
-    """Refuse what leaves nothing to search.
+    """Refuse a search without sources or protected domains.
 
     Args:
-        replay: what may be mixed in, by name.
-        policy: whose budgets are to be kept.
+        replay: the sources that may be mixed in, by name.
+        policy: the budgets to keep.
 
     Raises:
         ConfigError: if nothing is protected or may be mixed in, a name is taken, or a budget is not in nats a token.
@@ -93,15 +93,15 @@ def require_sources(replay: Mapping[str, Any], policy: PolicyConfig) -> None:
 def pilot_effects(
     pilots: Mapping[str, str | Path], n_rows: Mapping[str, int], policy: PolicyConfig
 ) -> tuple[Identity, dict[str, SourceEffect]]:
-    """What short runs did, each on one source alone, by their last drift checks.
+    """Read the effects of short runs on one source each, from their last drift checks.
 
     Args:
         pilots: the `output_dir` of each source's run with a callback.
-        n_rows: that each source has, the training data first.
-        policy: whose budgets are to be kept.
+        n_rows: number of rows of each source, the training data first.
+        policy: the budgets to keep.
 
     Returns:
-        What they were measured with, and the effect of each source.
+        The identity of the measurements, and the effect of each source.
 
     Raises:
         ConfigError: if a source has no run or a run no check, they differ in model, SAE or steps, or one did not watch a
@@ -132,12 +132,12 @@ def pilot_effects(
 
 
 def search(effects: Mapping[str, SourceEffect], policy: PolicyConfig, constraints: MixtureConstraints) -> tuple[MixPoint, ...]:
-    """The best mixture for each share of the training data, as far down as the constraints allow.
+    """Find the best mixture for each share of the training data that the constraints allow.
 
     Args:
-        effects: of each source, the training data first.
+        effects: effect of each source, the training data first.
         policy: budgets and thresholds.
-        constraints: what a mixture may be made of.
+        constraints: constraints on a mixture.
 
     """
     sources, names = list(effects), list(policy.budgets)
@@ -181,16 +181,16 @@ def _finding(used: list[SourceEffect], name: str, change: Estimate, policy: Poli
 
 
 def plan(found: Mix, point: MixPoint, files: Mapping[str, str], seed: int) -> str:
-    """A mixture as JSON, which `datasets.interleave_datasets` takes.
+    """Convert a mixture to JSON for `datasets.interleave_datasets`.
 
     Args:
-        found: what it was chosen from.
+        found: the search that the mixture comes from.
         point: the mixture.
-        files: where each source is.
-        seed: of the interleaving.
+        files: file of each source.
+        seed: seed of the interleaving.
 
     Returns:
-        JSON whose `files` are to be loaded in their order, interleaved with `interleave_datasets` as keywords, and cut to `rows`.
+        JSON. Load its `files` in their order, interleave them with `interleave_datasets` as keywords, and cut to `rows`.
 
     """
     used = [name for name, n in point.rows.items() if n]
@@ -213,18 +213,18 @@ def plan(found: Mix, point: MixPoint, files: Mapping[str, str], seed: int) -> st
 
 
 def best_weights(change: np.ndarray, budgets: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
-    """The mixture that keeps the worst domain as far as can be within its budget.
+    """Find the mixture whose worst domain has the most of its budget left.
 
     A linear programme: minimise t over weights w, with `w @ change - t <= budgets`, `sum(w) = 1` and `low <= w <= high`.
 
     Args:
-        change: that training on one source alone makes in one domain, `(n_sources, n_domains)`; of a mixture, its weighted mean.
-        budgets: that each domain may change, in the same unit, `(n_domains,)`.
-        low: least weight of each source, `(n_sources,)`, in [0, 1].
+        change: change in each domain by training on each source alone, `(n_sources, n_domains)`. A mixture has the weighted mean.
+        budgets: largest change of each domain, in the same unit, `(n_domains,)`.
+        low: smallest weight of each source, `(n_sources,)`, in [0, 1].
         high: largest weight, `(n_sources,)`, in [0, 1].
 
     Returns:
-        Weights, `(n_sources,)`, that sum to 1; None if none are allowed.
+        Weights, `(n_sources,)`, that sum to 1. None if no weights are allowed.
 
     """
     n_sources, n_domains = change.shape
@@ -240,14 +240,14 @@ def best_weights(change: np.ndarray, budgets: np.ndarray, low: np.ndarray, high:
 
 
 def apportioned(weights: np.ndarray, n: int) -> list[int]:
-    """Whole rows in proportion to weights: rounded down, what is left goes to the largest remainders (Hamilton's method).
+    """Split rows in proportion to weights. Shares are rounded down; the rest goes to the largest remainders (Hamilton's method).
 
     Args:
-        weights: at least 0, not all 0, `(n_sources,)`.
-        n: rows in all.
+        weights: weights, at least 0, not all 0, `(n_sources,)`.
+        n: total number of rows.
 
     """
     exact = n * weights / weights.sum()
-    rows = np.floor(exact + 1e-9).astype(int)  # a weight that is a whole number of rows but for its last bit
+    rows = np.floor(exact + 1e-9).astype(int)  # rounding may put a whole number of rows just below it
     rows[np.argsort(rows - exact, kind="stable")[: n - rows.sum()]] += 1
     return [int(count) for count in rows]

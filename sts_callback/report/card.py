@@ -1,6 +1,6 @@
-"""A run as a section of a model card: Markdown without links, and without a word of the user's texts.
+"""A run as a section of a model card: Markdown without links and without any of the user's texts.
 
-Domains, model and SAE are named as the user named them, in code spans, so that nothing in a name becomes a link or markup.
+Names of domains, model and SAE are in code spans, so nothing in a name becomes a link or markup.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEGIN, END = "<!-- sts-callback: begin -->", "<!-- sts-callback: end -->"
-"""Between these the section stands in a card; what else is there is left alone."""
+"""The section is between these markers. The rest of the card stays as it is."""
 
 _MEANINGS: dict[Decision, str] = {
     "go": "none of the protected domains was found to be threatened",
@@ -39,16 +39,16 @@ _MEANINGS: dict[Decision, str] = {
 
 
 def card_section(log: RunDirectory) -> str:
-    """Tell a run.
+    """Write the section of a run.
 
     Args:
-        log: of the run, also of one that goes on or has died.
+        log: directory of the run, which may still run or have died.
 
     Returns:
         Markdown between the two markers, without a line end.
 
     Raises:
-        DataError: if there is nothing to tell.
+        DataError: if the run has neither forecast nor check.
         OSError: if the folder cannot be read.
 
     """
@@ -74,18 +74,18 @@ def card_section(log: RunDirectory) -> str:
 
 
 def put_into(card: Path, section: str) -> None:
-    """Put a section into a model card: in place of the one that is there, or at its end.
+    """Put a section into a model card: in place of an earlier one, or at the end.
 
     Args:
         card: an existing file.
-        section: from `card_section`.
+        section: the section from `card_section`.
 
     Raises:
         DataError: if there is no card, or its markers are not one pair.
-        OSError: if it cannot be read or written.
+        OSError: if the card cannot be read or written.
 
     """
-    card = card.resolve()  # what a link leads to is written, the link stays
+    card = card.resolve()  # write the target of a link and keep the link
     if not card.is_file():
         raise DataError(f"card: there is no file {card}; give a model card that exists, or leave --into out to have it printed.")
     try:
@@ -107,12 +107,12 @@ def put_into(card: Path, section: str) -> None:
 
 
 def add_to_card(trainer: Trainer) -> None:
-    """Put the section into the card that a trainer has just written; call it at the end of an overridden `create_model_card`.
+    """Put the section into the card that a trainer has just written. Call it at the end of an overridden `create_model_card`.
 
-    Whatever stands against it is told in the log: training goes on.
+    If it fails, the log says why and training goes on.
 
     Args:
-        trainer: one that trains or has trained with an `STSCallback`; only its first process writes.
+        trainer: a trainer with an `STSCallback`. Only its first process writes.
 
     """
     if not trainer.is_world_process_zero():
@@ -125,7 +125,7 @@ def add_to_card(trainer: Trainer) -> None:
 
 
 def _verdicts(logged: Logged) -> str:
-    """What was decided before training and after it, the newest with its reasons."""
+    """The verdicts before and after training. The newest comes with its reasons."""
     lines, newest = [], logged.verdict
     if newest is None or not newest.reasons:
         return "No domain was protected, so nothing was judged."
@@ -234,6 +234,6 @@ def _were(some: Sequence[object]) -> str:
 
 
 def _code(name: str) -> str:
-    """A name in which nothing is markup; what could end the span, the cell of a table or the section is left out."""
+    """Put a name into a code span. Characters that could end the span, the table cell or the section are left out."""
     readable = re.sub(r"[`|<>\s]+", " ", name).strip() or UNKNOWN
     return f"`{readable}`"

@@ -1,4 +1,4 @@
-"""What a report says, before anybody thinks of how it looks: built from records, frozen, plain Python."""
+"""The content of a report, without its form: built from records, frozen, plain Python."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LONGEST_SIDE, _LONGEST_TOKEN = 90, 40  # characters of a quotation
 
 @dataclass(frozen=True)
 class Stretch(Record):
-    """Checks in a row with the same verdict on the same domains."""
+    """Consecutive checks with the same verdict on the same domains."""
 
     decision: Decision
     threatened: tuple[str, ...]
@@ -47,71 +47,71 @@ class Stretch(Record):
 
 @dataclass(frozen=True)
 class Series(Record):
-    """One domain over all checks; both in the order of the checks' steps."""
+    """One domain over all checks, in the order of their steps."""
 
     drift: tuple[Estimate, ...]
-    """How far it has moved."""
+    """Relative drift at each check."""
     nll_change: tuple[Estimate, ...]
-    """How much worse it has got, in nats per token."""
+    """Change of the answers' NLL at each check, in nats per token."""
     alarmed_at: tuple[int, ...]
-    """Steps of checks at which it alarmed."""
+    """Steps of checks that alarmed for it."""
     watched_at: tuple[int, ...]
     """Steps of checks at which it may have been threatened, not surely or not for long enough to alarm."""
 
 
 @dataclass(frozen=True)
 class Drift(Record):
-    """What training has done, check by check."""
+    """Drift and harm, check by check."""
 
     steps: tuple[int, ...]
     series: Mapping[str, Series]
-    """The training data first."""
+    """Curves of the training data, then of each domain."""
     verdicts: tuple[Stretch, ...]
     latest: DriftSnapshot
     latest_reasons: Mapping[str, str]
     latest_states: Mapping[str, State]
     """Where each protected domain stands; empty in files from before there were states."""
     n_features: int
-    """How many features are called those that moved most."""
+    """Number of features that count as those that moved most."""
     n_shared: tuple[int, ...]
-    """How many of them the forecast named, at each check."""
+    """Number of these that the forecast named, at each check."""
     share_on_forecast: tuple[float, ...]
     """Share of the training data's drift on the forecast's features, at each check."""
     superseded_at: int
-    """First step at which the training data itself had really moved; 0 if none."""
+    """First step at which the training data itself had really moved. 0 if there is none."""
     output_drift: Annotated[tuple[Estimate, ...], StoredAs("text_drift")]
-    """How far what the policy writes has moved, at each check; NaN without rollouts."""
+    """Drift of what the policy writes, at each check. NaN without rollouts."""
 
 
 @dataclass(frozen=True)
 class FeatureRow(Record):
-    """A feature in words, with what it was named for."""
+    """Top activating examples of a feature, and why the feature is listed."""
 
     words: TopActivatingExamples
-    """With shortened quotations."""
+    """Examples with shortened quotations."""
     forecast_rank: int
-    """Its place among the forecast's features, 1 the most shifted; 0 if it is none of them."""
+    """Its rank among the forecast's features, from 1, the most shifted. 0 if it is not among them."""
     moved_rank: int
-    """Its place among those that training moved most at the last check; 0 likewise."""
+    """Its rank among the features that training moved most at the last check. 0 if it is not among them."""
 
 
 @dataclass(frozen=True)
 class Cost(Record):
-    """Time in seconds; NaN where it is not known."""
+    """Time in seconds. NaN if unknown."""
 
     n_checks: int
     checks_s: float
     longest_check_s: float
     overhead_share: float
-    """Time of checks as a share of the training's."""
+    """Time of checks as a share of that of training."""
     training_s: float
-    """Of training itself, up to the last check."""
+    """Seconds of training itself, up to the last check."""
     postponed: tuple[Postponed, ...]
 
 
 @dataclass(frozen=True)
 class FaultRow(Record):
-    """A fault, and how often it came."""
+    """A fault and how often it occurred."""
 
     first: Fault
     n_times: int
@@ -120,23 +120,23 @@ class FaultRow(Record):
 
 @dataclass(frozen=True)
 class ReportData(Record):
-    """All that a report says."""
+    """The content of a report."""
 
     headline: Headline
     budgets: Mapping[str, PlainBudget]
     """Protected domains and their budgets; NaN where the log does not tell."""
     domains: tuple[str, ...]
-    """All domains in the order in which they are told: the threatened, the protected, then those that move most."""
+    """All domains in the order of the report: threatened, protected, then those that move most."""
     settings: RunSettings | None
     forecast: Forecast | None
     forecast_verdict: Verdict | None
     trials: Trials | None
     transfers: Mapping[str, Mapping[str, float]]
-    """By each SAE, the deciding one first, for each domain; empty if there was only one."""
+    """Transfer of each domain by each SAE, the deciding SAE first. Empty if there was only one."""
     drift: Drift | None
     features: tuple[FeatureRow, ...]
     n_features_untold: int
-    """Top activating examples that the log has and the report leaves out."""
+    """Number of features with examples in the log that the report leaves out."""
     blame: Attribution | None
     cost: Cost
     faults: tuple[FaultRow, ...]
@@ -146,10 +146,10 @@ class ReportData(Record):
 
 
 def build(logged: Logged) -> ReportData:
-    """Build the story of a run from what its folder holds.
+    """Build the content of a report from the folder of a run.
 
     Args:
-        logged: all that could be read; any of it may be missing.
+        logged: all that could be read. Any part may be missing.
 
     """
     top, features = headline(logged), _told_features(logged)
@@ -190,7 +190,7 @@ def _budgets(logged: Logged) -> dict[str, PlainBudget]:
 
 
 def _order(logged: Logged, threatened: Sequence[str]) -> tuple[str, ...]:
-    """The threatened, the protected, the rest, each by drift where there is any, else by transfer."""
+    """Sort domains: threatened, protected, others; each by drift if there is any, else by transfer."""
     sizes: dict[str, float] = {}
     if logged.forecast is not None:
         sizes = {n: d.transfer.value for n, d in logged.forecast.domains.items()}
@@ -204,7 +204,7 @@ def _transfers(logged: Logged) -> dict[str, dict[str, float]]:
     if logged.forecast is None or not logged.other_forecasts:
         return {}
     return {
-        f"{number}: {f.identity.sae_name} at {f.identity.hook_name}": {  # one SAE may be given twice
+        f"{number}: {f.identity.sae_name} at {f.identity.hook_name}": {  # the same SAE may be given twice
             name: d.transfer.value for name, d in f.domains.items()
         }
         for number, f in enumerate((logged.forecast, *logged.other_forecasts), 1)
@@ -250,12 +250,12 @@ def _stretches(verdicts: Iterable[Verdict]) -> Iterable[Stretch]:
 
 
 def _told_features(logged: Logged) -> tuple[FeatureRow, ...]:
-    """Those of the forecast and those that moved most at the last check, the first of each in turn."""
+    """Take the features of the forecast and those that moved most at the last check, in turn."""
     by_number = {words.feature: words for words in logged.top_examples}
     shifted = logged.forecast.features if logged.forecast is not None else ()
     moved = tuple(j for j, _ in logged.checks[-1].snapshot.train.top_features) if logged.checks else ()
     wanted = [j for pair in itertools.zip_longest(shifted, moved) for j in pair if j in by_number]
-    rest = () if logged.forecast or logged.checks else by_number  # where nothing else is left, any tells something
+    rest = () if logged.forecast or logged.checks else by_number  # without these, any feature is better than none
     return tuple(
         FeatureRow(
             words=replace(by_number[j], snippets={name: _short(some) for name, some in by_number[j].snippets.items()}),
@@ -267,7 +267,7 @@ def _told_features(logged: Logged) -> tuple[FeatureRow, ...]:
 
 
 def _told_blame(found: Attribution) -> Attribution:
-    """With shortened quotations."""
+    """Shorten the quotations."""
     domains = {
         name: replace(d, rows=tuple(replace(row, snippet=_short([row.snippet])[0]) for row in d.rows))
         for name, d in found.domains.items()
@@ -284,7 +284,7 @@ def _short(snippets: Sequence[Snippet]) -> tuple[Snippet, ...]:
 def _cost(logged: Logged) -> Cost:
     durations = [c.snapshot.seconds for c in logged.checks]
     clocks = [c.time for c in logged.checks if c.time is not None]
-    # Each session counts from its own beginning: its last clock is the one before the next session's begins again.
+    # Each session counts from its own start: its last time is the one before the next session starts at 0 again.
     last = [one for one, after in itertools.zip_longest(clocks, clocks[1:]) if not after or after.training_s < one.training_s]
     training_s = sum(clock.training_s for clock in last) if last else _NAN
     return Cost(

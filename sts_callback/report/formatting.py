@@ -1,4 +1,4 @@
-"""Numbers as a reader sees them; what could not be measured is a dash."""
+"""Format numbers for reading. A number that could not be measured is a dash."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sts_callback.records import Estimate, TokenAccuracy
 UNKNOWN = "\N{EN DASH}"
 
 Form = Callable[[float], str]
-"""How a number is written."""
+"""A function that formats a number."""
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share as a percentage."""
+    """Format a share as a percentage."""
     return f"{share:.{digits}%}" if math.isfinite(share) else UNKNOWN
 
 
 def percent_1(share: float) -> str:
-    """The same with one digit."""
+    """Format a share as a percentage with one decimal."""
     return percent(share, 1)
 
 
 def nats(change: float) -> str:
-    """A change of NLL, with its sign if it has one."""
+    """Format a change of NLL, with its sign if it is not 0."""
     if not math.isfinite(change):
         return UNKNOWN
     return f"{change:+.2f}" if abs(change) >= 0.005 else "0.00"
@@ -61,7 +61,7 @@ def harm_form(unit: Unit) -> Form:
 
 
 def plain(number: float) -> str:
-    """Three digits, with a letter for thousands."""
+    """Format with three digits and a letter for thousands."""
     if not math.isfinite(number):
         return UNKNOWN
     for letter in ("", "k", "M", "G"):
@@ -72,12 +72,12 @@ def plain(number: float) -> str:
 
 
 def tiny(number: float) -> str:
-    """A number that may be many times smaller than 1."""
+    """Format a number that may be much smaller than 1."""
     return f"{number:.1e}" if math.isfinite(number) and number else plain(number)
 
 
 def seconds(duration: float) -> str:
-    """A duration."""
+    """Format a duration."""
     if not math.isfinite(duration):
         return UNKNOWN
     if duration < 9.95:
@@ -89,14 +89,14 @@ def seconds(duration: float) -> str:
 
 
 def interval(estimate: Estimate, form: Form) -> str:
-    """The two ends of an interval."""
+    """Format the two ends of an interval."""
     if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
         return ""
     return f"{form(estimate.low)} to {form(estimate.high)}"
 
 
 def listing(names: Sequence[str], most: int = 6) -> str:
-    """Names in a sentence."""
+    """Join names for a sentence."""
     shown = list(names[:most])
     if len(names) > most:
         shown.append(f"{len(names) - most} more")
@@ -104,10 +104,10 @@ def listing(names: Sequence[str], most: int = 6) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """A number of things."""
+    """Format a count with its noun."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def in_a_row(n_checks: int) -> str:
-    """How long something must hold."""
+    """Say how long something must hold."""
     return "one check" if n_checks == 1 else f"{n_checks} checks in a row"

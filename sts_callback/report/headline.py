@@ -1,4 +1,4 @@
-"""The verdict in a sentence, its reasons, and what a reader must know before trusting it."""
+"""The verdict in one sentence, its reasons, and what one must know before trusting it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _NOTHING_JUDGED = "There is no verdict: neither a forecast nor a check could be 
 
 @dataclass(frozen=True)
 class Headline(Record):
-    """What a reader in a hurry reads."""
+    """What someone in a hurry reads."""
 
     decision: Decision | None
     """None if nothing was judged."""
     step: int
-    """Optimizer steps done; 0 for a forecast."""
+    """Number of optimizer steps done. 0 for a forecast."""
     sentence: str
     threatened: tuple[str, ...]
     reasons: Mapping[str, str]
-    """Of the domains that the decision is about, or of all."""
+    """Reasons for the domains that the decision is about, or for all."""
     other_reasons: Mapping[str, str]
-    """Of the other protected domains."""
+    """Reasons for the other protected domains."""
     notes: tuple[str, ...]
-    """What bears on how far the verdict can be trusted."""
+    """What limits how far the verdict can be trusted."""
 
 
 def headline(logged: Logged) -> Headline:
@@ -128,10 +128,10 @@ def _notes(logged: Logged) -> Iterator[str]:
 
 
 def ended_alarms(verdicts: Sequence[Verdict]) -> dict[str, list[int]]:
-    """Domains about which there was an alarm and is none now, with the steps of the checks that alarmed.
+    """Find domains whose alarm has ended, with the steps of the checks that alarmed.
 
     Args:
-        verdicts: of all checks, in order.
+        verdicts: verdicts of all checks, in order.
 
     """
     alarmed: dict[str, list[int]] = {}

@@ -1,8 +1,8 @@
-"""A forecast as JUnit XML, the form in which CI systems read test results: a test case for each protected domain.
+"""A forecast as JUnit XML, the format in which CI systems read test results. Each protected domain is a test case.
 
-Only elements and attributes are used that are in all dialects of the form. Scores are therefore properties of the suite, named
-`DOMAIN.SCORE`: properties of a test case are refused by strict readers. The reason stands in a result's `message`, which Jenkins
-and the GitHub actions show, and again as its text, which GitLab shows.
+Only elements and attributes of all dialects are used. Strict readers refuse properties of a test case, so scores are properties
+of the suite, named `DOMAIN.SCORE`. The reason is in a result's `message`, which Jenkins and the GitHub actions show, and in its
+text, which GitLab shows.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit_xml(judged: Mapping[str, Judgement], forecast: Forecast | None) -> str:
-    """Write what was decided as the results of tests.
+    """Convert decisions to test results.
 
     Args:
-        judged: for each protected domain what was decided, and why.
-        forecast: what it was decided by; None if none could be made.
+        judged: decision and reason for each protected domain.
+        forecast: the forecast; None if there could be none.
 
     Returns:
         An XML document with its declaration. A `no-go` is a failure, `cannot tell` an error.
@@ -86,5 +86,5 @@ def _scores(domain: DomainForecast) -> dict[str, float]:
 
 
 def _valid(text: str) -> str:
-    """The text without what XML cannot hold, such as control characters."""
+    """Replace characters that XML does not allow, such as control characters."""
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,4 +1,4 @@
-"""What forecasts were worth in our own validation, told to those who read one; numbers of examples/validation/RESULTS.md."""
+"""What forecasts were worth in our own validation, for readers of a forecast. Numbers are from examples/validation/RESULTS.md."""
 
 WHAT_HOLDS = (
     "In our validation (24 LoRA runs on 8 data sets, 20 domains, one small model) transfer ordered domains by how far they then "

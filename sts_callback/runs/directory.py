@@ -1,4 +1,4 @@
-"""The run directory: what was forecast and measured, written so that a kill loses at most the line being written."""
+"""The directory of a run. It keeps forecasts and checks; a kill loses at most the line being written."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _LAST_IN_CHECKPOINT = "trainer_state.json"  # of what transformers writes there,
 
 
 class RunDirectory:
-    """Files of one run, under `<output_dir>/sts/`."""
+    """The files of one run, in `<output_dir>/sts/`."""
 
     def __init__(self, folder: Path, *, anew: bool = False) -> None:
-        """Name the folder; nothing is written yet.
+        """Name the folder. Nothing is written yet.
 
         Args:
             folder: where the files are.
-            anew: whether what is there is another run's, to be moved aside before anything is written.
+            anew: whether existing files belong to another run and must be moved aside before anything is written.
 
         """
         self.folder = folder
@@ -53,10 +53,10 @@ class RunDirectory:
         self._unwritten_faults: deque[dict[str, Any]] = deque(maxlen=100)
 
     def require_place(self) -> None:
-        """Refuse a folder that could not be written, before anything is measured; it is made.
+        """Make the folder, or refuse one that cannot be written, before anything is measured.
 
         Raises:
-            ConfigError: if there is something else in its place, or it can be neither made nor written to.
+            ConfigError: if something else has its name, or it can be neither made nor written to.
 
         """
         if self.folder.exists() and not self.folder.is_dir():
@@ -69,7 +69,7 @@ class RunDirectory:
             raise ConfigError(f"output_dir: {self.folder} cannot be written to; give a folder that can.")
 
     def start_anew(self) -> None:
-        """Make the folder; what an earlier run left in it is moved aside to `sts.1`, `sts.2` and so on."""
+        """Make the folder. Files of an earlier run are moved aside to `sts.1`, `sts.2` and so on."""
         if self.folder.exists() and any(self.folder.iterdir()):
             number = 1
             while self.folder.with_name(f"{self.folder.name}.{number}").exists():
@@ -79,13 +79,13 @@ class RunDirectory:
         self._holds_another_run = False
 
     def take_up(self, step: int) -> int:
-        """Go on after a resume: lines of checks beyond its step will be written again, and lines cut off by a kill hold nothing.
+        """Continue after a resume. Lines of later checks are dropped, as they will be written again, and lines cut off by a kill.
 
         Args:
-            step: optimizer steps done at the checkpoint.
+            step: number of optimizer steps done at the checkpoint.
 
         Returns:
-            How many lines were damaged otherwise and are gone.
+            Number of other damaged lines, which are dropped too.
 
         """
         n_damaged = 0
@@ -101,12 +101,12 @@ class RunDirectory:
         return n_damaged
 
     def write_settings(self, settings: RunSettings) -> None:
-        """Write what the run was asked to do, whole or not at all; a resumed run's own take the place of the first session's."""
+        """Write the settings, whole or not at all. Those of a resumed run replace those of the first session."""
         self._make_ready()
         write_whole(self._settings_file, settings.to_json() + "\n")
 
     def write_forecast(self, forecast: Forecast, verdict: Verdict, others: Sequence[Forecast] = ()) -> None:
-        """Write forecast and verdict, and the forecasts of further SAEs, whole or not at all."""
+        """Write forecast and verdict, and the forecasts by further SAEs, whole or not at all."""
         content = {
             "forecast": forecast.to_dict(),
             "verdict": verdict.to_dict(),
@@ -155,37 +155,37 @@ class RunDirectory:
         write_whole(self._trials_file, trials.to_json() + "\n")
 
     def write_rollouts(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the policy wrote at step 0, if anything is known of it, whole or not at all."""
+        """Write the policy's rollouts of step 0, if there are any, whole or not at all."""
         self._make_ready()
         _write_lines(self._rollouts_file, rows)
 
     def read_rollouts(self) -> list[dict[str, Any]]:
-        """Read what `write_rollouts` wrote; lines that damage has left unreadable are left out."""
+        """Read the rollouts that `write_rollouts` wrote. Damaged lines are left out."""
         return [row for row in _rows(self._rollouts_file) if row.keys() >= {"prompt", "completion", "sample"}]
 
     def append_check(self, snapshot: DriftSnapshot, verdict: Verdict, time: TimeSpent | None = None) -> None:
-        """Append one drift check with its verdict and where the time has gone up to it."""
+        """Append a drift check with its verdict and the time spent until then."""
         row = {"snapshot": snapshot.to_dict(), "verdict": verdict.to_dict()}
         self._append(self._drift_file, row | ({"time": time.to_dict()} if time else {}))
 
     def append_top_examples(self, words: Sequence[TopActivatingExamples]) -> None:
-        """Append features in words, those that were not told before."""
+        """Append top activating examples of features that are not in the file yet."""
         told = {row.get("feature") for row in _rows(self._features_file)}
         for feature in words:
             if feature.feature not in told:
                 self._append(self._features_file, feature.to_dict())
 
     def write_attribution(self, found: Attribution) -> None:
-        """Write which training rows activate what threatens a domain, whole or not at all; the last of several counts."""
+        """Write the result of `blame`, whole or not at all. The last one counts."""
         self._make_ready()
         write_whole(self._blame_file, found.to_json() + "\n")
 
     def append_postponed(self, step: int, reason: str) -> None:
-        """Append that a check which was due was skipped."""
+        """Append that a check was due and was skipped."""
         self._append(self._skipped_file, {"step": step, "reason": reason})
 
     def append_fault(self, step: int, what: str, error: str, trace: str) -> None:
-        """Append a failure of ours that training survived; what cannot be written waits for the next call."""
+        """Append a failure of ours that training survived. If it cannot be written, it waits for the next call."""
         self._unwritten_faults.append({"step": step, "what": what, "error": error, "trace": trace})
         self.write_waiting_faults()
 
@@ -220,24 +220,24 @@ class RunDirectory:
         return -min(kept)[1] if kept else 0
 
     def judged_checks(self, step: int) -> list[tuple[DriftSnapshot, Verdict]]:
-        """Checks up to a step with their verdicts, in order. Of a stretch that was run twice after a resume, the later counts."""
+        """Read checks up to a step with their verdicts, in order. If a step was run twice, the later check counts."""
         by_step = {found[0].step: found for found in map(_check_in, _rows(self._drift_file)) if found is not None}
         return [by_step[s] for s in sorted(by_step) if s <= step]
 
     def checks_before(self, step: int) -> list[DriftSnapshot]:
-        """The same checks without verdicts."""
+        """Read the same checks without verdicts."""
         return [snapshot for snapshot, _ in self.judged_checks(step)]
 
     def postponed_since(self, last_check: int, step: int) -> bool:
-        """Whether a check that was due after the last one, up to a step, was skipped."""
+        """Whether a check was skipped after the last check and up to a step."""
         steps = map(_skipped_step, _rows(self._skipped_file))
         return any(at is not None and last_check < at <= step for at in steps)
 
     def read_all(self) -> Logged:
-        """Read what of the run can be read: any file may be missing, cut off, damaged or of another version.
+        """Read all that can be read. Any file may be missing, cut off, damaged or of another version.
 
         Raises:
-            OSError: if a file is there but may not be opened.
+            OSError: if a file exists but cannot be opened.
 
         """
         unreadable: dict[str, str] = {}
@@ -277,7 +277,7 @@ class RunDirectory:
         """Write the report of the run as a page and as JSON, each whole or not at all.
 
         Returns:
-            Where the page is.
+            Path of the page.
 
         """
         self._make_ready()
@@ -286,7 +286,7 @@ class RunDirectory:
         return self._report_file
 
     def _make_ready(self) -> None:
-        """Make the folder, also again after it was deleted; never write into that of another run."""
+        """Make the folder, again if it was deleted. Never write into another run's folder."""
         if self._holds_another_run:
             self.start_anew()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,7 @@ class RunDirectory:
 
 
 def run_directory_in(folder: Path) -> RunDirectory:
-    """The log of a run.
+    """Get the directory of a run.
 
     Args:
         folder: the trainer's `output_dir`, or the folder `sts` in it.
@@ -327,7 +327,7 @@ def _last_byte(file: Path) -> bytes:
 
 
 def _whole_lines(file: Path) -> list[dict[str, Any]]:
-    """As `_rows`, without a last line that a kill has cut off."""
+    """Like `_rows`, without a last line that a kill has cut off."""
     lines = list(_rows(file))
     return lines[:-1] if lines and not lines[-1] and _last_byte(file) != b"\n" else lines
 
@@ -338,7 +338,7 @@ def _write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """What stands in each line; nothing for one that a kill or damage has left unreadable."""
+    """Yield the object of each line. It is empty for a line that cannot be read."""
     if not file.exists():
         return
     for line in file.read_bytes().splitlines():
@@ -348,13 +348,13 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 def _object(text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError:  # no JSON, or no UTF-8
+    except ValueError:  # not JSON, or not UTF-8
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _check_in(row: dict[str, Any]) -> tuple[DriftSnapshot, Verdict] | None:
-    """The check in a line of `drift.jsonl`; None if this version finds none there."""
+    """Read the check in a line of `drift.jsonl`. None if this version cannot read it."""
     try:
         return DriftSnapshot.from_dict(row["snapshot"]), Verdict.from_dict(row["verdict"])
     except _NOT_OURS:
@@ -362,7 +362,7 @@ def _check_in(row: dict[str, Any]) -> tuple[DriftSnapshot, Verdict] | None:
 
 
 def _documents(file: Path) -> Iterator[dict[str, Any]]:
-    """What a JSON file holds, or each line of one of JSON lines."""
+    """Yield the object of a JSON file, or of each line of a JSON-lines file."""
     if file.suffix != ".json":
         yield from _rows(file)
     elif file.exists():

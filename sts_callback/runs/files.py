@@ -9,11 +9,11 @@ from sts_callback.errors import ConfigError, DataError
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text so that a reader, and a kill in the middle, find the old file or the new one.
+    """Write a text atomically: a reader, also after a kill, finds the old file or the new one.
 
     Args:
-        file: in a folder that exists.
-        text: line ends in it are kept as they are.
+        file: the file; its folder must exist.
+        text: content; line ends are kept.
 
     """
     scratch = file.with_suffix(".part")
@@ -23,16 +23,16 @@ def write_whole(file: Path, text: str) -> None:
             content.flush()
             os.fsync(content.fileno())
         os.replace(scratch, file)
-    finally:  # a full disk must not be filled further by half a file
+    finally:  # half a file must not fill a full disk further
         scratch.unlink(missing_ok=True)
 
 
 def require_place(file: Path, option: str) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold; its folder is made.
+    """Refuse a file that cannot be written, before the work for it begins. Its folder is made.
 
     Args:
-        file: what the user named.
-        option: by which.
+        file: the file that the user named.
+        option: the option that named it.
 
     Raises:
         ConfigError: if it is a folder, or its folder can be neither made nor written to.
@@ -47,12 +47,12 @@ def require_place(file: Path, option: str) -> None:
 
 
 def write_asked(file: Path, text: str, option: str) -> None:
-    """Write what the user asked for, whole or not at all.
+    """Write a file that the user asked for, whole or not at all.
 
     Args:
-        file: what the user named.
-        text: its content.
-        option: by which it was named.
+        file: the file that the user named.
+        text: content.
+        option: the option that named it.
 
     Raises:
         DataError: if it cannot be written.

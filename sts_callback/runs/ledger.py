@@ -1,6 +1,7 @@
-"""What finished runs leave behind for later ones: forecast against outcome, a line a run, in one file of the user's.
+"""The ledger: forecasts and outcomes of finished runs, one line per run, in one file.
 
-Numbers, names and fingerprints; no texts and no paths. Standard library only: what the lines teach is in `runs.track_record`.
+It holds numbers, names and fingerprints, but no texts and no paths. This module needs only the standard library;
+`runs.track_record` learns from the lines.
 """
 
 from __future__ import annotations
@@ -16,35 +17,35 @@ from sts_callback.records import DomainDrift, DomainForecast, DriftSnapshot, Est
 from sts_callback.records.rehearsal import Rehearsal
 
 FEWEST = 5
-"""Training sets below which nothing is expected from them."""
+"""The fewest training sets from which expectations are made."""
 LEVEL = 0.8
-"""Coverage that prediction intervals aim at: the highest round one at which `FEWEST` training sets, or one fewer when one is left
-out, give a finite interval."""
+"""Nominal coverage of prediction intervals: the highest round one for which `FEWEST` training sets give a finite interval, also
+when one of them is left out."""
 
 
 def is_gain(error: float, error_of_mean: float) -> bool:
-    """Whether a fit is better than the mean of the outcomes, by more than rounding."""
+    """Whether a fit is better than the mean of the outcomes by more than rounding."""
     return error < error_of_mean and not math.isclose(error, error_of_mean)
 
 
 @dataclass(frozen=True)
 class DomainEntry(Record):
-    """What was forecast of one domain, and what the run's last check found."""
+    """Forecast and outcome of one domain. The outcome is that of the run's last check."""
 
     transfer: float
-    """Where STS_net stood between plain prose (0) and the training data itself (1)."""
+    """STS_net on a scale from plain prose (0) to the training data itself (1)."""
     relative_shift: float
-    """Squared shift by the training demonstrations over squared activity."""
+    """Squared shift by training demonstrations divided by squared activity."""
     context_nll_change: float
-    """Change of the answers' NLL by the training demonstrations, nats per token."""
+    """Change of the answers' NLL by training demonstrations, in nats per token."""
     gradient_change: float
-    """Change of it while a small step lowers the training data's own by one nat."""
+    """Change of the answers' NLL while a small step lowers that of the training data by one nat."""
     cosine: float
-    """Cosine of the mean raw activation with that of the training data."""
+    """Cosine between the mean raw activations of the domain and of the training data."""
     nll: float
-    """NLL of the answers before training, nats per token."""
+    """NLL of the answers before training, in nats per token."""
     relative_drift: Estimate
-    """Outcome: squared feature drift over squared activity at step 0."""
+    """Outcome: squared feature drift divided by squared activity at step 0."""
     nll_change: Estimate
     """Outcome: change of the answers' NLL since step 0, nats per token; above 0 is worse."""
     rehearsed: tuple[float, ...] = ()
@@ -72,9 +73,9 @@ class Entry(Record):
 
     identity: Identity
     forecast: str
-    """SHA-256 of its forecast, by which a run that was resumed and ended twice is known for one."""
+    """SHA-256 of its forecast. It identifies a run that was resumed and ended twice."""
     steps: int
-    """Optimizer steps done at its last check."""
+    """Number of optimizer steps done at its last check."""
     train_source: TrainSource
     domains: Mapping[str, DomainEntry]
     n_parameters: int = 0
@@ -113,56 +114,56 @@ class Ledger:
     """All that could be read."""
 
     entries: tuple[Entry, ...] = ()
-    """One a run, in the order in which runs first ended."""
+    """One entry per run, in the order in which runs first ended."""
     n_unreadable: int = 0
-    """Lines that are damaged or of another version."""
+    """Number of lines that are damaged or of another version."""
 
 
 @dataclass(frozen=True)
 class Skill(Record):
-    """How good one number of past forecasts was. NaN where there are too few runs to tell."""
+    """How good one number of past forecasts was. NaN if there are too few runs."""
 
     n_training_sets: int
     n_rows: int
-    """Domains of runs of which all its numbers are known."""
+    """Number of pairs of domain and run for which all numbers are known."""
     spearman: Estimate
-    """Rank correlation with the outcome over the domains of a run, mean over training sets, 95 % interval over these."""
+    """Rank correlation with the outcome over the domains of a run: mean over training sets, with a 95 % interval."""
     error: float
-    """Root mean square error of the fit on a training set left out; of drift in natural logarithms."""
+    """Root mean square error of the fit on a training set that was left out; for drift, in natural logarithms."""
     error_of_mean: float
-    """The same of the plain mean of the outcomes of the others."""
+    """The same for the mean outcome of the other training sets."""
     coverage: float
-    """How many outcomes of a training set left out the interval from the others holds; it aims at `LEVEL`."""
+    """Share of the outcomes of a left-out training set that lie in the interval from the others. The target is `LEVEL`."""
 
     @property
     def is_known(self) -> bool:
-        """Whether there were runs enough to try the fit."""
+        """Whether there are enough runs to test the fit."""
         return math.isfinite(self.error)
 
     @property
     def is_fit_better(self) -> bool:
-        """Whether the forecast's number says more than the mean of past outcomes."""
+        """Whether the forecast's number predicts better than the mean of past outcomes."""
         return is_gain(self.error, self.error_of_mean)
 
 
 @dataclass(frozen=True)
 class TrackRecord(Record):
-    """How good past forecasts were for one model, SAE and hook point. Movement and harm are two questions."""
+    """How good past forecasts were for one model, SAE and hook point, for movement and for harm."""
 
     identity: Identity
-    """Of the newest run."""
+    """Identity of the newest run."""
     n_runs: int
     n_training_sets: int
-    """What counts as independent: runs on the same training and probe texts have the same forecast."""
+    """Number of independent observations: runs on the same training and probe texts have the same forecast."""
     movement: Skill
-    """By transfer and relative shift; its correlation is that of transfer with relative drift."""
+    """Drift predicted from transfer and relative shift. The correlation is between transfer and relative drift."""
     harm: Skill
-    """By the NLL change in context."""
+    """NLL change predicted from the NLL change in context."""
 
 
 @dataclass(frozen=True)
 class Expectations(Record):
-    """What past runs make of a forecast: a number with its prediction interval a domain, empty where they are too few."""
+    """What past runs predict for a forecast: a number and a prediction interval per domain. Empty if there are too few runs."""
 
     past: TrackRecord
     relative_drift: Mapping[str, Estimate]
@@ -170,7 +171,7 @@ class Expectations(Record):
 
 
 def ledger_file(chosen: str | Path | None = None) -> Path | None:
-    """Where the ledger is: what was chosen, else `$STS_LEDGER`; None if neither names a file, and no ledger is kept."""
+    """Path of the ledger: the chosen one, else `$STS_LEDGER`. None if neither names a file; then no ledger is kept."""
     name = str(chosen or os.environ.get("STS_LEDGER", ""))
     return Path(name) if name else None
 
@@ -183,7 +184,7 @@ def append(entry: Entry, chosen: str | Path | None = None) -> None:
         chosen: see `ledger_file`.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the ledger cannot be written.
 
     """
     file = ledger_file(chosen)
@@ -195,7 +196,7 @@ def append(entry: Entry, chosen: str | Path | None = None) -> None:
         line = entry.to_json().encode() + b"\n"
         if os.fstat(descriptor).st_size:
             os.lseek(descriptor, -1, os.SEEK_END)
-            line = (b"" if os.read(descriptor, 1) == b"\n" else b"\n") + line  # a line that was cut off keeps to itself
+            line = (b"" if os.read(descriptor, 1) == b"\n" else b"\n") + line  # start a new line after one that was cut off
         if os.write(descriptor, line) < len(line):  # one write: runs that end together must not mix their lines
             raise OSError(f"only a part of the run's line could be written to {file}")
     finally:
@@ -203,13 +204,13 @@ def append(entry: Entry, chosen: str | Path | None = None) -> None:
 
 
 def read(chosen: str | Path | None = None) -> Ledger:
-    """Read the ledger; nothing if there is none. Of a run that ended twice the newest line counts.
+    """Read the ledger. Without one there are no entries. If a run ended twice, its newest line counts.
 
     Args:
         chosen: see `ledger_file`.
 
     Raises:
-        OSError: if it is there and may not be read.
+        OSError: if the ledger exists but cannot be read.
 
     """
     file = ledger_file(chosen)

@@ -1,4 +1,4 @@
-"""`sts.lock`: what a go or no-go depends on beside the training data, kept in a file so that later ones can be compared."""
+"""`sts.lock`: a file that fixes all that a verdict depends on beside the training data, so that verdicts can be compared."""
 
 from __future__ import annotations
 
@@ -19,56 +19,56 @@ if TYPE_CHECKING:
     from sts_callback.measure.monitor import Monitor
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "sae-lens", "numpy", "scipy")
-"""Which change numbers. `datasets`, `trl` and the like only read texts; what they make of them is in the probes' fingerprints."""
+"""Packages that change numbers. `datasets`, `trl` and others only read texts; the probes' fingerprints cover them."""
 _NONE = "none"
 
 
 @dataclass(frozen=True)
 class Lock(Record):
-    """The conditions of a forecast. Of the training data there is nothing: new data is what one wants to judge."""
+    """The conditions of a forecast, without the training data: those are what the forecast is to judge."""
 
     model: str
     """SHA-256 of the model's configuration."""
     model_weights: str
-    """SHA-256 over its weights: a tune of the same model has the same configuration."""
+    """SHA-256 of its weights: a fine-tuned model has the same configuration as its base."""
     model_dtype: str
-    """What it computes in; on a GPU it may be another one than on a CPU."""
+    """Its dtype, which may differ between GPU and CPU."""
     model_name: str
     """For people; not compared."""
     sae: str
-    """SHA-256 of the SAE that decides."""
+    """SHA-256 of the first SAE, which decides."""
     sae_name: str
     """For people; not compared."""
     hook_name: str
-    """Where that SAE reads."""
+    """Hook point of that SAE."""
     domains: Mapping[str, str]
-    """For each domain, SHA-256 of its probes' tokens."""
+    """SHA-256 of the probes of each domain."""
     policy: PolicyConfig
     """Budgets and thresholds."""
     probes: ProbeConfig
     """How texts become probes."""
     versions: Mapping[str, str]
-    """Of the packages that change numbers."""
+    """Versions of the packages that change numbers."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as it is locked."""
+    """One difference from the lock."""
 
     name: str
-    """Its place in the file, dots between keys."""
+    """Its keys in the file, joined by dots."""
     locked: str
     here: str
     remedy: str
-    """How to run under the locked condition."""
+    """How to restore the locked condition."""
 
 
 def lock_of(monitor: Monitor, policy: PolicyConfig) -> Lock:
-    """The conditions of a forecast that a monitor would make; the model's weights are read, nothing else is computed.
+    """Get the conditions of a monitor's forecast. Only the fingerprint of the weights is computed.
 
     Args:
-        monitor: on one process, with its model whole.
-        policy: by which the forecast would be judged.
+        monitor: runs on one process, with its model whole.
+        policy: judges the forecast.
 
     """
     identity, weights = monitor.identity, monitor.weights()
@@ -91,7 +91,7 @@ def read_lock(file: Path) -> Lock:
     """Read a lock file.
 
     Raises:
-        ConfigError: if there is none, or it cannot be read.
+        ConfigError: if the file does not exist or cannot be read.
 
     """
     if not file.exists():
@@ -106,25 +106,25 @@ def write_lock(file: Path, lock: Lock) -> None:
     """Write a lock file, whole or not at all, in lines that a review can compare.
 
     Raises:
-        DataError: if it cannot be written.
+        DataError: if the file cannot be written.
 
     """
     write_asked(file, json.dumps(lock.to_dict(), indent=2) + "\n", "--lock")
 
 
 def differences(locked: Lock, here: Lock) -> tuple[Difference, ...]:
-    """What is not as it is locked, in the order of the file.
+    """Find the differences between two locks, in the order of the file.
 
     Args:
-        locked: from the file.
-        here: of the run that is about to be made.
+        locked: the lock in the file.
+        here: the lock of the forecast to be made.
 
     """
     one, other = _flat(locked), _flat(here)
     found = []
     for name in dict.fromkeys([*one, *other]):
         there, now = str(one.get(name, _NONE)), str(other.get(name, _NONE))
-        # Texts that are drawn or cut otherwise are other probes: that the settings differ says it all.
+        # Other settings draw and cut other probes: the difference of the settings is enough.
         follows = name[0] == "domains" and _NONE not in (there, now) and locked.probes != here.probes
         if there != now and not follows:
             found.append(Difference(".".join(name), there, now, _remedy(name, there, locked)))
@@ -132,15 +132,15 @@ def differences(locked: Lock, here: Lock) -> tuple[Difference, ...]:
 
 
 def require_same(locked: Lock, here: Lock, file: Path) -> None:
-    """Refuse a forecast whose verdict could not be compared with earlier ones under the same lock.
+    """Refuse a forecast whose verdict could not be compared with earlier ones under the lock.
 
     Args:
-        locked: from the file.
-        here: of the run that is about to be made.
-        file: to be named.
+        locked: the lock in the file.
+        here: the lock of the forecast to be made.
+        file: the file, for the message.
 
     Raises:
-        ConfigError: with each difference, both values and what to do about it.
+        ConfigError: if there are differences. The message gives both values and what to do about each.
 
     """
     if found := differences(locked, here):
@@ -154,7 +154,7 @@ def require_same(locked: Lock, here: Lock, file: Path) -> None:
 
 
 def _flat(lock: Lock) -> dict[tuple[str, ...], Any]:
-    """All values by their keys; domains may have dots in their names."""
+    """Flatten a lock to values by key. Names of domains may contain dots."""
     content = lock.to_dict()
     for for_people in ("schema_version", "model_name", "sae_name"):
         del content[for_people]

@@ -1,8 +1,7 @@
-"""What the ledger teaches: how good past forecasts were, and what change they let expect of a new one. No model, no files.
+"""Learn from the ledger: how good past forecasts were, and what they predict for a new one. No model, no files.
 
-Only runs of one model, SAE and hook point are ever put together. Runs on the same training and probe texts have the same
-forecast, so that one of them tells nothing new about another: they are left out, resampled and counted together, as one
-training set.
+Only runs of the same model, SAE and hook point are combined. Runs on the same training and probe texts have the same forecast, so
+one says nothing new about another. They are left out, resampled and counted together, as one training set.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from sts_callback.records import Estimate, Forecast, Identity
 from sts_callback.runs.ledger import FEWEST, LEVEL, DomainEntry, Entry, Expectations, Skill, TrackRecord, is_gain
 
 _N_RESAMPLES = 2000
-_RCOND = 1e-5  # below this share of the largest singular value predictors are one constant; in squares, its square
+_RCOND = 1e-5  # relative to the largest singular value; below it predictors count as constant. For squares it is squared
 _NAN = float("nan")
 
 Floats = NDArray[np.float64]
@@ -29,12 +28,12 @@ Ints = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class _Rows:
-    """Forecast and outcome for one question, a row a domain and run. Only rows of which all numbers are known."""
+    """Forecasts and outcomes for one question, a row for each domain and run. All numbers of a row are known."""
 
     score: Floats
-    """What the forecast ranks domains by, `(n_rows,)`."""
+    """The score by which the forecast ranks domains, `(n_rows,)`."""
     predictors: Floats
-    """What the outcome is expected from, `(n_rows, n_predictors)`."""
+    """Predictors of the outcome, `(n_rows, n_predictors)`."""
     outcome: Floats
     """`(n_rows,)`"""
     run: Ints
@@ -47,13 +46,13 @@ class _Rows:
         return int(self.training_set.max(initial=-1)) + 1
 
     def where(self, mask: NDArray[np.bool_]) -> _Rows:
-        """Some of them, training sets numbered anew."""
+        """Select rows and renumber training sets."""
         numbered: Ints = np.unique(self.training_set[mask], return_inverse=True)[1]
         return _Rows(self.score[mask], self.predictors[mask], self.outcome[mask], self.run[mask], numbered)
 
 
 def track_records(entries: Sequence[Entry]) -> tuple[TrackRecord, ...]:
-    """How good past forecasts were, for each model, SAE and hook point by itself, in the order of first runs."""
+    """How good past forecasts were, for each model, SAE and hook point, in the order of their first runs."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         groups.setdefault(_kind(entry.identity), []).append(entry)
@@ -61,16 +60,16 @@ def track_records(entries: Sequence[Entry]) -> tuple[TrackRecord, ...]:
 
 
 def expectations(entries: Sequence[Entry], forecast: Forecast) -> Expectations | None:
-    """What past runs of the forecast's own model, SAE and hook point let expect of its domains.
+    """Predict the outcome of a forecast from past runs of the same model, SAE and hook point.
 
     Args:
-        entries: of any model and SAE; others than the forecast's are left aside.
-        forecast: of the run to come.
+        entries: runs of any model and SAE; others than the forecast's are ignored.
+        forecast: forecast of a new run.
 
     Returns:
-        For each domain the relative drift (on average over its logarithm) and the NLL change to be expected, with the interval
-        that holds a single outcome with a probability of about `LEVEL`, more with few training sets. None with fewer of these
-        than `FEWEST`.
+        For each domain the expected relative drift (averaged as a logarithm) and NLL change, each with an interval that holds a
+        single outcome with a probability of about `LEVEL`, or more if there are few training sets. None if there are fewer than
+        `FEWEST` of them.
 
     """
     own = [entry for entry in entries if _kind(entry.identity) == _kind(forecast.identity)]
@@ -94,7 +93,7 @@ def expectations(entries: Sequence[Entry], forecast: Forecast) -> Expectations |
 
 
 def _kind(identity: Identity) -> tuple[str, ...]:
-    """What must agree; the model's name too, since its fingerprint is of its configuration and not of its weights."""
+    """What must be equal to combine runs. It includes the model's name, as the fingerprint covers its configuration only."""
     return identity.model, identity.model_name, identity.sae, identity.hook_name
 
 
@@ -109,7 +108,7 @@ def _track_record(entries: Sequence[Entry]) -> TrackRecord:
 
 
 _Question = Callable[[DomainEntry], tuple[float, tuple[float, ...], float]]
-"""Of a domain: score, predictors, outcome."""
+"""From a domain to its score, predictors and outcome."""
 
 
 def _movement(domain: DomainEntry) -> tuple[float, tuple[float, ...], float]:
@@ -118,7 +117,7 @@ def _movement(domain: DomainEntry) -> tuple[float, tuple[float, ...], float]:
 
 
 def _movement_predictors(transfer: float, relative_shift: float) -> tuple[float, ...]:
-    """How far beyond its reference points a score lies is mostly noise, and a straight line would follow it anywhere."""
+    """Clip transfer: far beyond its reference points it is mostly noise, which a straight line would follow."""
     return float(np.clip(transfer, 0, 1)), _log(relative_shift)
 
 
@@ -127,7 +126,9 @@ def _harm(domain: DomainEntry) -> tuple[float, tuple[float, ...], float]:
 
 
 def _log(number: float) -> float:
-    return math.log(number) if number > 0 else _NAN  # a run that moved nothing, at rate 0 say, tells nothing of movement
+    return (
+        math.log(number) if number > 0 else _NAN
+    )  # a run that moved nothing, such as one at rate 0, says nothing about movement
 
 
 def _rows(entries: Sequence[Entry], question: _Question) -> _Rows:
@@ -162,11 +163,11 @@ def _skill(rows: _Rows) -> Skill:
 
 
 def _agreement(rows: _Rows) -> Estimate:
-    """Spearman's correlation over the domains of a run, mean over training sets of the mean over their runs.
+    """Spearman's correlation over the domains of a run: mean over training sets of the mean over their runs.
 
     Returns:
-        In [-1, 1], with the bootstrap's standard error over training sets and Student's quantile, as few of them demand; runs
-        with fewer than three domains, or in which all are alike, have none.
+        In [-1, 1]. The interval takes the bootstrap's standard error over training sets and Student's quantile. Runs with fewer
+        than three domains, or with equal values only, have no correlation.
 
     """
     of_set: dict[int, list[float]] = {}
@@ -188,18 +189,18 @@ def _agreement(rows: _Rows) -> Estimate:
 
 
 def _predicted(rows: _Rows, predictors: Floats) -> Floats:
-    """Expected outcomes with prediction intervals, by least squares or, where that is no better, by the mean of the outcomes.
+    """Predict outcomes with intervals, by least squares or, if that is no better, by the mean of the outcomes.
 
-    Jackknife+ with training sets left out whole: around what the fit without a set says of the new domain lie that set's
-    residuals; every set has the same weight, and so has what was never seen. Intervals hold a new outcome with a probability of
-    1 - 2 alpha at least and about 1 - alpha, with `LEVEL` = 1 - alpha, if the new training set is drawn like the past ones.
+    This is the jackknife+ that leaves out whole training sets: each set's residuals are added to the prediction of the fit
+    without that set. All sets have the same weight, and so has an unseen one. With `LEVEL` = 1 - alpha, an interval holds a new
+    outcome with a probability of at least 1 - 2 alpha and about 1 - alpha, if the new training set is drawn like the past ones.
 
     Args:
         rows: at least `FEWEST` - 1 training sets.
-        predictors: of the new domains, `(n_new, n_predictors)`.
+        predictors: predictors of the new domains, `(n_new, n_predictors)`.
 
     Returns:
-        Value, low and high, `(n_new, 3)`; NaN where a predictor is and they are used.
+        Value, low and high, `(n_new, 3)`. NaN if a predictor that is used is NaN.
 
     Source: R. F. Barber, E. J. Candes, A. Ramdas, R. J. Tibshirani, Predictive inference with the jackknife+, Annals of
     Statistics 49, 2021, equation 1.4; for groups, Y. Lee, R. F. Barber, R. Willett, arXiv 2306.06342.
@@ -216,7 +217,7 @@ def _predicted(rows: _Rows, predictors: Floats) -> Floats:
 
 
 def _upper_end(values: Floats, weight: Floats) -> Floats:
-    """The smallest of the values, `(n_new, n_rows)`, up to which `LEVEL` of the weight lies; infinite if there is none."""
+    """The smallest value, of `(n_new, n_rows)`, up to which `LEVEL` of the weight lies. Infinite if there is none."""
     order = np.argsort(values, axis=1)
     is_reached = np.cumsum(weight[order], axis=1) >= LEVEL - 1e-9
     ends = np.take_along_axis(values, np.take_along_axis(order, is_reached.argmax(axis=1)[:, None], axis=1), axis=1)[:, 0]
@@ -224,7 +225,7 @@ def _upper_end(values: Floats, weight: Floats) -> Floats:
 
 
 def _errors(rows: _Rows) -> tuple[float, float]:
-    """Root mean square error, on each training set when it is left out, of the fit and of the mean of the outcomes."""
+    """Root mean square errors of the fit and of the mean outcome, on each training set when it is left out."""
     squares = []
     for with_predictors in (True, False):
         known = _design(rows.predictors, rows, with_predictors=with_predictors)
@@ -234,7 +235,7 @@ def _errors(rows: _Rows) -> tuple[float, float]:
 
 
 def _coverage(rows: _Rows) -> float:
-    """Share of outcomes, of each training set in turn, that lie in the intervals from the others; sets count alike."""
+    """Share of each training set's outcomes in the intervals from the others. All sets have the same weight."""
     shares = []
     for left_out in range(rows.n_sets):
         new, others = rows.where(rows.training_set == left_out), rows.where(rows.training_set != left_out)
@@ -244,13 +245,13 @@ def _coverage(rows: _Rows) -> float:
 
 
 def _design(predictors: Floats, rows: _Rows, *, with_predictors: bool) -> Floats:
-    """A constant and the predictors, centred as in the rows, or the constant alone, whose least-squares fit is the mean."""
+    """Columns for least squares: a constant and the predictors, centred by the rows; or the constant, which fits the mean."""
     centred = predictors - rows.predictors.mean(axis=0)
     return np.column_stack([np.ones(len(predictors)), *(centred.T if with_predictors else ())])
 
 
 def _fits_without_each(known: Floats, rows: _Rows) -> Floats:
-    """Least-squares coefficients without each training set in turn, `(n_sets, n_columns)`."""
+    """Least-squares coefficients, leaving out each training set in turn, `(n_sets, n_columns)`."""
     n_columns = known.shape[1]
     squares, products = np.zeros((rows.n_sets, n_columns, n_columns)), np.zeros((rows.n_sets, n_columns))
     np.add.at(squares, rows.training_set, known[:, :, None] * known[:, None, :])

@@ -1,7 +1,7 @@
-"""Charts as inline SVG: pure functions of numbers. They stretch to any width; all text stands beside them, as HTML.
+"""Charts as inline SVG: pure functions of numbers. They stretch to any width. All text is outside them, as HTML.
 
-Each picture has its own 100 by 100 units, stretched to what room there is. Lines and dots do not stretch with it: a dot is a
-line of no length with a round end.
+Each chart has 100 by 100 units, which stretch to the space. Lines and dots do not stretch: a dot is a line of no length with a
+round end.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from dataclasses import dataclass
 from sts_callback.records import Estimate
 from sts_callback.report.html.markup import Html, join, tag
 
-_MOST_DOTS = 40  # more would run into one another
-_WIDEST = 1.5  # intervals may widen an axis by this multiple of what the values span, not more
+_MOST_DOTS = 40  # more would overlap
+_WIDEST = 1.5  # intervals may widen an axis to at most this multiple of the span of the values
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of numbers, laid from 0 to 100."""
+    """A range of numbers that is mapped to 0 to 100."""
 
     low: float
     high: float
 
     @classmethod
     def over(cls, estimates: Iterable[Estimate], *fixed: float) -> Axis:
-        """An axis that shows all values, fixed numbers and, unless they are very wide, intervals.
+        """Make an axis that shows all values, fixed numbers and, unless they are very wide, intervals.
 
         Args:
-            estimates: what is to be drawn.
-            fixed: what must be on the axis, at least one.
+            estimates: the estimates to draw.
+            fixed: numbers that must be on the axis, at least one.
 
         """
         known = [e for e in estimates if math.isfinite(e.value)]
@@ -43,7 +43,7 @@ class Axis:
         return cls(low - margin if low < 0 else low, high + margin)
 
     def at(self, number: float) -> float:
-        """Where a number lies, in [0, 100]; beyond the ends, at them."""
+        """Map a number to [0, 100]. Numbers outside the range are put at its ends."""
         return round(min(100.0, max(0.0, 100 * (number - self.low) / (self.high - self.low))), 2)
 
     def ticks(self, about: int = 4) -> tuple[float, ...]:
@@ -61,18 +61,18 @@ class Line:
 
     points: Sequence[tuple[float, Estimate]]
     kind: str
-    """Class in the style sheet: what it is of."""
+    """Class in the style sheet, by what the curve shows."""
 
 
 def row(axis: Axis, estimate: Estimate, kind: str, *, label: str, bars: Iterable[tuple[float, str]] = ()) -> Html:
-    """An estimate on a horizontal axis: a dot with a whisker.
+    """Draw an estimate on a horizontal axis: a dot with a whisker.
 
     Args:
-        axis: to lay it on.
+        axis: the axis.
         estimate: the number.
         kind: class in the style sheet.
-        label: what it shows, for those who do not see it.
-        bars: numbers at which to draw an upright bar, each with its class.
+        label: text for those who do not see the chart.
+        bars: numbers at which to draw a vertical bar, each with its class.
 
     """
     parts = [_stroke(f"M{axis.at(x)} 0V100", f"bar {cls}") for x, cls in bars if axis.low <= x <= axis.high]
@@ -95,7 +95,7 @@ def lines(
     marks: Iterable[tuple[float, str]] = (),
     along: Iterable[tuple[float, str]] | None = None,
 ) -> Html:
-    """Curves over steps with their intervals, and the numbers along both axes.
+    """Draw curves over steps with their intervals and the numbers along both axes.
 
     Args:
         curves: what to draw.
@@ -128,7 +128,7 @@ def lines(
 
 
 def _curve(curve: Line, x: Axis, y: Axis) -> list[Html]:
-    """Band, line and dots; broken where nothing was measured."""
+    """Draw band, line and dots. They have gaps where nothing was measured."""
     parts: list[Html] = []
     for stretch in _stretches(curve.points):
         places = [(x.at(step), e) for step, e in stretch]

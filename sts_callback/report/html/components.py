@@ -1,4 +1,4 @@
-"""What all sections are made of: headings, sentences, tables that scroll in their own box, names, words for decisions."""
+"""Parts of all sections: headings, paragraphs, tables that scroll in their own box, names, decisions."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _BADGES: dict[Decision, str] = {
 
 
 def section(anchor: str, title: str, *children: str) -> Html:
-    """A section with its heading, to which the list at the top leads."""
+    """A section with its heading. The list at the top links to it."""
     return tag("section", tag("h2", title), *children, id=anchor)
 
 
 def say(*text: str) -> Html:
-    """A paragraph that tells what is seen and what it means."""
+    """A paragraph that says what is shown and what it means."""
     return tag("p", *text, class_="say")
 
 
 def more(title: str, *children: str) -> Html:
-    """What is unfolded on demand."""
+    """Content that is unfolded on demand."""
     return tag("details", tag("summary", title), *children)
 
 
 def domain(name: str) -> Html:
-    """The name of a domain; in any script, without turning what stands beside it."""
+    """The name of a domain. A name in a right-to-left script does not reverse the text beside it."""
     return tag("bdi", shortened(name, _LONGEST_NAME), class_="name")
 
 
@@ -52,13 +52,13 @@ def badge(decision: Decision, step: int) -> Html:
 def table(
     titles: Sequence[str], rows: Iterable[Sequence[str]], *, cls: str = "numbers", groups: Sequence[tuple[str, int]] = ()
 ) -> Html:
-    """A table in a box of its own, whose first column names the row.
+    """A table in its own box. The first column names the row.
 
     Args:
-        titles: of the columns.
-        rows: their cells.
-        cls: `numbers`, set to the right, or `words`.
-        groups: titles over several columns, each with how many it spans.
+        titles: titles of the columns.
+        rows: cells of the rows.
+        cls: `numbers`, aligned to the right, or `words`.
+        groups: titles over several columns, each with the number of columns.
 
     """
     over = tag("tr", *(tag("th", title, colspan=str(n), scope="colgroup") for title, n in groups), class_="groups")
@@ -69,7 +69,7 @@ def table(
 
 
 def meanings(*pairs: tuple[str, str]) -> Html:
-    """What words in a table or picture mean."""
+    """Explain words in a table or chart."""
     return tag("dl", *(join(tag("dt", word), tag("dd", meaning)) for word, meaning in pairs))
 
 
@@ -84,12 +84,12 @@ def flagged(is_reached: bool, shown: str) -> Html:
 
 
 def with_interval(estimate: Estimate, form: formatting.Form) -> Html:
-    """A number and, smaller, its interval."""
+    """A number and its interval in smaller type."""
     ends = formatting.interval(estimate, form)
     return join(form(estimate.value), *([tag("small", f" {ends}")] if ends else []))
 
 
 def name_row(name: str, protected: Iterable[str]) -> Html:
-    """A domain's name, and whether it is protected or the training data itself."""
+    """A domain's name with a note if it is protected or the training data."""
     role = " protected" if name in protected else " the training data" if name == TRAIN else ""
     return join(domain(name), *([tag("small", role)] if role else []))

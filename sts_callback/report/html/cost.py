@@ -1,4 +1,4 @@
-"""The sections on what the run's watching cost, what of it failed, and how to make the numbers again."""
+"""Sections on the cost of watching, on failures, and on how to reproduce the numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sts_callback.report.data import ReportData
 from sts_callback.report.html.components import domain, more, say, section, table
 from sts_callback.report.html.markup import Html, join, shortened, tag
 
-_MOST_ROWS = 12  # of what was skipped or failed; the log has them all
+_MOST_ROWS = 12  # rows for skipped checks or failures; the log has them all
 _LONGEST_ERROR, _LONGEST_TRACE = 400, 4000  # characters
 
 
@@ -65,7 +65,7 @@ def cost_section(story: ReportData) -> Html:
 
 
 def faults_section(story: ReportData) -> Html:
-    """What of ours failed while training went on."""
+    """Failures of ours that training survived."""
     if not story.faults:
         return section("faults", "Faults", say("No failure of ours was recorded."))
     shown = []
@@ -85,7 +85,7 @@ def faults_section(story: ReportData) -> Html:
 
 
 def reproduce_section(story: ReportData) -> Html:
-    """Fingerprints, settings and versions: two runs can be compared only if the fingerprints agree."""
+    """Fingerprints, settings and versions. Two runs can be compared only if their fingerprints agree."""
     parts = []
     if story.forecast is not None:
         identity = story.forecast.identity

@@ -1,4 +1,4 @@
-"""The sections on what training has done, and on how far that is what was forecast."""
+"""Sections on what training has done and how far the forecast was right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAN = math.nan
 
 
 def drift_section(story: ReportData) -> Html:
-    """Movement and harm of each domain over steps, side by side."""
+    """Charts of movement and harm of each domain over steps, side by side."""
     title = "Drift: what training has moved"
     if story.drift is None:
         return section("drift", title, say("No drift check can be read in this run's folder."))
@@ -59,7 +59,7 @@ def drift_section(story: ReportData) -> Html:
 
 
 def overlap_section(story: ReportData) -> Html:
-    """How many of the features that moved most the forecast had named."""
+    """Section on how many of the features that moved most the forecast had named."""
     title = "Did the forecast name the features that moved?"
     if story.drift is None or story.forecast is None:
         return section("overlap", title, say("That takes a forecast and a drift check; one of them cannot be read."))
@@ -100,7 +100,7 @@ def overlap_section(story: ReportData) -> Html:
 
 
 def _card(story: ReportData, drift: Drift, name: str) -> Html:
-    """One domain: movement to the left, harm to the right."""
+    """Charts of one domain: movement on the left, harm on the right."""
     series, policy, is_train = (
         drift.series[name],
         story.settings.policy if story.settings else None,
@@ -111,7 +111,7 @@ def _card(story: ReportData, drift: Drift, name: str) -> Html:
     least = [policy.min_drift] if policy else []
     moved = charts.Axis.over([e for other in scale for e in drift.series[other].drift], 0.0, *least)
     worse = charts.Axis.over([e for other in scale for e in drift.series[other].nll_change], 0.0, *budgets)
-    # The graver last: where checks are dense, it is drawn over the other.
+    # The graver marks come last: where checks are dense, they cover the others.
     marks = [*((float(step), "watch") for step in series.watched_at), *((float(step), "alarm") for step in series.alarmed_at)]
     now, change = series.drift[-1], series.nll_change[-1]
     left = charts.lines(
@@ -141,7 +141,7 @@ def _card(story: ReportData, drift: Drift, name: str) -> Html:
 
 
 def _standing(alarmed_at: Sequence[int], watched_at: Sequence[int]) -> list[Html]:
-    """What the marks at the foot of a picture are."""
+    """Explain the marks at the bottom of a chart."""
     found = []
     for steps, cls, word in ((alarmed_at, "bad", "alarm"), (watched_at, "warn", "watch")):
         if steps:
@@ -246,4 +246,4 @@ def _output_drift(drift: Drift) -> Html:
 
 
 def _steps(drift: Drift) -> charts.Axis:
-    return charts.Axis(0, 1.03 * max(1, drift.steps[-1]))  # room for the last dot
+    return charts.Axis(0, 1.03 * max(1, drift.steps[-1]))  # space for the last dot

@@ -1,4 +1,4 @@
-"""The section on what was expected before training."""
+"""Section on the forecast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAN = math.nan
 
 
 def forecast_section(story: ReportData) -> Html:
-    """How much each domain is expected to move, and, beside it, in which direction."""
+    """Table and charts of how much each domain is expected to move, and in which direction."""
     title = "Forecast: what training will move"
     if story.forecast is None:
         return section("forecast", title, say("No forecast can be read in this run's folder."))
@@ -101,7 +101,7 @@ def _panel(
     estimate_of: Callable[[DomainForecast], Estimate],
     bars_of: Callable[[DomainForecast], Iterable[tuple[float, str]]],
 ) -> Html:
-    """One number of all domains on one axis."""
+    """One number of each domain, on a common axis."""
     made = []
     for d in rows:
         estimate = estimate_of(d)

@@ -1,4 +1,4 @@
-"""The sections on what the numbers stand on: features in words, blind spots, what was left out."""
+"""Sections on the basis of the numbers: features and their examples, blind spots, and what was left out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sts_callback.report.html.components import beyond, domain, meanings, more, 
 from sts_callback.report.html.markup import Html, join, tag
 
 _MOST_FEATURES = 6  # unfolded
-_N_QUOTED = 2  # places in the training data that are shown at once
+_N_QUOTED = 2  # examples from the training data that are shown before unfolding
 _NAN = math.nan
 
 
 def examples_section(story: ReportData) -> Html:
-    """Where in the texts the features are active that carry forecast and drift."""
+    """Examples of the features that carry forecast and drift."""
     title = "Top activating examples"
     if not story.features:
         return section("features", title, say("No feature was looked up in the texts of this run."))
@@ -38,7 +38,7 @@ def examples_section(story: ReportData) -> Html:
 
 
 def attribution_section(story: ReportData) -> Html:
-    """Which training rows activate protected domains' features."""
+    """Training rows that activate protected domains' features."""
     title, found = "Rows to blame", story.blame
     if found is None:
         return section(
@@ -77,7 +77,7 @@ def _blamed(found: DomainAttribution) -> Html:
 
 
 def blind_section(story: ReportData) -> Html:
-    """What the SAE cannot see, and what was found wanting before anything was measured."""
+    """What the SAE cannot see, and the warnings of the checks before the forecast."""
     forecast, drift, policy = story.forecast, story.drift, story.settings.policy if story.settings else None
     limit = policy.max_unseen if policy else math.inf
     then = {d.name: d.sae_error_share for d in (forecast.train, *forecast.domains.values())} if forecast else {}
@@ -117,7 +117,7 @@ def blind_section(story: ReportData) -> Html:
 
 
 def left_out_section(story: ReportData) -> Html:
-    """How much text the numbers stand on, and what of it did not count."""
+    """How much text the numbers are based on, and what was left out."""
     forecast, drift = story.forecast, story.drift
     title = "What was measured, masked and cut"
     if forecast is None:
@@ -186,7 +186,7 @@ def _feature(feature: FeatureRow) -> Html:
 
 def _quoted(snippet: Snippet) -> Html:
     before, token, after = (part.replace("\n", "\u21b5") for part in (snippet.before, snippet.token, snippet.after))
-    seen = token if token.strip() else "\u2423"  # a space that can be seen
+    seen = token if token.strip() else "\u2423"  # a visible space
     return tag("span", f"\u2026{before}", tag("mark", seen), f"{after}\u2026", class_="quote", dir="auto")
 
 

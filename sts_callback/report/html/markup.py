@@ -1,4 +1,4 @@
-"""HTML from Python values. Whatever is not known to be HTML is escaped, so that no text of the user's can become any."""
+"""Make HTML from Python values. All but `Html` is escaped, so none of the user's text can become markup."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import html
 import re
 
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Characters that HTML or UTF-8 do not allow; tokens cut in the middle of a character can hold them."""
+"""Characters that HTML or UTF-8 do not allow. Tokens that end within a character can contain them."""
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
     __slots__ = ()
 
 
 def tag(name: str, *children: str, **attributes: str) -> Html:
-    """An element.
+    """Make an element.
 
     Args:
-        name: such as `p`.
+        name: its name, such as `p`.
         children: HTML, or texts, which are escaped.
-        attributes: their values are escaped too. An underscore at the end, as in `class_`, is for Python's sake, one within
-            stands for a hyphen.
+        attributes: values are escaped too. A trailing underscore, as in `class_`, is dropped; any other becomes a hyphen.
 
     """
     named = "".join(f' {key.rstrip("_").replace("_", "-")}="{_escaped(value)}"' for key, value in attributes.items())
@@ -30,12 +29,12 @@ def tag(name: str, *children: str, **attributes: str) -> Html:
 
 
 def join(*children: str) -> Html:
-    """HTML and escaped texts, one after another."""
+    """Join HTML and escaped texts."""
     return Html("".join(child if isinstance(child, Html) else _escaped(child) for child in children))
 
 
 def shortened(text: str, longest: int) -> str:
-    """A text cut at its end if it has too many characters, with dots to say so."""
+    """Cut a text that is too long, and mark the cut with dots."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

@@ -1,4 +1,4 @@
-"""The page: its frame, the verdict on top, and the sections in order. It loads nothing and runs nothing."""
+"""The page: its frame, the verdict and the sections in order. It loads nothing and runs no scripts."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _NOTHING_LOADED = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def page(story: ReportData) -> str:
-    """One HTML page with everything in it.
+    """Make the report as one HTML page.
 
     Args:
-        story: what it says.
+        story: the content.
 
     """
     name = story.forecast.identity.model_name if story.forecast else "a run"
@@ -61,7 +61,7 @@ def page(story: ReportData) -> str:
 
 
 def _top(story: ReportData) -> list[Html]:
-    """The verdict, why, and both questions for all domains."""
+    """The verdict, its reasons, and movement and harm of all domains."""
     headline, forecast = story.headline, story.forecast
     made_with = (
         f"{forecast.identity.model_name}, read by {forecast.identity.sae_name} at {forecast.identity.hook_name}"
@@ -88,7 +88,7 @@ def _top(story: ReportData) -> list[Html]:
 
 
 def _two_questions(story: ReportData) -> Html:
-    """Movement and harm, each as expected and as found."""
+    """Movement and harm, as expected and as found."""
     then = dict(story.forecast.domains) if story.forecast else {}
     now = dict(story.drift.latest.domains) if story.drift else {}
     if not (then or now):
@@ -122,16 +122,16 @@ def _two_questions(story: ReportData) -> Html:
 
 
 def write_report(log: RunDirectory) -> Path:
-    """Write `report.html` and `report.json` into the folder of a run, of all that can be read there.
+    """Write `report.html` and `report.json` into the folder of a run, from all that can be read there.
 
     Args:
-        log: of the run, also of one that goes on or has died.
+        log: directory of the run, which may still run or have died.
 
     Returns:
-        Where the page is.
+        Path of the page.
 
     Raises:
-        DataError: if there is nothing to tell.
+        DataError: if nothing can be read.
         OSError: if the folder cannot be read or written.
 
     """

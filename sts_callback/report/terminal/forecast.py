@@ -1,4 +1,4 @@
-"""Forecasts, drift checks and what was looked at before, as text."""
+"""Forecasts, drift checks and the checks before a forecast, as text."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, label: str = "Verdic
 
 
 def layers_table(forecasts: Sequence[Forecast], agreement: Sequence[float], *, colour: bool | None = None) -> str:
-    """Transfer by several SAEs, the first of which is the one that is watched.
+    """Show transfer by several SAEs. The first SAE is the one that watches drift.
 
     Args:
-        forecasts: of the same domains.
-        agreement: of each with the first.
+        forecasts: forecasts of the same domains, one per SAE.
+        agreement: agreement of each with the first.
         colour: as for the others.
 
     """
@@ -126,7 +126,7 @@ def layers_table(forecasts: Sequence[Forecast], agreement: Sequence[float], *, c
 
 
 def doctor_table(checks: Sequence[Check], *, colour: bool | None = None) -> str:
-    """What was looked at: a line a check, and below it what to do."""
+    """Show one line per check, with what to do below it."""
     colours: dict[Status, str] = {"pass": "green", "warn": "yellow", "refuse": "bold red"}
     table = Table(box=None, pad_edge=False, width=WIDTH, show_header=False)
     for width in (19, 7):
@@ -139,7 +139,7 @@ def doctor_table(checks: Sequence[Check], *, colour: bool | None = None) -> str:
 
 
 def examples_lines(words: Sequence[TopActivatingExamples], *, colour: bool | None = None) -> str:
-    """Top activating examples: for each, the place in every set where it is most active, the token in brackets."""
+    """Show where each feature is most active in every set, with the token in brackets."""
     parts: list[Text | Table] = []
     for feature in words:
         parts.append(Text(f"feature {feature.feature}, {feature.share:.1%}  {feature.link}".rstrip(), style="bold"))
@@ -190,7 +190,7 @@ def _interval(share: Estimate) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits and a letter for the thousands: at most five characters up to 999 T."""
+    """Format with three digits and a letter for thousands: at most five characters up to 999 T."""
     for letter in ("", "k", "M", "G"):
         if abs(number) < 999.5 or not math.isfinite(number):
             return f"{number:.3g}{letter}"

@@ -1,4 +1,4 @@
-"""What past runs tell, as text."""
+"""Results of past runs, as text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LEGEND = (
 
 
 def ledger_table(records: Sequence[TrackRecord], *, colour: bool | None = None) -> str:
-    """How good past forecasts were: a table for each model, SAE and hook point."""
+    """Show how good past forecasts were: a table for each model, SAE and hook point."""
     parts: list[Text | Table] = []
     for record in records:
         identity = record.identity
@@ -43,7 +43,7 @@ def ledger_table(records: Sequence[TrackRecord], *, colour: bool | None = None) 
 
 
 def expectations_table(expected: Expectations, *, colour: bool | None = None) -> str:
-    """What past runs let expect: a row a domain, and how far off they were when left out themselves."""
+    """Show what past runs predict: one row per domain, and the error when a past run is left out."""
     interval = f"{100 * LEVEL:.0f} %"
     table = new_table("expected from past runs", "drift", interval, "NLL change", interval)
     for name in expected.relative_drift or expected.nll_change:
@@ -67,7 +67,7 @@ def expectations_table(expected: Expectations, *, colour: bool | None = None) ->
 
 
 def _questions(record: TrackRecord) -> tuple[tuple[str, Skill, Callable[[float], str]], ...]:
-    """Movement and harm, each with how its errors are written."""
+    """Movement and harm, each with the format of its errors."""
     return (
         ("movement: transfer", record.movement, lambda error: f"x {math.exp(min(error, 99)):.3g}"),
         ("harm: NLL change", record.harm, lambda error: f"{error:.3f}"),
@@ -85,7 +85,7 @@ def _spearman(estimate: Estimate) -> tuple[str, str]:
 
 
 def _doubts(record: TrackRecord) -> list[str]:
-    """What past runs are too few for, and where the forecast's number says nothing that their mean does not."""
+    """Say where past runs are too few, and where the forecast predicts no better than their mean."""
     sentences = []
     for name, skill, _ in _questions(record):
         if not skill.is_known:

@@ -1,4 +1,4 @@
-"""What may be done about a threat, as text."""
+"""Remedies for a threat, as text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sts_callback.report.formatting import budget
 from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered
 
 _FINDINGS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
-_BAR = 8  # characters of twice a budget
+_BAR = 8  # characters that stand for twice a budget
 
 
 def attribution_table(found: Attribution, *, colour: bool | None = None) -> str:
-    """Training rows to blame: for each protected domain those that score highest, the active token in brackets."""
+    """Show the training rows with the highest scores for each protected domain, with the active token in brackets."""
     parts: list[Text | Table] = []
     for domain in found.domains.values():
         parts.append(Text(f"Training rows that activate {domain.name}'s features", style="bold"))
@@ -48,7 +48,7 @@ def attribution_table(found: Attribution, *, colour: bool | None = None) -> str:
 
 
 def mix_table(found: Mix, *, colour: bool | None = None) -> str:
-    """What was measured of each source, the trade-off between training data and its worst domain, and the recommended mixture."""
+    """Show the measured effect of each source, the trade-off with the worst domain, and the recommended mixture."""
     sources = list(found.sources)
     measured = new_table("domain", "budget", *sources)
     for name, domain in found.points[0].domains.items():

@@ -1,4 +1,4 @@
-"""What came of the rows of training data and domains, as text."""
+"""Counts of the rows of training data and domains, as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sts_callback.report.terminal.text import WIDTH, new_table, rendered
 
 
 def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
-    """Rows read, used, left out and cut: a line a source, and below it why and what else must be known."""
+    """Show rows read, used, left out and cut, one line per source; below, the reasons and notes."""
     table = new_table("rows of", "there", "read", "used", "left out", "cut")
     for one in reads:
         numbers = (one.n_rows, one.n_read, one.n_used, sum(one.left_out.values()), one.n_cut)

@@ -1,4 +1,4 @@
-"""Tables and text of 80 columns, coloured only where a terminal shows it."""
+"""Tables and text in 80 columns, with colours only on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 80
 
 
 def new_table(first: str, *titles: str) -> Table:
-    """An empty table whose first column takes what width the others leave."""
+    """Make an empty table. Its first column takes the width that the others leave."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), width=WIDTH)
     table.add_column(first, overflow="fold", ratio=1)
     for title in titles:
@@ -25,7 +25,7 @@ def new_table(first: str, *titles: str) -> Table:
 
 
 def marked(head: str, snippet: Snippet, n_before: int) -> Text:
-    """A line with a place in a text, the active token in brackets."""
+    """Format a snippet as one line, with the active token in brackets."""
     before, token, after = (" ".join(part.split()) for part in (snippet.before, snippet.token, snippet.after))
     line = Text(f"{head}...{before[-n_before:]} ")
     line.append(f"[{token or chr(0x2423)}]", style="bold yellow")
@@ -35,12 +35,12 @@ def marked(head: str, snippet: Snippet, n_before: int) -> Text:
 
 
 def downwards(number: float) -> tuple[bool, float]:
-    """Sorts the largest first and NaN last."""
+    """Sort key: the largest first and NaN last."""
     return math.isnan(number), -number
 
 
 def rendered(parts: list[Text | Table], colour: bool | None) -> str:
-    """Parts below one another; with colours as asked, None: if a terminal shows it."""
+    """Join parts, one below the other. Colours are as asked; None means colours only on a terminal."""
     show = sys.stdout.isatty() if colour is None else colour
     console = Console(
         file=io.StringIO(),
