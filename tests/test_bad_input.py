@@ -950,6 +950,7 @@ STARTS = [
         "raise ProbeConfig(n_queries=...)",
         code=CANNOT_TELL,
         probes=replace(PROBES, n_queries=4),
+        policy=PolicyConfig(alpha=0.001),
     ),
     begun("no training file", "train_data", "@nowhere.jsonl", FORM, train_data="@nowhere.jsonl"),
     begun(

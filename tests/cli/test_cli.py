@@ -20,6 +20,7 @@ from past import lawful_runs
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.cli import PIPE_CLOSED, main
 from sts_callback.cli.common import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT
+from sts_callback.policy import Judgement
 from sts_callback.records import Check, Forecast, Verdict
 from sts_callback.records.remedies import AdapterScales, Attribution, Mix, ScalePoint
 from sts_callback.records.run import JudgedCheck
@@ -97,15 +98,17 @@ def test_the_doctor_passes_what_can_be_answered(files: Path, capsys: pytest.Capt
     assert main(command(files, "--protect", "poems", "--n-queries", "8", name="doctor")) == GO
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
-    for name in ("explained variance", "layer", "noise floor", "alarm power", "cost"):
+    for name in ("explained variance", "layer", "noise floor", "cost"):
         assert re.search(rf"^{name} +pass ", shown, re.MULTILINE), shown
+    assert re.search(r"^alarm power +warn ", shown, re.MULTILINE), shown
+    assert "28 queries or more a domain: poems 8" in " ".join(shown.split())
     assert "Verdict" not in shown
 
 
 @pytest.mark.parametrize(
     ("change", "refused", "remedy"),
     [
-        (("--n-queries", "6"), "alarm power", "more rows, raise n_queries"),
+        (("--n-queries", "4"), "alarm power", "more rows, raise n_queries"),
         (("--n-queries", "8", "--sae", "noise"), "explained variance", "SAE that was trained on this model"),
     ],
 )
@@ -225,7 +228,7 @@ def test_a_forecast_is_also_written_for_ci_whatever_the_verdict(
 ) -> None:
     made = tmp_path / "reports" / "forecast.xml"
     for decision, tag in (("no-go", "failure"), ("cannot tell", "error"), ("go", "system-out")):
-        monkeypatch.setattr("sts_callback.policy.judge_domains", lambda *args, found=decision: {"poems": (found, "why.")})
+        monkeypatch.setattr("sts_callback.policy.judge_domains", lambda *args, found=decision: {"poems": Judgement(found, "why.")})
         code = main(command(files, "--protect", "poems", "--junit", str(made)))
         assert code == {"go": GO, "no-go": NO_GO, "cannot tell": CANNOT_TELL}[decision]
         (case,) = ElementTree.parse(made).getroot().iter("testcase")
