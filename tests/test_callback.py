@@ -143,6 +143,24 @@ def test_the_run_folder_holds_forecast_baseline_and_checks(tmp_path: Path) -> No
     assert set(told) >= {*content["forecast"]["features"], *drifted}
 
 
+def test_budgets_with_units_are_kept_judged_and_told(tmp_path: Path) -> None:
+    budgets: dict[str, float | str] = {"near": "2 points", "far": "0.05bits per byte"}
+    callback = made_callback(protect=budgets)
+    trainer = made_trainer("sft", tmp_path, [callback])
+    trainer.train()
+    kept = json.loads((tmp_path / "sts" / "settings.json").read_text())["policy"]["budgets"]
+    assert kept == {"near": "2 points", "far": "0.05 bits/byte"}
+    assert callback.verdict is not None
+    assert "points of token accuracy after 6 steps" in callback.verdict.reasons["near"]
+    assert "bits a byte after 6 steps" in callback.verdict.reasons["far"]
+    near = last_snapshot(tmp_path)["domains"]["near"]
+    assert near["accuracy"]["n_gained"] - near["accuracy"]["n_lost"] == sum(near["accuracy"]["query_changes"]) > 0
+    (row,) = (row for row in trainer.state.log_history if "sts/near/accuracy" in row and row["step"] == 6)
+    assert row["sts/near/accuracy"] == near["accuracy"]["now"]
+    report = (tmp_path / "sts" / "report.html").read_text()
+    assert "2 points" in report and "0.05 bits/byte" in report
+
+
 def test_resuming_keeps_the_first_baseline(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     made_trainer("sft", whole, [made_callback()]).train()

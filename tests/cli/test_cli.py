@@ -73,6 +73,14 @@ def test_json_can_be_read_back_and_agrees_with_the_exit_code(files: Path, capsys
     assert code == {"go": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}[verdict.decision]
 
 
+def test_budgets_may_have_units(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that gets no token right has none to lose."""
+    assert main(command(files, "--protect", "poems=2points")) == GO
+    assert "+0.0 [+0.0, +0.0] points of token accuracy, budget 2.0" in " ".join(capsys.readouterr().out.split())
+    assert main(command(files, "--protect", "poems=90 bits/byte")) == GO
+    assert "bits a byte, budget 90.000" in " ".join(capsys.readouterr().out.split())
+
+
 def test_features_can_be_shown_in_words(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for more in ((), ("--words",)):
@@ -181,7 +189,7 @@ def test_each_decision_has_its_exit_code(decision: str, expected: int, files: Pa
         (["--domain", "law"], "--domain: got 'law'; allowed is NAME=FILE"),
         (["--domain", "law=nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["--protect", "poem"], "did you mean 'poems'"),
-        (["--protect", "poems=much"], "allowed is a number of nats"),
+        (["--protect", "poems=much"], "allowed is a budget above 0"),
         (["--protect", "poems=-1"], "budget above 0"),
         (["--n-queries", "1"], "n_queries: got 1; allowed is 4 or more"),
         (["--sae", "gemma-scope-2-270m-pt-res/layer_12_width_16k_l0_smal"], "near are: .*layer_12_width_16k_l0_small"),
