@@ -158,13 +158,16 @@ def worst_headroom(snapshot: DriftSnapshot, policy: PolicyConfig) -> float:
     """How far the protected domain that is worst off is from its budget.
 
     Returns:
-        Least of budgets less harm, below 0 where a budget is exceeded; in the budgets' unit if they have one, else as shares of
-        the budgets. NaN if that is not known of all, or no domain is protected.
+        Least of budgets less harm, in the budgets' unit, or as shares of the budgets where these have several units; below 0
+        where a budget is exceeded. NaN if that is not known of all, or no domain is protected.
 
     """
-    used = _used(snapshot, policy)
+    _require_measured(policy, snapshot.domains)
     one_unit = len({budget.unit for budget in policy.limits.values()}) == 1
-    left = [(1 - used[name]) * (budget.value if one_unit else 1.0) for name, budget in policy.limits.items()]
+    left = [
+        (budget.value - snapshot.domains[name].harm_in(budget.unit).value) / (1 if one_unit else budget.value)
+        for name, budget in policy.limits.items()
+    ]
     return min(left) if left and all(map(math.isfinite, left)) else math.nan
 
 
@@ -175,14 +178,10 @@ def worst_share(snapshot: DriftSnapshot, policy: PolicyConfig) -> float:
         1 at the budget; NaN as for `worst_headroom`, and where the model has diverged.
 
     """
-    used = list(_used(snapshot, policy).values())
+    _require_measured(policy, snapshot.domains)
+    used = [snapshot.domains[name].harm_in(budget.unit).value / budget.value for name, budget in policy.limits.items()]
     return max(used) if used and all(map(math.isfinite, used)) and not snapshot.diverged else math.nan
 
-
-def _used(snapshot: DriftSnapshot, policy: PolicyConfig) -> dict[str, float]:
-    """Share of its budget that each protected domain has used up."""
-    _require_measured(policy, snapshot.domains)
-    return {name: snapshot.domains[name].harm_in(budget.unit).value / budget.value for name, budget in policy.limits.items()}
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

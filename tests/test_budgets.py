@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from scipy import stats
 
 from samples import answers, domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback.config import PlainBudget, PolicyConfig
-from sts_callback.policy import Judgement, judge_check, judge_drift, judge_forecast
+from sts_callback.policy import Judgement, judge_check, judge_drift, judge_forecast, worst_headroom, worst_share
 from sts_callback.records import Decision, DomainDrift, Estimate, State, TokenAccuracy, Verdict
 
 LEVEL = 0.005
@@ -118,6 +119,26 @@ def test_protected_domains_of_several_units_are_corrected_together() -> None:
     budgets: dict[str, PlainBudget] = {"law": "15 points", "code": 0.1, "math": "0.1 bits/byte"}
     assert judge_check(snapshot(20, alone), PolicyConfig({"law": "15 points"}), LEVEL)["law"].decision == "no-go"
     assert judge_check(snapshot(20, alone, *domains), PolicyConfig(budgets), LEVEL)["law"].decision == "watch"
+
+
+def test_what_is_left_of_budgets_is_told_in_their_unit_or_as_a_share_where_they_have_several() -> None:
+    """0.08 nats a token are 0.0289 bits a byte; two tokens of 50 are 4 points, more than the budget of two."""
+    accuracy = flipped(lost=(1, 3))
+    found = snapshot(20, law(0.08, accuracy=accuracy), dataclasses.replace(law(0.08, accuracy=accuracy), name="code"))
+
+    def left(law: PlainBudget, code: PlainBudget) -> tuple[float, float]:
+        policy = PolicyConfig({"law": law, "code": code})
+        return worst_headroom(found, policy), worst_share(found, policy)
+
+    in_bits = 0.02 / math.log(2)
+    assert left(0.1, 0.2) == pytest.approx((0.02, 0.8))
+    assert left("0.1 bits/byte", "0.05 bits/byte") == pytest.approx((0.05 - in_bits, in_bits / 0.05))
+    assert left("10 points", "5 points") == pytest.approx((1, 0.8))
+    assert left(0.1, "5 points") == pytest.approx((0.2, 0.8))
+    assert left("2 points", 0.1) == pytest.approx((-1, 2))
+    unknown = snapshot(20, law(0.08, accuracy=None))
+    assert math.isnan(worst_headroom(unknown, PolicyConfig({"law": "2 points"})))
+    assert math.isnan(worst_share(unknown, PolicyConfig({"law": "2 points"})))
 
 
 ROSE = flipped(lost=(0, 1), gained=(1, 2), then=0.41)

@@ -156,6 +156,6 @@ def alarm_rule(settings: RunSettings) -> str:
         )
     n_looks = counted(len(settings.looks.steps), "planned check")
     return (
-        f"An alarm takes a rise of NLL that is surely above half the budget (one-sided t test over queries), at {held}. The test "
+        f"An alarm takes harm that is surely above half the budget (one-sided t test over queries), at {held}. The test "
         f"may err in {percent_1(policy.alpha)} of runs, over all protected domains and {n_looks} together."
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 N_SHARED = "sts/n_shared_features"
 """A key that every check's row has."""
 _HEADROOM = "sts/worst_headroom"
-"""The least that any protected domain has left of its budget, in nats a token; the larger the better."""
+"""The least that any protected domain has left of its budget, see `policy.worst_headroom`; the larger the better."""
 _EVAL = "eval_"  # what transformers sets before `metric_for_best_model`
 
 

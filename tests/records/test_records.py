@@ -150,7 +150,7 @@ def test_nan_within_a_tuple_comes_back_too() -> None:
 
 def test_a_budget_comes_back_as_a_number_of_nats_or_a_text_with_its_unit() -> None:
     policy = PolicyConfig({"law": 1, "code": "0.05bits per byte", "math": "2 points"})
-    settings = RunSettings.of(policy, ProbeConfig(), check_on="save", action="warn", max_overhead=0.01, looks=None)
+    settings = RunSettings(policy, ProbeConfig(), check_on="save", action="warn", max_overhead=0.01, versions={})
     written = _strict(settings.to_json())["policy"]["budgets"]
     assert written == {"law": 1.0, "code": "0.05 bits/byte", "math": "2 points"}
     back = RunSettings.from_json(settings.to_json().replace('"law": 1.0', '"law": 1')).policy
