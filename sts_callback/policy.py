@@ -183,7 +183,6 @@ def worst_share(snapshot: DriftSnapshot, policy: PolicyConfig) -> float:
     return max(used) if used and all(map(math.isfinite, used)) and not snapshot.diverged else math.nan
 
 
-
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Correct p-values of several tests so that the chance of any false alarm stays what it is for one.
 

@@ -112,11 +112,12 @@ def _answers_only(probes: ProbeSet) -> ProbeSet:
 
 def as_of(reading: ProbeStats, fine_tune: str) -> ProbeStats:
     """A domain's reading as one forecast has it: of the fine-tunes only this one."""
-    shifts, nll = reading.shifts, reading.nll
+    shifts, nll, right = reading.shifts, reading.nll, reading.right
     return dataclasses.replace(
         reading,
         shifts={TRAIN_ICL: shifts[fine_tune], FILLER: shifts[FILLER], DOMAIN_ICL: shifts[DOMAIN_ICL]},
         nll={ZERO_SHOT: nll[ZERO_SHOT], FILLER: nll[FILLER], TRAIN_ICL: nll[fine_tune]} if nll else {},
+        right={ZERO_SHOT: right[ZERO_SHOT], FILLER: right[FILLER], TRAIN_ICL: right[fine_tune]} if right else {},
     )
 
 

@@ -13,7 +13,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,8 @@ class Query:
     answer: tuple[int, ...]
     counts: tuple[bool, ...]
     """Whether each query token counts. Special tokens do not."""
+    answer_bytes: int | None = None
+    """Length of the answer's text, in bytes of UTF-8; None if that is not known, as in files of earlier versions."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -65,8 +67,12 @@ class ProbeSet:
     """SHA-256 of the source: rows, how they were drawn, and the chat template. Empty if that is not known."""
     read: RowsRead | None = field(default=None, compare=False)
     """What came of the rows that it was drawn from."""
-    answer_bytes: tuple[int, ...] = ()
-    """Length of the text of each answer, in bytes of UTF-8; empty if that is not known, as in sets kept by earlier versions."""
+
+    @property
+    def answer_bytes(self) -> tuple[int, ...]:
+        """Of each query; empty if they are not known of all."""
+        known = tuple(q.answer_bytes for q in self.queries if q.answer_bytes is not None)
+        return known if len(known) == len(self.queries) else ()
 
     def group(self, index: int) -> int:
         """The group of a query. The same number means the same draw of training demonstrations in every set."""
@@ -144,15 +150,13 @@ def make_probe_set(
         notes.append(f"a stream, for which its first {len(rows):,} rows stand (at most {STREAM_ROWS:,})")
     if as_chat:
         notes.append("plain rows are asked in the chat template, as the training data are (chat_template='never' leaves them)")
-    queries = tuple(encoded[i][0] for i in asked)
     return ProbeSet(
         name,
-        queries,
+        tuple(replace(encoded[i][0], answer_bytes=_answer_bytes(encoded[i][0], tokenizer)) for i in asked),
         tuple(tuple(token for i in one for token in (*encoded[i][0].tokens, *separator)) for one in shown),
         n_cut,
         _written(examples, [asked, shown, config.max_tokens], tokenizer),
         RowsRead(name, len(rows), reader.n_read, len(examples), n_cut, dict(reader.left_out), reader.unread, tuple(notes)),
-        tuple(_answer_bytes(query, tokenizer) for query in queries),
     )
 
 

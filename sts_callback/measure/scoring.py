@@ -315,7 +315,7 @@ def in_bits(probes: ProbeSet, change: torch.Tensor, group: torch.Tensor) -> Esti
     """A change of the answers' NLL, in bits a byte of their text.
 
     Args:
-        probes: with the answers; without their lengths nothing is known.
+        probes: with the answers; without the length of their text nothing is known.
         change: of each answer in nats, `(n_queries,)`.
         group: what is resampled together, `(n_queries,)`.
 

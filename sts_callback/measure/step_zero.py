@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,10 @@ def _told(probes: ProbeSet) -> dict[str, object]:
     return asdict(replace(probes, read=None))
 
 
-def _probes(
-    queries: list[dict[str, list[int]]], demo_sets: list[list[int]], answer_bytes: Sequence[int] = (), **others: Any
-) -> ProbeSet:
-    made = tuple(Query(**{name: tuple(values) for name, values in query.items()}) for query in queries)  # type: ignore[arg-type]
-    return ProbeSet(queries=made, demo_sets=tuple(map(tuple, demo_sets)), answer_bytes=tuple(answer_bytes), **others)
+def _probes(queries: list[dict[str, Any]], demo_sets: list[list[int]], **others: Any) -> ProbeSet:
+    made = tuple(_query(**one) for one in queries)
+    return ProbeSet(queries=made, demo_sets=tuple(map(tuple, demo_sets)), **others)
+
+
+def _query(query: list[int], answer: list[int], counts: list[bool], answer_bytes: int | None = None) -> Query:
+    return Query(tuple(query), tuple(answer), tuple(counts), answer_bytes)

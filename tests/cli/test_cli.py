@@ -236,7 +236,9 @@ def test_a_forecast_is_also_written_for_ci_whatever_the_verdict(
 ) -> None:
     made = tmp_path / "reports" / "forecast.xml"
     for decision, tag in (("no-go", "failure"), ("cannot tell", "error"), ("go", "system-out")):
-        monkeypatch.setattr("sts_callback.policy.judge_domains", lambda *args, found=decision: {"poems": Judgement(found, "why.")})
+        monkeypatch.setattr(
+            "sts_callback.policy.judge_domains", lambda *args, found=decision: {"poems": Judgement(found, "why.")}
+        )
         code = main(command(files, "--protect", "poems", "--junit", str(made)))
         assert code == {"go": GO, "no-go": NO_GO, "cannot tell": CANNOT_TELL}[decision]
         (case,) = ElementTree.parse(made).getroot().iter("testcase")

@@ -201,7 +201,8 @@ def probe_check(name: str, policy: PolicyConfig = POLICY, noise_floor: float = 0
 
 def probe_checks(readings: dict[str, ProbeStats], noise_floor: float, policy: PolicyConfig) -> tuple[Check, ...]:
     """Answers of two bytes each."""
-    sets = [ProbeSet(name, (), ((),), 0, answer_bytes=(2,) * len(r.n_tokens)) for name, r in readings.items()]
+    query = Query((5,), (6,), (True,), answer_bytes=2)
+    sets = [ProbeSet(name, (query,) * len(r.n_tokens), ((),), 0) for name, r in readings.items()]
     return diagnostics.probe_checks(readings, sets, noise_floor, policy)
 
 
