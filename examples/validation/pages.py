@@ -291,7 +291,10 @@ def outcome(happened: Happened, forecasts: Mapping[str, Any], zero: Mapping[str,
         "### The monitor",
         "",
         *wrapped(
-            "An alarm for one of the 20 domains, all protected, by the checks after 5, 20 and 40 steps of 12 queries each. Lead: "
+            "An alarm for one of the 20 domains, all protected, by the checks after 5, 20 and 40 steps, over which a run spends "
+            "its error: one-sided t test against half the budget, Holm over domains. Each check had 12 queries a domain; with "
+            "the first 16 measured questions, asked after 5 and 20 steps as well, there are 28, and harm is then by the other 44 "
+            "questions. Lead: "
             f"steps between the alarm and the first checkpoint at which the measured NLL was up by {HARM}; the first checkpoint "
             "is itself after 5 steps. AUROC of the last check's evidence over all runs together: "
             f"{over_all(runs, happened.changed, last_evidence):.3f}; knowing only a run's learning rate gives "

@@ -1,7 +1,7 @@
 """Find the largest scale of a trained LoRA adapter at which each protected domain keeps its budget.
 
 Step 0 is the model without the adapter. Each scale is measured like a drift check, with the same tokens in the same batches.
-Budget and interval decide about harm (`policy.judge_budget`), without the permutation test of an alarm.
+Budget and interval decide about harm (`policy.judge_budget`), without the test of an alarm.
 """
 
 from __future__ import annotations

@@ -8,19 +8,20 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from scipy import stats
 
 import false_alarms
-from false_alarms import N_QUERIES, alarms, centred, could_alarm, first_alarms, forgetting, p_values, remembering, sizes
-from samples import domain_drift, snapshot
-from sts_callback.metrics.statistics import p_of_rise
+from false_alarms import N_QUERIES, POLICY, Noise, alarmed, centred, forgetting, p_values, remembering, sizes
+from samples import domain_drift, estimate, snapshot
+from sts_callback.metrics.statistics import p_above
+from sts_callback.policy import judge_drift
 from validation.data import DOMAINS
 
 EXAMPLES = Path(false_alarms.__file__).parent
-CHECK = snapshot(5, *(domain_drift(name, n_queries=N_QUERIES) for name in DOMAINS))
 SHAPE = (300, 20, N_QUERIES)
 Walk = Callable[[float, int, tuple[int, ...], np.random.Generator], Iterator[np.ndarray]]
 
@@ -33,15 +34,18 @@ def test_what_is_centred_has_not_changed_as_a_whole() -> None:
 
 
 def test_p_values_of_many_rows_are_those_of_the_package() -> None:
-    rows = np.random.default_rng(0).integers(-3, 6, (20, N_QUERIES)).astype(float)  # with many ties
-    assert p_values(rows).tolist() == [p_of_rise(torch.from_numpy(row)) for row in rows]
+    rng = np.random.default_rng(0)
+    rows, n_tokens = rng.integers(-3, 6, (2, 5, N_QUERIES)).astype(float), rng.integers(1, 40, (2, 5, N_QUERIES)).astype(float)
+    expected = [[p_above(*pair, 0.05) for pair in zip(*some, strict=True)] for some in zip(rows, n_tokens, strict=True)]
+    assert p_values(rows, n_tokens) == pytest.approx(np.array(expected), abs=1e-12)
 
 
 def test_the_size_is_right_for_even_changes_and_as_reckoned_for_the_most_skewed() -> None:
-    """One of 60 questions falls far and all others rise a little: unless it is drawn, all signs are alike and the test passes."""
+    """One of 60 questions falls far and all others rise a little: unless it is drawn, hardly any spread is seen and it passes."""
     even = np.tile(np.arange(1.0, 31.0), 2) * np.repeat([1.0, -1.0], 30)
-    skewed = np.append(np.ones(59), -59.0)
-    found = sizes(np.stack([*[even] * 9, skewed]), np.random.default_rng(0))
+    skewed = np.append(np.ones(59) + 1e-6 * even[:59], -59.0)
+    changes = np.stack([*[even] * 9, skewed])
+    found = sizes(changes, np.ones_like(changes), 0.01, np.random.default_rng(0))
     assert found[0] == pytest.approx((59 / 60) ** N_QUERIES, abs=0.06)
     assert np.mean(found[1:]) == pytest.approx(0.01, abs=0.005)
 
@@ -53,38 +57,71 @@ def test_noise_is_forgotten_or_remembered_as_said(walk: Walk, expected: list[flo
     assert [np.corrcoef(first.ravel(), then.ravel())[0, 1] for then in later] == pytest.approx(expected, abs=0.01)
 
 
-def test_no_check_that_alarms_is_passed_over() -> None:
-    rng = np.random.default_rng(0)
-    changes = rng.normal(
-        rng.choice([0.0, 1.0, 2.0], (150, len(DOMAINS), 1), p=[0.9, 0.06, 0.04]), 1, (150, len(DOMAINS), N_QUERIES)
-    )
-    n_tokens = np.full(changes.shape, 5.0)
-    alarmed = np.array([alarms(CHECK, *pair) for pair in zip(changes, n_tokens, strict=True)])
-    possible = could_alarm(changes, n_tokens)
-    assert 0 < alarmed.sum() < len(alarmed) and not possible.all()
-    assert not (alarmed & ~possible).any()
+def test_a_simulated_run_alarms_where_the_package_would() -> None:
+    rng, n_runs, n_checks = np.random.default_rng(0), 12, 3
+    still = rng.normal(0, 4, (2, len(DOMAINS), 40))
+    n_tokens = rng.integers(3, 40, still.shape[1:]).astype(float)
+    noise = Noise(still, n_tokens, {"forget": 0.5})
+    rise = np.where(np.arange(len(DOMAINS)) == 7, 0.15, 0.0)[:, None]
+    found = noise.p_values(rise, N_QUERIES, "forget", n_checks, n_runs)
+    assert found.shape == (n_checks, n_runs, len(DOMAINS))
+
+    def by_the_package(run: int) -> bool:
+        for at_check in found[:, run]:
+            level = POLICY.alpha / n_checks
+            domains = [domain_drift(name, **answers_with(p)) for name, p in zip(DOMAINS, at_check, strict=True)]
+            if judge_drift([snapshot(1, *domains)], POLICY, [level]).alarmed:
+                return True
+        return False
+
+    expected = [by_the_package(run) for run in range(n_runs)]
+    assert alarmed(found, n_checks).tolist() == expected
+    assert 0 < sum(expected) < n_runs
 
 
-def test_a_run_is_false_from_its_first_alarm_on() -> None:
-    changes, n_tokens = np.zeros((3, len(DOMAINS), 2)), np.full((3, len(DOMAINS), 2), 10.0)
-    changes[:2, 4, 1] = 2.0, 0.9  # of the second question, in one domain: 0.2 and 0.09 nats a token, where 0.1 are allowed
-    shown = (np.full((3, len(DOMAINS), N_QUERIES), int(check >= 3)) for check in itertools.count(1))
-    assert first_alarms([CHECK] * 3, changes, n_tokens, shown, 5).tolist() == [3, math.inf, math.inf]
+def answers_with(p_value: float) -> dict[str, Any]:
+    """Answers of a domain whose change is above half the budget by that p-value."""
+    excess = np.resize([1.0, -1.0], N_QUERIES) + float(stats.t.isf(p_value, N_QUERIES - 1)) / math.sqrt(N_QUERIES - 1)
+    changes = tuple((excess + 0.05).tolist())
+    value = float(np.mean(changes))
+    return {
+        "n_queries": N_QUERIES,
+        "nll_change": estimate(value, value - 1, value + 1),
+        "query_changes": changes,
+        "query_answer_tokens": (1,) * N_QUERIES,
+    }
+
+
+def test_more_checks_share_the_error_of_a_run() -> None:
+    found = np.full((10, 2, len(DOMAINS)), 0.5)
+    found[1, 0, 3] = 0.05 / 2 / len(DOMAINS)
+    assert alarmed(found, 2).tolist() == [True, False]
+    assert alarmed(found, 3).tolist() == [False, False]
+    assert alarmed(found, 1).tolist() == [False, False]
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{share:.{digits}%}".replace("%", " %")
 
 
 def test_what_is_told_of_false_alarms_is_what_was_simulated() -> None:
     told = (EXAMPLES.parent / "README.md").read_text()
     found = json.loads((EXAMPLES / "false_alarms.json").read_text())
-    in_all, skewed = (f"{share:.1%}".replace("%", " %") for share in (found["size"]["all"], found["size"]["by_tenth"][0]))
-    assert f"passes at its 1 % in {in_all} of cases, in the most left-skewed tenth of domains in {skewed}." in " ".join(
-        told.split()
-    )
+    flat = " ".join(told.split())
+    overall = [percent(found["size"][level]["all"], 1) for level in ("0.01", "0.001")]
+    worst = [percent(found["size"][level]["by_tenth"][0], 1) for level in ("0.01", "0.001")]
+    assert f"at 1 % in {overall[0]} of cases, in the most left-skewed tenth of domains in {worst[0]};" in flat
+    assert f"at 0.1 % in {overall[1]} and {worst[1]}." in flat
     _, table = told.split("| | 1 check | 10 checks | 50 checks |\n|---|---|---|---|\n")
     rows = [[int(n) for n in re.findall(r"(\d+) (?=to|%)", row)] for row in table[: table.index("\n\n")].splitlines()]
     simulated: dict[tuple[float, str], list[dict[str, float]]] = {}
     for line in found["false_runs"]:
         simulated.setdefault((line["true_change"], line["rate"]), []).append(line["within_checks"])
     assert rows == [
-        [percent for n in ("1", "10", "50") for percent in sorted({round(100 * within[n]) for within in simulated[kind]})]
+        [share for n in ("1", "10", "50") for share in sorted({round(100 * within[n]) for within in simulated[kind]})]
         for kind in sorted(simulated)
     ]
+    power = {(one["rate"], one["n_queries"], one["true_change"]): percent(one["ten"]) for one in found["power"]}
+    for n_queries in (12, 28, 32):
+        row = (power[rate, n_queries, harm] for rate in ("gentle", "harsh") for harm in (0.1, 0.2, 0.3))
+        assert f"| {n_queries} queries | {' | '.join(row)} |" in told
