@@ -279,7 +279,7 @@ class NudgesAWeight(TrainerCallback):
 @pytest.mark.parametrize(
     ("careless", "expected"),
     [
-        (DrawsANumber, {"gradient_norms", "log_rows", "weights", "random_state"}),
+        (DrawsANumber, {"gradient_norms", "log_rows", "weights", "random_state", "counters"}),
         (DrawsAtTheEnd, {"random_state"}),
         (LeavesEvaluationMode, {"log_rows", "model_settings"}),
         (ClipsTheTexts, {"tokenizer"}),
