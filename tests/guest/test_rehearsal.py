@@ -71,8 +71,9 @@ def test_a_rehearsal_does_what_training_then_does(name: str, accumulation: int, 
     ours.attach(trainer)
     trainer.train()
     (dose,) = doses(tmp_path)
-    (line,) = (tmp_path / "sts" / "drift.jsonl").read_text().splitlines()
+    *_, line = (tmp_path / "sts" / "drift.jsonl").read_text().splitlines()
     trained = json.loads(line)["snapshot"]["domains"]
+    assert checked_steps(tmp_path)[-1] == N_STEPS
     for domain, rehearsed in dose.check.domains.items():
         assert max(map(abs, rehearsed.query_changes)) > 1e-3
         assert rehearsed.query_changes == pytest.approx(trained[domain]["query_changes"], rel=0.02, abs=1e-4)

@@ -122,7 +122,8 @@ def test_a_rehearsal_of_two_processes_does_what_their_training_then_does(tmp_pat
     launch(tmp_path, {"alike": {"mode": "ddp", **ALIKE}}, seconds=SECONDS["ddp"])
     one, other = seen(tmp_path, "alike")
     assert one["error"] is other["error"] is None
-    (dose,), (trained,) = one["rehearsal"]["doses"], snapshots(tmp_path, "alike")
+    (dose,), (*_, trained) = one["rehearsal"]["doses"], snapshots(tmp_path, "alike")
+    assert trained["step"] == N_REHEARSED
     for name, domain in trained["domains"].items():
         assert max(map(abs, domain["query_changes"])) > 1e-3
         assert dose["check"]["domains"][name]["query_changes"] == pytest.approx(domain["query_changes"], rel=0.02, abs=1e-4)
