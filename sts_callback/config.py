@@ -169,7 +169,7 @@ DIGITS: Mapping[Unit, int] = {"nats/token": 2, "bits/byte": 3, "points": 1}
 _SPELLINGS: Mapping[Unit, str] = {
     "nats/token": r"|nats?((/| per | an? )token)?",
     "bits/byte": r"bits?(/| per | an? )byte|bpb",
-    "points": r"points?|pp|(percentage )?points?( of( token)? accuracy)?",
+    "points": r"points?|pts?|pp|(percentage )?points?( of( token)? accuracy)?",
 }
 _BUDGETS = (
     "a budget above 0: a number of nats a token such as 0.1, or a text with another unit such as '0.05 bits/byte' or '2 points' "

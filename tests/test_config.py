@@ -68,7 +68,15 @@ def test_budgets_must_be_above_nothing(budget: float) -> None:
 SPELLINGS: dict[Unit, tuple[str, ...]] = {
     "nats/token": ("0.5", " 5e-1 ", ".5 nats", "0.5 nats/token", "0.5nat", "0.5 nats a token", "0.50 nats per token", "+0.5"),
     "bits/byte": ("0.5 bits/byte", "0.5bits/byte", "0.5 bit/byte", "0.5 bits per byte", "5E-1 BITS A BYTE", "0.5 bpb"),
-    "points": ("0.5 points", "0.5points", "0.5 point", ".5pp", "0.5 percentage points", "0.5 points of token accuracy"),
+    "points": (
+        "0.5 points",
+        "0.5points",
+        "0.5 point",
+        ".5pp",
+        "0.5 pts",
+        "0.5 percentage points",
+        "0.5 points of token accuracy",
+    ),
 }
 
 

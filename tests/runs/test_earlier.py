@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.measure.step_zero import StepZeroReference
 from sts_callback.report.card import card_section
 from sts_callback.report.html.page import write_report
@@ -57,6 +59,17 @@ def test_step_zero_is_read_and_written_as_it_was(tmp_path: Path) -> None:
     with safe_open(tmp_path / "again.safetensors", framework="pt") as content:
         assert set(content.keys()) == keys
     assert StepZeroReference.load(tmp_path / "again.safetensors", fingerprint).digest == found.digest
+
+
+def test_a_run_of_before_there_was_accuracy_is_known_by_the_same_digest() -> None:
+    """As that build gave it, of its file and with probes in it: what a resumed run has in its state."""
+    file = EARLIER / "sts" / "baseline.safetensors"
+    with safe_open(file, framework="pt") as content:
+        found = StepZeroReference.load(file, content.metadata()["fingerprint"])
+    assert found.digest == "00180520d00545e7fdbb83bbc1f9c01f3c11ba8fc4ce3c1cab949b94ff85da74"
+    queries = (Query((5, 6), (7, 8, 9), (True, False)), Query((5,), (), (True,)))
+    probes = {"law": ProbeSet("law", queries, ((1, 2), (3,)), 4, "written")}
+    assert replace(found, probes=probes).digest == "ff2817da43d921b3b6dd87e3c09d1a40b62607e2b8b9df6f267f667a63713bce"
 
 
 def test_report_and_card_are_made_of_it(tmp_path: Path) -> None:
