@@ -160,13 +160,12 @@ def make_probe_set(
     )
 
 
-def _answer_bytes(query: Query, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _answer_bytes(query: Query, tokenizer: PreTrainedTokenizerBase) -> int:
     """By what the answer adds to its query's text: many tokenizers drop the space that a text of its own would begin with."""
-    if max(query.tokens) >= len(tokenizer):  # of another tokenizer: it has no text, and is refused if the model has no such token
-        return None
 
     def n_bytes(tokens: Sequence[int]) -> int:
-        text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        known = [token for token in tokens if token < len(tokenizer)]  # rows that were tokenised may hold others
+        text = tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(str(text).encode("utf-8", "surrogatepass"))
 
     return n_bytes(query.tokens) - n_bytes(query.query)
