@@ -24,7 +24,7 @@ from sts_callback.data.chat import ChatTemplate
 from sts_callback.data.counts import RowsRead, told
 from sts_callback.data.pairs import Pair, Row, TextPair
 from sts_callback.data.reader import STREAM_ROWS, Example, RowReader, StreamSample
-from sts_callback.data.tokens import bos_tokens, pair_ids, text_ids, without_bos
+from sts_callback.data.tokens import added_bytes, bos_tokens, pair_ids, text_ids, without_bos
 from sts_callback.errors import DataError
 
 if TYPE_CHECKING:
@@ -150,25 +150,15 @@ def make_probe_set(
         notes.append(f"a stream, for which its first {len(rows):,} rows stand (at most {STREAM_ROWS:,})")
     if as_chat:
         notes.append("plain rows are asked in the chat template, as the training data are (chat_template='never' leaves them)")
+    queries = [encoded[i][0] for i in asked]
     return ProbeSet(
         name,
-        tuple(replace(encoded[i][0], answer_bytes=_answer_bytes(encoded[i][0], tokenizer)) for i in asked),
+        tuple(replace(q, answer_bytes=added_bytes(q.query, q.answer, tokenizer)) for q in queries),
         tuple(tuple(token for i in one for token in (*encoded[i][0].tokens, *separator)) for one in shown),
         n_cut,
         _written(examples, [asked, shown, config.max_tokens], tokenizer),
         RowsRead(name, len(rows), reader.n_read, len(examples), n_cut, dict(reader.left_out), reader.unread, tuple(notes)),
     )
-
-
-def _answer_bytes(query: Query, tokenizer: PreTrainedTokenizerBase) -> int:
-    """By what the answer adds to its query's text: many tokenizers drop the space that a text of its own would begin with."""
-
-    def n_bytes(tokens: Sequence[int]) -> int:
-        known = [token for token in tokens if token < len(tokenizer)]  # rows that were tokenised may hold others
-        text = tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return len(str(text).encode("utf-8", "surrogatepass"))
-
-    return n_bytes(query.tokens) - n_bytes(query.query)
 
 
 def _written(examples: Sequence[Example], drawn: object, tokenizer: PreTrainedTokenizerBase) -> str:

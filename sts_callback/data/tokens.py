@@ -64,6 +64,17 @@ def pair_ids(pair: TextPair, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, I
     return full[:n], full[n:end], full[end:]
 
 
+def added_bytes(prompt: Ids, answer: Ids, tokenizer: PreTrainedTokenizerBase) -> int:
+    """By how many bytes of UTF-8 an answer makes the text of its prompt longer: many tokenizers drop the space before a text."""
+
+    def n_bytes(ids: Ids) -> int:
+        known = [token for token in ids if token < len(tokenizer)]  # rows that were tokenised may hold others
+        text = tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(str(text).encode("utf-8", "surrogatepass"))
+
+    return n_bytes(prompt + answer) - n_bytes(prompt)
+
+
 def n_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Length of the common beginning of two sequences."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
