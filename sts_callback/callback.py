@@ -103,8 +103,8 @@ class STSCallback(TrainerCallback):
                 more, where it takes no more than a tenth of the training's time. It needs `attach`.
             max_overhead: the share of training time that checks may take, above 0; a check that is due and would take more is
                 skipped until the next one that is due and does not. Those that come by themselves are made if all of the training
-                pays for them; those after 1, 2 and 5 steps and the last one, when training ends, always. None checks whenever
-                asked.
+                pays for them; the last one, when training ends, always, and those after 1, 2 and 5 steps unless these were
+                rehearsed. None checks whenever asked.
             ledger: a file that keeps how forecasts came out, from which later ones learn; by default the one that the environment
                 variable `STS_LEDGER` names, if any.
             probes: how texts become probes.
