@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +55,10 @@ class AtTheBeginning(TrainerCallback):
         raise Over
 
 
-def in_training(tmp_path: Path, work: Callable[[Trainer], None]) -> None:
+def in_training(tmp_path: Path, work: Callable[[Trainer], None], *, lora: bool = False) -> None:
     """Do something to a trainer that has just begun to train, with a gradient scaler as for float16."""
     begin = AtTheBeginning(work)
-    trainer = made_trainer("SFT", Shelf.filled(tmp_path / "shelf"), tmp_path / "out", [begin], max_steps=1)
+    trainer = made_trainer("SFT", Shelf.filled(tmp_path / "shelf"), tmp_path / "out", [begin], lora=lora, max_steps=1)
     trainer.data_collator = Collator(trainer.processing_class)
     trainer.compute_loss_func = CountingLoss()
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
@@ -186,3 +187,28 @@ def test_metrics_stay_the_same_object(tmp_path: Path) -> None:
         assert held == {}
 
     in_training(tmp_path, work)
+
+
+def n_bytes_held() -> int:
+    """Of all tensors that there are, each memory once."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_it_holds_a_copy_of_what_is_trained_and_no_more(lora: bool, tmp_path: Path) -> None:
+    found: list[int] = []
+
+    def work(trainer: Any) -> None:
+        copied = [p for p in trainer.model.parameters() if p.requires_grad] + list(trainer.model.buffers())
+        before = n_bytes_held()
+        with put_back(trainer):
+            inside = n_bytes_held()
+        found.extend([inside - before, sum(tensor.nbytes for tensor in copied), n_bytes_held() - before])
+
+    in_training(tmp_path, work, lora=lora)
+    held, expected, left = found
+    random_states = 2 * torch.get_rng_state().nbytes  # torch's and the collator's
+    assert expected + random_states <= held <= expected + random_states + 100  # and the trainer's own sums of losses
+    assert left == 0
