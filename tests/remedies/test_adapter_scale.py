@@ -139,7 +139,8 @@ def test_each_budget_is_judged_in_its_own_unit(adapted: nn.Module) -> None:
     assert {domain.finding for domain in found.values()} == {"within"}
     assert {domain.harm for domain in still.values()} == {Estimate(0, 0, 0)}
     assert found["poems"].harm == found["poems"].nll_change
-    texts = [q.answer for q in knob._sets[1].queries]
+    probes = make_probe_set("bits", rows, bos_tokenizer(), CONFIG, n_demonstrations=2, field="bits")
+    texts = [q.answer for q in probes.queries]
     n_bytes = sum(len(str(bos_tokenizer().decode(list(answer))).encode()) for answer in texts)
     in_bits = found["bits"].nll_change.value / math.log(2) * sum(map(len, texts)) / n_bytes
     assert found["bits"].harm.value == pytest.approx(in_bits)
