@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from sts_callback.model.undisturbed import random_state_kept
 
@@ -76,7 +76,7 @@ def _keep_modules(trainer: Trainer, undo: Undo) -> None:
     """Of the model, of what it is wrapped in, and of models beside it: a reference, a teacher."""
     models = [value for value in vars(trainer).values() if isinstance(value, nn.Module)]
     modules = {id(module): module for model in models for module in model.modules()}.values()
-    settings = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, (PreTrainedConfig, GenerationConfig))}
+    settings = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, (PretrainedConfig, GenerationConfig))}
     for one in (*modules, *settings.values()):
         _keep_members(vars(one), undo)
         for value in vars(one).values():
