@@ -1,7 +1,8 @@
 """From records and thresholds to a verdict with reasons. Movement and harm are two questions; a verdict is about harm.
 
 Harm is judged by the NLL of answers, whether or not the hooked layer has moved and whatever the SAE can express: what changes
-elsewhere harms as well. What was not seen is never a `go`: no number, numbers that are not finite.
+elsewhere harms as well. What was not seen is never a `go`: no number, numbers that are not finite, too many tokens left out, a
+layer that training cannot move.
 """
 
 from __future__ import annotations
@@ -351,6 +352,8 @@ def _judged(
     if p_value <= _SUSPICION:
         why = "not sure enough for an alarm" if level > 0 else "at a check beyond the planned ones, which alone may alarm"
         return Judgement("watch", f"{at}, perhaps on course to pass {limit} ({against}, {why}); {moved}.", state)
+    if is_within and _unseen(snapshot, domain, policy):  # never a go where the layer could not be looked at
+        return Judgement("cannot tell", f"{at}, within its budget of {limit}; {moved}.", state)
     if is_within:
         return Judgement("go", f"{at}, within its budget of {limit}; {moved}.", state)
     return Judgement("cannot tell", f"{at}, too unsure for a budget of {limit}; {moved}.", state)
@@ -373,7 +376,7 @@ def _steps(n: int) -> str:
 
 def _movement(snapshot: DriftSnapshot, domain: DomainDrift, policy: PolicyConfig) -> str:
     """How far a representation has drifted, and how much of that was seen, in words."""
-    if doubt := _too_much_masked(domain, policy) or ("" if snapshot.can_move else _CANNOT_MOVE):
+    if doubt := _unseen(snapshot, domain, policy):
         return f"drift unknown: {doubt}"
     drift = domain.relative_drift.value
     kind, size = ("raw drift", domain.raw_drift) if drift < policy.min_drift <= domain.raw_drift else ("drift", drift)
@@ -382,6 +385,11 @@ def _movement(snapshot: DriftSnapshot, domain: DomainDrift, policy: PolicyConfig
     if size < policy.min_drift:
         return f"representation has not drifted ({kind} {size:.1%}, under {policy.min_drift:.0%})"
     return f"representation drifted ({kind} {size:.1%}, at least {policy.min_drift:.0%}{_outside(domain, policy)})"
+
+
+def _unseen(snapshot: DriftSnapshot, domain: DomainDrift, policy: PolicyConfig) -> str:
+    """Why a check says nothing of a domain's movement; empty if it does."""
+    return _too_much_masked(domain, policy) or ("" if snapshot.can_move else _CANNOT_MOVE)
 
 
 def _outside(domain: DomainForecast | DomainDrift, policy: PolicyConfig) -> str:

@@ -128,6 +128,7 @@ def test_the_run_folder_holds_forecast_baseline_and_checks(tmp_path: Path) -> No
     assert {file.name for file in folder.iterdir()} == {
         "settings.json",
         "forecast.json",
+        "rehearsal.json",
         "baseline.safetensors",
         "features.jsonl",
         "drift.jsonl",

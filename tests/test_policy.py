@@ -157,9 +157,13 @@ def test_too_few_queries_do_not_stand_in_the_way_of_no_harm() -> None:
 def test_harm_is_judged_by_answers_whatever_was_seen_of_the_layer(
     answer: dict[str, Any], decision: Decision, place: dict[str, int], sae_error_share: float, drift: float
 ) -> None:
+    """But a go takes that the layer could be looked at."""
     law = domain_drift("law", relative_drift=drift, raw_drift=drift, sae_error_share=sae_error_share, **place, **answer)
     for can_move in (True, False):
-        assert judge_drift([snapshot(10, law, can_move=can_move)], POLICY).decision == decision
+        unseen = place or not can_move
+        found = judge_drift([snapshot(10, law, can_move=can_move)], POLICY)
+        assert found.decision == ("cannot tell" if decision == "go" and unseen else decision)
+        assert found.states["law"] == ("within" if answer is NO_HARM else found.states["law"])
 
 
 @pytest.mark.parametrize("answer", [HARM, NO_HARM, UNKNOWN])

@@ -328,7 +328,7 @@ class Session:
                 check = functools.partial(monitor.check, step, batch_tokens=batch_tokens, title="Rehearsed step")
                 return self._ranks.gathered(check)[0]
 
-            return rehearsal_of(
+            found = rehearsal_of(
                 trainer,
                 train_dataloader,
                 checked,
@@ -337,6 +337,7 @@ class Session:
                 ranks=self._ranks,
                 progress=self._bars,
             )
+            return self._ranks.from_first(lambda: self._recorder.with_expected(found))
 
         reraise = () if args.auto_find_batch_size else self._refusals  # the batch may be too large, and training finds another
         made = self._guard.measure(
@@ -349,13 +350,12 @@ class Session:
         )
         if made is None:
             made = Rehearsal((), state.max_steps, math.nan, 0.0, skipped="it failed; faults.jsonl has the reason.")
-        found = made
-        self.rehearsal = made = self._ranks.from_first(lambda: self._recorder.with_expected(found))
+        self.rehearsal = made
         verdict = self._ranks.from_first(lambda: judge_rehearsal(made, self._settings.policy)) if made.doses else None
         self.verdict = verdict or self.verdict
         self._guard.tell(
             state,
-            Sink("run log", lambda: self._directory.write_rehearsal(made, verdict)),
+            Sink("run log", lambda: self._recorder.write_rehearsal(made)),
             Sink("screen", lambda: self._recorder.show_rehearsal(made, verdict)),
         )
 
@@ -459,6 +459,8 @@ class Session:
     def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
         if not self._directory.baseline_file.exists():  # deleted, or the disk was full
             self._recorder.write_step_zero(monitor, self._forecasts, self._rollouts.first, self._history.looks)
+            if self.rehearsal is not None:
+                self._recorder.write_rehearsal(self.rehearsal)
         time = TimeSpent(self._overhead.spent_s, self._overhead.training_s)
         self._recorder.write_check(monitor, snapshot, verdict, time)
 

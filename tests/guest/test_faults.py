@@ -624,7 +624,7 @@ FAULTS = [
         "forecast and baseline are written with the first check that can be",
         told=(1, 2, 3),
         checks=(2, 3),
-        recorded=((0, "run log", "No space left"), (1, "run log", "No space left")),
+        recorded=tuple((step, "run log", "No space left") for step in (0, 0, 1)),
         raises=OSError,
     ),
     Fault(
@@ -867,7 +867,7 @@ FAULTS = [
         "standard output closed",
         lambda s: (closed("stdout")(s), setattr(s, "train", quietly)),
         "tables are not shown, all else goes on",
-        recorded=((0, "screen", "closed file"), *((i, "screen", "closed file") for i in (1, 2, 3, 3))),
+        recorded=tuple((i, "screen", "closed file") for i in (0, 0, 1, 2, 3, 3)),
         raises=ValueError,
     ),
     Fault("standard error closed", lambda s: (closed("stderr")(s), s.args.update(disable_tqdm=False)), "no progress is shown"),

@@ -863,7 +863,7 @@ def test_examination_ends_where_the_sae_does_not_fit() -> None:
 
 def test_examination_refuses_probes_without_the_power_for_an_alarm() -> None:
     policy = PolicyConfig(budgets={"poems": 0.1})
-    enough, few = (made_monitor(tiny_model(), rotated_sae(), replace(CONFIG, n_queries=n)).examine(policy) for n in (7, 6))
+    enough, few = (made_monitor(tiny_model(), rotated_sae(), replace(CONFIG, n_queries=n)).examine(policy) for n in (5, 4))
     assert [check.status for check in few if check.name == "alarm power"] == ["refuse"]
     assert [check.status for check in enough if check.name == "alarm power"] != ["refuse"]
 
