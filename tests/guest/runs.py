@@ -129,9 +129,9 @@ def made_trainer(
         fan_in_fan_out=architecture == "gpt2",  # its layers are Conv1D
     )
     shared: dict[str, Any] = {"processing_class": tokenizer, "callbacks": list(callbacks)}
+    torch.manual_seed(1)  # adapters are drawn before a trainer seeds, here and in TRL before 1.0
     if kind == "Trainer":
         if lora:
-            torch.manual_seed(1)
             model = get_peft_model(model, adapters)
         trainer = Trainer(
             model=model,
