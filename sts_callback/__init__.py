@@ -35,5 +35,7 @@ __all__ = [*_HOME]
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        if name in ("STSCallback", "Monitor"):  # here, before imports fail for want of a newer version
+            importlib.import_module("sts_callback.versions").require_versions()
         return getattr(importlib.import_module(f"sts_callback.{_HOME[name]}"), name)
     raise AttributeError(f"module 'sts_callback' has no attribute {name!r}")

@@ -231,7 +231,7 @@ class STSCallback(TrainerCallback):
                 "callback.attach(trainer) before trainer.train(), or take rehearse='auto'."
             )
         if ranks.n > 1:
-            _require_whole_sequences(AcceleratorState().parallelism_config)
+            _require_whole_sequences(getattr(AcceleratorState(), "parallelism_config", None))  # accelerate has it from 1.10 on
         names = (TRAIN, *settings.domains)
         trainer_log.require_metric(
             args.metric_for_best_model, args.greater_is_better, names, settings.policy.budgets, settings.check_on
@@ -295,9 +295,10 @@ class STSCallback(TrainerCallback):
 
 def _require_whole_sequences(parallelism: Any) -> None:
     """Refuse to measure where each process sees only a part of every text."""
-    if parallelism is not None and parallelism.cp_size * parallelism.sp_size > 1:
+    sizes = {name: getattr(parallelism, name, 1) for name in ("cp_size", "sp_size")}  # the latter only in newer versions
+    if max(sizes.values()) > 1:
         raise ConfigError(
-            f"parallelism_config: got cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size}; allowed is 1 for both, since "
+            f"parallelism_config: got cp_size={sizes['cp_size']}, sp_size={sizes['sp_size']}; allowed is 1 for both, since "
             "attention is then over parts of texts and what it gives on probes is not what the model does. Forecast on one "
             "process with `sts-callback forecast` and train without the callback, or train without context and sequence "
             "parallelism."

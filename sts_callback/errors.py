@@ -1,12 +1,17 @@
 """The errors of this package.
 
 Each is an `StsError` and also the built-in error that a caller would expect: `ValueError` for input that can be corrected,
-`RuntimeError` if there can be no result. Messages name the field, the value received, the allowed values and the remedy.
+`RuntimeError` if there can be no result, `ImportError` for a package that is too old. Messages name the field, the value received,
+the allowed values and the remedy.
 """
 
 
 class StsError(Exception):
     """Base class of all errors that this package raises on purpose."""
+
+
+class VersionError(StsError, ImportError):
+    """A package is missing or too old."""
 
 
 class ConfigError(StsError, ValueError):

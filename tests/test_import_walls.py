@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
+    {"launched"},
     {"cli", "callback"},
     {"training"},
     {"remedies", "report"},
@@ -21,7 +22,7 @@ FLOORS = (
     {"measure"},
     {"policy"},
     {"data", "model", "records"},
-    {"metrics", "config", "distributed"},
+    {"metrics", "config", "distributed", "versions"},
     {"errors"},
 )
 """From top to bottom: a room imports from floors below its own, never from a room beside it."""
@@ -174,6 +175,7 @@ def test_wall_holds(rule: str) -> None:
         ("floors", "sts_callback/report.py", "from .training.session import Session"),
         ("floors", "sts_callback/report/card.py", "importlib.import_module('sts_callback.callback')"),
         ("floors", "sts_callback/callback.py", "from sts_callback.cli import main"),
+        ("floors", "sts_callback/cli/launch.py", "from sts_callback.launched import watch"),
         ("floors", "sts_callback/cli/forecast.py", "if TYPE_CHECKING:\n    from ..callback import STSCallback"),
         ("floors", "sts_callback/training/session.py", "def f():\n    from .. import cli"),
         ("floors", "sts_callback/policy.py", "import sts_callback.measure.scoring as scoring"),

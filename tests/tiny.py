@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -94,7 +94,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """The same, but it puts BOS before each text."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_bos_token = True
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return tokenizer
 
 

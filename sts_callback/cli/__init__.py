@@ -12,15 +12,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from sts_callback.cli import blame, card, dial, doctor, forecast, ledger, mix, rehearse, report, saes
+from sts_callback.cli import blame, card, dial, doctor, forecast, launch, ledger, mix, rehearse, report, saes
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
 from sts_callback.errors import CannotTell, ConfigError, StsError
+from sts_callback.versions import require_versions
 
 PIPE_CLOSED = 141  # the code that shells give to programs ended by this signal
 COMMANDS = {
     "doctor": doctor,
     "forecast": forecast,
     "rehearse": rehearse,
+    "launch": launch,
     "blame": blame,
     "mix": mix,
     "dial": dial,
@@ -63,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
-        _require_no_empty(argv)
+        require_versions()
+        _require_no_empty(argv[: len(argv) - len(getattr(args, "command", ()))])  # what follows is for another program
         code = int(args.run(args))
         sys.stdout.flush()
         return code

@@ -85,7 +85,7 @@ def read_rows(source: Source, field: str) -> Sequence[Row]:
     if len(rows) == 0:
         raise DataError(f"{field}: there are no rows in {_shown(source)}; give at least a few dozen.")
     first = _first(rows)
-    if isinstance(first, Mapping):
+    if isinstance(first, Mapping) or _are_packed(first):
         return rows
     seen = "" if first is None else f" (the first is {first!r:.80})"
     raise DataError(f"{field}: {_shown(source)} has no rows with columns{seen}; allowed are {_SOURCES}.")
@@ -113,6 +113,11 @@ def _require_source(source: Any, field: str) -> None:
 def is_sequence(source: Any) -> bool:
     """Whether a source can be indexed by row number. A stream cannot."""
     return hasattr(source, "__getitem__") and hasattr(source, "__len__")
+
+
+def _are_packed(row: Any) -> bool:
+    """Whether it is a list of rows, which is how ms-swift packs them."""
+    return isinstance(row, list) and bool(row) and all(isinstance(one, Mapping) for one in row)
 
 
 def _first(rows: Sequence[Row]) -> Any:
@@ -202,7 +207,8 @@ class RowReader:
 
     def examples(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Example]:
         """Yield the examples in numbered rows. No more rows are read than the caller takes."""
-        for number, row in islice(rows, MOST_READ):
+        each: Iterator[tuple[int, Any]] = ((i, one) for i, row in rows for one in (row if _are_packed(row) else [row]))
+        for number, row in islice(each, MOST_READ):
             self.n_read += 1
             try:
                 found = self._read(row)

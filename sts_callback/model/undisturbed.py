@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 # Settings by which a configuration asks every forward for more, and their values for ours: logits only.
 _LOGITS_ALONE = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False, "return_dict": True}
@@ -122,7 +122,7 @@ def writes_to_weights(model: nn.Module) -> int:
 def _logits_alone(model: nn.Module) -> Iterator[None]:
     """Make a model's configurations ask for logits only: no attentions, no router losses. On exit they are restored."""
     found = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): vars(config) for config in found if isinstance(config, PreTrainedConfig)}.values()
+    configs = {id(config): vars(config) for config in found if isinstance(config, PretrainedConfig)}.values()
     before = [{name: config[name] for name in _LOGITS_ALONE if name in config} for config in configs]
     try:
         for config, asked in zip(configs, before, strict=True):

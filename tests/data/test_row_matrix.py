@@ -19,7 +19,7 @@ from sts_callback.config import ProbeConfig
 from sts_callback.data.pairs import Row
 from sts_callback.data.probes import ProbeSet, make_probe_set
 from sts_callback.data.reader import read_rows
-from tiny import rows, tiny_arguments, tiny_model, tiny_tokenizer
+from tiny import bos_tokenizer, rows, tiny_arguments, tiny_model, tiny_tokenizer
 
 N_ROWS, N_DEMONSTRATIONS = 12, 2
 ROWS = rows(N_ROWS, "poems")
@@ -47,8 +47,7 @@ TEMPLATES = {
 
 @functools.cache
 def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_bos_token = template in ("Llama", "Mistral")
+    tokenizer = bos_tokenizer() if template in ("Llama", "Mistral") else tiny_tokenizer()
     tokenizer.chat_template = TEMPLATES[template]
     return tokenizer
 
@@ -72,8 +71,8 @@ def in_tokens(template: str) -> list[tuple[list[int], list[int]]]:
         if template == "plain":
             asked, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["completion"]))
         else:
-            asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-            whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]
+            asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+            whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
         n = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked))
         made.append((whole[:n], whole[n:]))
     return made
@@ -163,6 +162,7 @@ FORMS: dict[str, Form] = {
     "packed, numbered mask, padded": lambda pairs: packed(pairs, "attention_mask", n_pad=5),
     "packed, seq_idx": lambda pairs: packed(pairs, "seq_idx"),
     "packed, cu_seqlens": lambda pairs: packed(pairs, "cu_seqlens", n_pad=5),
+    "packed, rows of rows": lambda pairs: [labelled(pairs[i : i + 3]) for i in range(0, len(pairs), 3)],  # type: ignore[misc]
     "torch": lambda pairs: Dataset.from_list(padded(pairs, "right")).with_format("torch"),  # type: ignore[arg-type]
     "numpy": lambda pairs: Dataset.from_list(packed(pairs, "seq_lengths")).with_format("numpy"),  # type: ignore[arg-type]
     "pandas": lambda pairs: Dataset.from_list(labelled(pairs)).with_format("pandas"),  # type: ignore[arg-type]

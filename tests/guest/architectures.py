@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -109,12 +109,12 @@ class TooLongError(Exception):
     """A type took more than its time."""
 
 
-def tiny_options(default: PreTrainedConfig) -> dict[str, Any]:
+def tiny_options(default: PretrainedConfig) -> dict[str, Any]:
     """Options that make a small configuration of a kind, from its default one."""
     options: dict[str, Any] = {}
     for name, value in vars(default).items():
         small = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, PretrainedConfig):
             options[name] = {"model_type": value.model_type, **tiny_options(value)}
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and value:
             kinds = list(dict.fromkeys(value))
