@@ -1,8 +1,8 @@
 """The errors of this package.
 
 Each is an `StsError` and also the built-in error that a caller would expect: `ValueError` for input that can be corrected,
-`RuntimeError` if there can be no result, `ImportError` for a package that is too old. Messages name the field, the value received,
-the allowed values and the remedy.
+`RuntimeError` if there can be no result, `ImportError` for a package that is too old. Messages name the field, the value
+received, the allowed values and the remedy.
 """
 
 

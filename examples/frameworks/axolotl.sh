@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Axolotl's own command, `axolotl train`: LoRA and sample packing on a CPU, with and without the callback. It asks for Python 3.12.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-prepare torch==2.14.1 axolotl==0.21.0
+environment torch==2.14.1 axolotl==0.21.0
+workplace
 
 cat >sts_plugin.py <<'PYTHON'
 from axolotl.integrations.base import BasePlugin
@@ -10,8 +11,8 @@ from sts_callback import STSCallback
 
 
 class STSPlugin(BasePlugin):
-    def add_callbacks_pre_trainer(self, cfg, model):
-        return [STSCallback()]
+    def add_callbacks_post_trainer(self, cfg, trainer):
+        return [STSCallback().attach(trainer)]
 PYTHON
 cat >plain.yaml <<'YAML'
 base_model: model

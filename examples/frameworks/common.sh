@@ -6,13 +6,15 @@ place=${PLACE:-$(mktemp -d)}
 [ -n "${PLACE:-}" ] || trap 'rm -rf "$place"' EXIT
 export HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" TOKENIZERS_PARALLELISM=false
 
-prepare() { # what to install beside this repository
+environment() { # what to install beside this repository
     if [ ! -x "$place/venv/bin/sts-callback" ]; then
         "${PYTHON:-python3}" -m venv "$place/venv"
         "$place/venv/bin/pip" install -q "$@" "$here/../.."
     fi
     export PATH="$place/venv/bin:$PATH"
-    mkdir -p "$place/run" && cd "$place/run" && rm -rf ./*
+}
+workplace() { # an empty folder with what tiny.py makes
+    rm -rf "$place/run" && mkdir "$place/run" && cd "$place/run"
     python "$here/tiny.py" make
 }
 check() { # the output folders without and with the callback

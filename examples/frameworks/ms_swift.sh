@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ms-swift's own command, `swift sft`: LoRA on a CPU, with and without the callback.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-prepare torch==2.13.0 ms-swift==4.6.0
+environment torch==2.13.0 ms-swift==4.6.0
+workplace
 
 cat >sts_swift.py <<'PYTHON'
 from swift.callbacks import callbacks_map

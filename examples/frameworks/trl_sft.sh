@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # TRL's own command, `trl sft`, which takes no callbacks: LoRA and packing on a CPU, with and without ours.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-prepare torch==2.13.0 trl==1.16.0 peft==0.21.2
+environment torch==2.13.0 trl==1.16.0 peft==0.21.2
+workplace
 
 cat >sft.yaml <<'YAML'
 model_name_or_path: model
