@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from sts_callback.errors import ConfigError
 
@@ -265,3 +265,35 @@ class PolicyConfig:
         require(0 < self.alpha < 1, "alpha", self.alpha, "above 0, under 1")
         require(0 < self.max_unseen <= 1, "max_unseen", self.max_unseen, "above 0, up to 1")
         require(0 < self.max_masked_share <= 1, "max_masked_share", self.max_masked_share, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """What SAE to train, and on how much."""
+
+    batch: ClassVar[int] = 2048
+    """Tokens in a step of training."""
+
+    hook_name: str | None = None
+    """A TransformerLens hook name, a module path, or a share of the depth such as `0.5`; None: after two thirds of the layers, as
+    `sae="auto"` has it."""
+    d_sae: int | None = None
+    """Number of features; None: the power of two that is at most eight times the width of the activations."""
+    l0: float = 48.0
+    """Mean number of active features a token."""
+    n_tokens: int = 500_000
+    """Tokens whose activations are read; fewer if the texts hold fewer."""
+    n_passes: float = 4.0
+    """How often training goes through them."""
+    seed: int = 0
+    """Of all that is drawn."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        _plain_numbers(self)
+        if self.d_sae is not None:
+            whole(self.d_sae, "d_sae", "16 or more", least=16)
+        require(self.l0 >= 1, "l0", self.l0, "1 or more")
+        require(self.n_tokens >= self.batch, "tokens", self.n_tokens, f"{self.batch} or more: those of a step of training")
+        require(self.n_passes > 0, "passes", self.n_passes, "above 0")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from sts_callback.cli import blame, card, dial, doctor, forecast, launch, ledger, mix, rehearse, report, saes
+from sts_callback.cli import blame, card, dial, doctor, forecast, launch, ledger, mix, rehearse, report, sae, saes
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
 from sts_callback.errors import CannotTell, ConfigError, StsError
 from sts_callback.versions import require_versions
@@ -29,6 +29,7 @@ COMMANDS = {
     "report": report,
     "card": card,
     "ledger": ledger,
+    "sae": sae,
     "saes": saes,
 }
 """The module of each command, by name. It holds the help text, the options and the function to run."""

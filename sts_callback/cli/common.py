@@ -41,7 +41,7 @@ def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], Pol
     for sae in args.sae if isinstance(args.sae, list) else [args.sae]:
         place_of(sae)
     if args.device:
-        _require_device(args.device)
+        require_device(args.device)
     return rows, policy, config
 
 
@@ -91,7 +91,8 @@ def loaded(name: str, device: str | None):  # type: ignore[no-untyped-def]  # tr
     return model.to(torch.device(device)).eval(), tokenizer
 
 
-def _require_device(name: str) -> None:
+def require_device(name: str) -> None:
+    """Refuse a device that PyTorch does not have here."""
     import torch
 
     from sts_callback.errors import ConfigError

@@ -7,9 +7,10 @@ batch of suffixes uses them without a copy.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,9 +216,7 @@ class Capture:
                     return None
                 leaf = found[point.name] = x.detach().requires_grad_()
                 torch.set_grad_enabled(True)  # from here up; below, trainable weights would record a graph that nobody needs
-                if point.side == "output":
-                    return leaf if isinstance(output[0], torch.Tensor) else type(output[0])((leaf, *output[0][1:]))
-                return ((leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf})
+                return _with(leaf, point, args, kwargs, *output)
 
             return cut
 
@@ -329,6 +328,33 @@ def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], 
             "as blocks.N.hook_mlp_out."
         )
     return value
+
+
+def _with(x: torch.Tensor, point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+    """What a forward (pre-)hook returns to put a tensor in a point's place."""
+    if point.side == "output":
+        return x if isinstance(output[0], torch.Tensor) else type(output[0])((x, *output[0][1:]))
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+
+@contextlib.contextmanager
+def replaced(point: HookPoint, by: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, forwards go on with something else than what they have at a hook point.
+
+    Args:
+        point: where.
+        by: gives it from what is there, in the same shape and dtype.
+
+    """
+
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        return _with(by(_tensor_at(point, args, kwargs, *output)), point, args, kwargs, *output)
+
+    handle = _hooked(point, replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _has_parameter(node: Any) -> bool:

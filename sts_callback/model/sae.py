@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 from sts_callback.errors import ConfigError, SaeError
 from sts_callback.model import registry
 from sts_callback.model.hooks import find_layers, model_name
+from sts_callback.model.quality import require_quality
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -330,6 +331,7 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
         spec = registry.best_for(model_id, n_layers).spec
     place = place_of(spec)
     if place is None:
+        require_quality(Path(spec))
         try:
             return Path(spec).resolve().name, SAE.load_from_disk(spec, dtype="float32")
         except (

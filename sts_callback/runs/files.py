@@ -46,6 +46,27 @@ def require_place(file: Path, option: str) -> None:
         raise ConfigError(f"{option}: {file} cannot be written; give a file in a folder that may be written to.")
 
 
+def require_new_folder(folder: Path, option: str) -> None:
+    """Refuse a folder that holds something already, or could not be made.
+
+    Args:
+        folder: what the user named.
+        option: by which.
+
+    Raises:
+        ConfigError: with the reason.
+
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f"{option}: {folder} is there already; give a new folder.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option}: the folder of {folder} cannot be made ({error}); give another.") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise ConfigError(f"{option}: {folder} cannot be written; give a folder in one that may be written to.")
+
+
 def write_asked(file: Path, text: str, option: str) -> None:
     """Write a file that the user asked for, whole or not at all.
 
