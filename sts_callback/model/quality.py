@@ -78,7 +78,7 @@ class QualityCard:
         found = {name: math.nan if content[name] is None else content[name] for name in names}
         if wrong := [name for name, value in found.items() if type(value) not in (int, float)]:
             raise ValueError(f"{', '.join(wrong)} must be numbers")
-        return cls(**found)
+        return cls(**found)  # type: ignore[arg-type]  # they are numbers
 
 
 def require_quality(folder: Path) -> None:

@@ -114,7 +114,7 @@ def save(sae: BatchTopKTrainingSAE, data: torch.Tensor, usual: Usual, folder: Pa
     """
     sae.to("cpu")
     largest, sample = [], data[:_N_SAMPLE]
-    for chunk in sample.split(_CHUNK):
+    for chunk in torch.split(sample, _CHUNK):
         pre = torch.addmm(sae.b_enc, chunk.float() - sae.b_dec, sae.W_enc) * sae.W_dec.norm(dim=1)
         largest.append(pre.flatten().topk(min(pre.numel(), int(2 * sae.cfg.k * len(chunk))), sorted=False).values)
     sae.topk_threshold.fill_(torch.cat(largest).topk(int(sae.cfg.k * len(sample))).values[-1].clamp_min(0))

@@ -33,7 +33,7 @@ def measured(reader: Reader, encoder: SaeEncoder, held_out: Sequence[Piece], tra
         x = reader.read(batch)
         sums.add(x[reader.is_ordinary(x)], encoder)
     fires = torch.zeros(encoder.d_sae, dtype=torch.bool, device=encoder.sae.device)
-    for chunk in training.split(_CHUNK):
+    for chunk in torch.split(training, _CHUNK):
         fires |= (encoder.encode(chunk) != 0).any(dim=0)
     mean = sums.mean.to(reader.capture.device)
     nll, nll_reconstructed, nll_mean = _next_token_nll(
@@ -64,7 +64,7 @@ class _Sums:
 
     def add(self, x: torch.Tensor, encoder: SaeEncoder) -> None:
         """Add tokens, `(n_tokens, d_in)`."""
-        for chunk in x.split(_CHUNK):
+        for chunk in torch.split(x, _CHUNK):
             found = encoder.reconstruct(chunk)
             self.n += len(chunk)
             self.n_active += int((found.acts != 0).sum())

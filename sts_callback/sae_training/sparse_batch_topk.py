@@ -40,7 +40,7 @@ class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]  # SAELens sh
         """Losses of one batch and its activations, which are given as a sparse tensor."""
         x = step_input.sae_in
         active = self._active(x)
-        values = _EncoderAt.apply(x, self.W_enc, self.b_enc, self.b_dec, active)
+        values = _EncoderAt.apply(x, self.W_enc, self.b_enc, self.b_dec, active)  # type: ignore[no-untyped-call]
         decoded = embedding_bag(active.features, self.W_dec, active.starts, mode="sum", per_sample_weights=values)
         sae_out = decoded + self.b_dec
         acts = active.values * self.W_dec.detach().norm(dim=1)[active.features]  # decoding divides by the norm again
@@ -72,9 +72,9 @@ class SparseBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]  # SAELens sh
 
     def _auxiliary_loss(self, x: torch.Tensor, sae_out: torch.Tensor, is_dead: torch.Tensor | None) -> torch.Tensor:
         """What dead features leave of the error of the living ones: `calculate_topk_aux_loss` on their columns alone."""
-        dead = [] if is_dead is None else is_dead.nonzero()[:, 0]
-        if len(dead) == 0:
+        if is_dead is None or not is_dead.any():
             return sae_out.new_zeros(())
+        dead = is_dead.nonzero()[:, 0]
         n_asked = x.shape[1] // 2  # Gao et al., 2024, arXiv 2406.04093, appendix B.1
         W_dec = self.W_dec[dead]
         pre = torch.addmm(self.b_enc[dead], x - self.b_dec, self.W_enc[:, dead])

