@@ -1,4 +1,4 @@
-"""The walls between the modules (see CONTRIBUTING.md) hold, and each check is shown to be able to fail."""
+"""The walls between the modules (see docs/how-it-works.md) hold, and each check is shown to be able to fail."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from sts_callback.training.arguments import STSArguments
 from tiny import rows, saved_sae, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
 SCRIPTS = ROOT / "examples" / "frameworks"
 
@@ -41,8 +40,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None
 
 @pytest.fixture
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    """A trainer, in a folder with the settings that the README shows."""
-    (tmp_path / "sts.yaml").write_text(blocks(README[README.index("reads them from `sts.yaml`") :], "yaml")[0])
+    """A trainer, in a folder with the settings that the page shows."""
+    (tmp_path / "sts.yaml").write_text(blocks(PAGE, "yaml")[0])
     saved_sae(tmp_path / "my-sae")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STS_CALLBACK_CONFIG", raising=False)

@@ -104,23 +104,24 @@ def rotated_sae(
     d_in: int = D_MODEL,
     seed: int = 0,
     threshold: float = 0.02,
+    n_rotations: int = 1,
 ) -> SAE[Any]:
-    """A dictionary of a random rotation and its negative: 2 d_in features that reconstruct (nearly) exactly."""
-    shape: dict[str, Any] = {"d_in": d_in, "d_sae": 2 * d_in, "apply_b_dec_to_input": True}
+    """A dictionary of random rotations and their negatives: 2 d_in features of each, which reconstruct (nearly) exactly."""
+    shape: dict[str, Any] = {"d_in": d_in, "d_sae": 2 * d_in * n_rotations, "apply_b_dec_to_input": True}
     sae: SAE[Any]
     if kind == "standard":
         sae = StandardSAE(StandardSAEConfig(**shape))
     elif kind == "jumprelu":
         sae = JumpReLUSAE(JumpReLUSAEConfig(**shape))
-        sae.threshold.data = torch.full((2 * d_in,), threshold)
+        sae.threshold.data = torch.full((2 * d_in * n_rotations,), threshold)
     elif kind == "topk":
         sae = TopKSAE(TopKSAEConfig(**shape, k=d_in // 2))
     else:
         raise ValueError(kind)
     generator = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0]
-    sae.W_enc.data = torch.cat([rotation, -rotation], dim=1).contiguous()
-    sae.W_dec.data = torch.cat([rotation.T, -rotation.T], dim=0).contiguous()
+    rotations = [torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0] for _ in range(n_rotations)]
+    directions = torch.cat([side for rotation in rotations for side in (rotation, -rotation)], dim=1)
+    sae.W_enc.data, sae.W_dec.data = directions.contiguous(), (directions.T / n_rotations).contiguous()
     sae.b_enc.data.zero_()
     sae.b_dec.data.zero_()
     sae.cfg.metadata.hook_name = hook_name

@@ -16,6 +16,7 @@ from scipy import stats
 
 import false_alarms
 from false_alarms import N_QUERIES, POLICY, Noise, alarmed, centred, forgetting, p_values, remembering, sizes
+from pages import page
 from samples import domain_drift, estimate, snapshot
 from sts_callback.metrics.statistics import p_above
 from sts_callback.policy import judge_drift
@@ -105,7 +106,7 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def test_what_is_told_of_false_alarms_is_what_was_simulated() -> None:
-    told = (EXAMPLES.parent / "README.md").read_text()
+    told = page("docs/how-it-was-validated.md")
     found = json.loads((EXAMPLES / "false_alarms.json").read_text())
     flat = " ".join(told.split())
     overall = [percent(found["size"][level]["all"], 1) for level in ("0.01", "0.001")]

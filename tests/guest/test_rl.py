@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.trainer_callback import TrainerControl
 
 from guest.runs import PROBES, TINY_DOMAINS, Shelf, checked_steps, finished, made_trainer, same, taste
 from killable import together
+from pages import blocks, page
 from ranked import learn_by_rewards
 from sts_callback import Monitor, STSCallback
 from sts_callback.errors import ConfigError, DataError, SaeError
@@ -366,9 +366,8 @@ def test_text_drift_stands_in_log_and_on_screen(shelf: Shelf, tmp_path: Path, ca
     assert capsys.readouterr().out.count("what the policy writes has moved by") == 2
 
 
-def test_the_example_in_the_readme_runs(shelf: Shelf, tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (example,) = re.findall(r"## Reinforcement learning\n.*?```python\n(.*?)```", readme, re.DOTALL)
+def test_the_example_of_the_page_runs(shelf: Shelf, tmp_path: Path) -> None:
+    (example,) = blocks(page("docs/rl.md"), "python")
     options = {"max_steps": 1, "num_generations": 2, "max_completion_length": 8, "use_cpu": True, "bf16": False, **TEN_PROMPTS}
     names = {
         "STSCallback": functools.partial(STSCallback, domains={"law": TINY_DOMAINS["near"]}, probes=PROBES),

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from guest.runs import PROBES, TINY_DOMAINS
 from logs import EMPTY, check, verdict, whole_run, words, written
+from pages import blocks, page
 from samples import domain_forecast, forecast
 from sts_callback import STSCallback, add_to_card
 from sts_callback.errors import DataError
@@ -25,8 +26,6 @@ from sts_callback.records.run import Logged
 from sts_callback.report.card import BEGIN, END, card_section, put_into
 from sts_callback.runs.directory import RunDirectory
 from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
-
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -173,12 +172,11 @@ def test_a_card_behind_a_link_stays_there(tmp_path: Path) -> None:
     assert SECTION in (tmp_path / "card.md").read_text()
 
 
-def of_readme(base: type[Trainer]) -> type[Trainer]:
-    """The README's recipe, with another trainer to begin with."""
-    found = re.search(r"```python\n(from sts_callback import add_to_card\n.*?)```", README, re.DOTALL)
-    assert found is not None
+def of_page(base: type[Trainer]) -> type[Trainer]:
+    """The page's recipe, with another trainer to begin with."""
+    (recipe,) = blocks(page("docs/what-a-run-leaves.md"), "python")
     names: dict[str, Any] = {"SFTTrainer": base}
-    exec(found[1], names)
+    exec(recipe, names)
     (made,) = (thing for name, thing in names.items() if isinstance(thing, type) and name != "SFTTrainer")
     return made
 
@@ -190,11 +188,11 @@ def made_trainer(base: type[Trainer], out: Path, callback: STSCallback, **option
     )
     if issubclass(base, SFTTrainer):
         data = Dataset.from_list(rows(20))
-        made = of_readme(base)(
+        made = of_page(base)(
             model=model, args=SFTConfig(**shared), train_dataset=data, processing_class=tokenizer, callbacks=[callback]
         )
     else:
-        made = of_readme(base)(
+        made = of_page(base)(
             model=model,
             args=TrainingArguments(**shared),
             train_dataset=tokenised(rows(20), tokenizer),
@@ -245,7 +243,7 @@ def test_with_the_recipe_the_pushed_card_has_the_section(base: type[Trainer], tm
 
 
 def test_without_the_recipe_it_has_none(tmp_path: Path, pushed: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "of_readme", lambda base: base)
+    monkeypatch.setitem(globals(), "of_page", lambda base: base)
     trainer = made_trainer(SFTTrainer, tmp_path, made_callback())
     trainer.train()
     put_into(tmp_path / "README.md", card_section(RunDirectory(tmp_path / "sts")))  # what an event of a callback could do
