@@ -217,6 +217,6 @@ def test_a_mixture(here: Path) -> None:
     written(here, train=rows(6), law=rows(4, "laws"))
     options = {"probabilities": [0.5, 0.5], "seed": 0, "stopping_strategy": "all_exhausted"}
     (here / "mix.json").write_text(json.dumps({"files": ["train.jsonl", "law.jsonl"], "rows": 5, "interleave_datasets": options}))
-    names: dict[str, Any] = {"json": json, "interleave_datasets": interleave_datasets, "load_dataset": load_dataset}
+    names: dict[str, Any] = {"json": json, "Path": Path, "interleave_datasets": interleave_datasets, "load_dataset": load_dataset}
     exec(blocks(page("docs/what-to-do-about-an-alarm.md"), "python")[0], names)
     assert len(names["mixed"]) == 5

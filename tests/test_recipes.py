@@ -1,4 +1,4 @@
-"""Recipes for frameworks: the page shows what the scripts run; plug-ins run here against stand-ins of what they import."""
+"""Recipes for frameworks: what the page shows is what the scripts run; plug-ins run against stand-ins of what they import."""
 
 from __future__ import annotations
 
