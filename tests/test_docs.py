@@ -136,10 +136,9 @@ def written(folder: Path, **files: list[dict[str, str]]) -> None:
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
 
-def outline(output: str) -> set[str]:
-    """What tables and verdicts begin with, whatever the numbers: words in front of what can differ from run to run."""
-    starts = ("STS forecast:", "domain", "Verdict in context:", "STS rehearsal:", "STS step", "STS files of this run:")
-    return {start for start in starts if any(line.strip().startswith(start) for line in output.splitlines())}
+def starts(output: str) -> set[str]:
+    """What lines that are not indented begin with, up to the first number or colon: what does not differ from run to run."""
+    return {found[0].strip() for line in output.splitlines() if (found := re.match(r"[A-Za-z][A-Za-z ]*(:|(?= \d)|(?=  )|$)", line))}
 
 
 def test_the_first_run_runs(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,8 +159,8 @@ def test_the_first_run_runs(here: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     printed, shown = capsys.readouterr().out, "".join(blocks(readme, "text"))
     assert (here / "runs" / "first" / "sts" / "report.html").is_file()
     assert names["callback"].rehearsal.doses
-    assert outline(shown) == outline(printed)
-    assert len(outline(shown)) >= 4
+    assert len(starts(shown)) >= 3
+    assert starts(shown) <= starts(printed)
 
 
 def test_a_domain_of_ones_own(here: Path) -> None:
