@@ -206,7 +206,8 @@ def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:
     cut: list[nn.Module] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not args or not isinstance(args[0], torch.Tensor) or not args[0].requires_grad:
+        is_above = torch.is_grad_enabled()  # below, embeddings may ask for gradients that nobody takes
+        if not (is_above and args and isinstance(args[0], torch.Tensor) and args[0].requires_grad):
             return
         x = args[0].detach().requires_grad_()
         found = _first(module.forward(x.clone(), *args[1:], **kwargs))

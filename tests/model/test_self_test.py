@@ -149,6 +149,13 @@ def test_a_layer_that_passes_no_gradient_is_found_where_it_matters(cut: Callable
     assert findings_of(model) == Findings(gradients=layer == 1)  # below the hook point no gradient is needed
 
 
+def test_gradients_are_kept_where_embeddings_ask_for_them() -> None:
+    """As TRL sets up a LoRA run with activation checkpointing, its default: below the hook point nothing is differentiated."""
+    model = tiny_model().requires_grad_(False)
+    model.enable_input_require_grads()
+    assert findings_of(model) == Findings(cache=True, gradients=True)
+
+
 # What is refused
 
 
