@@ -31,6 +31,9 @@ from sts_callback.training.arguments import (
     Rehearse,
     Settings,
     STSArguments,
+    require_kept_checkpoint,
+    require_one_of,
+    require_whole_sequences,
 )
 from sts_callback.training.rollouts import Rollouts
 from sts_callback.training.session import Session
@@ -121,10 +124,10 @@ class STSCallback(TrainerCallback):
         if not (isinstance(check_on, str) and check_on in ("save", "evaluate")):
             check_on = whole(check_on, "check_on", "'save', 'evaluate' or a number of steps from 1", least=1)
         if not callable(action):
-            _one_of("action", action, get_args(NamedAction), "a function of the verdict")
-        _one_of("on_forecast", on_forecast, get_args(OnForecast))
-        _one_of("on_forecast_error", on_forecast_error, get_args(OnForecastError))
-        _one_of("on_error", on_error, get_args(OnError))
+            require_one_of("action", action, get_args(NamedAction), "a function of the verdict")
+        require_one_of("on_forecast", on_forecast, get_args(OnForecast))
+        require_one_of("on_forecast_error", on_forecast_error, get_args(OnForecastError))
+        require_one_of("on_error", on_error, get_args(OnError))
         require(rehearse == "auto" or isinstance(rehearse, bool), "rehearse", rehearse, "'auto', True or False")
         if max_overhead is not None:
             allowed = "a share above 0, up to 1, or None for no limit"
@@ -231,12 +234,12 @@ class STSCallback(TrainerCallback):
                 "callback.attach(trainer) before trainer.train(), or take rehearse='auto'."
             )
         if ranks.n > 1:
-            _require_whole_sequences(getattr(AcceleratorState(), "parallelism_config", None))  # accelerate has it from 1.10 on
+            require_whole_sequences(getattr(AcceleratorState(), "parallelism_config", None))  # accelerate has it from 1.10 on
         names = (TRAIN, *settings.domains)
         trainer_log.require_metric(
             args.metric_for_best_model, args.greater_is_better, names, settings.policy.budgets, settings.check_on
         )
-        _require_kept_checkpoint(args, settings)
+        require_kept_checkpoint(args, settings)
         if args.push_to_hub and state.is_world_process_zero:
             logger.warning(
                 "push_to_hub: the trainer uploads all of output_dir but checkpoints, also the folder sts, whose features.jsonl "
@@ -291,31 +294,3 @@ class STSCallback(TrainerCallback):
         """Check the final weights, if the last check was not of them."""
         if self._session is not None:
             self._session.end(args, state, control, kwargs["model"])
-
-
-def _require_whole_sequences(parallelism: Any) -> None:
-    """Refuse to measure where each process sees only a part of every text."""
-    sizes = {name: getattr(parallelism, name, 1) for name in ("cp_size", "sp_size")}  # the latter only in newer versions
-    if max(sizes.values()) > 1:
-        raise ConfigError(
-            f"parallelism_config: got cp_size={sizes['cp_size']}, sp_size={sizes['sp_size']}; allowed is 1 for both, since "
-            "attention is then over parts of texts and what it gives on probes is not what the model does. Forecast on one "
-            "process with `sts-callback forecast` and train without the callback, or train without context and sequence "
-            "parallelism."
-        )
-
-
-def _require_kept_checkpoint(args: TrainingArguments, settings: Settings) -> None:
-    """Refuse to promise an alarm's checkpoint that the trainer drops, where it may do so at the last event of training."""
-    is_dropped = settings.check_on == "evaluate" and args.save_strategy == "best" and args.eval_strategy == "epoch"
-    if is_dropped and settings.action in ("checkpoint", "stop"):
-        raise ConfigError(
-            "save_strategy: got 'best', by which the trainer drops the checkpoint that "
-            f"action={settings.action!r} asks for after an evaluation at the end of an epoch; set save_strategy='epoch', "
-            "eval_strategy='steps', or check_on to a number of steps."
-        )
-
-
-def _one_of(field: str, value: object, names: tuple[str, ...], or_else: str = "") -> None:
-    allowed = ", ".join(map(repr, names)) + (f" or {or_else}" if or_else else "")
-    require(isinstance(value, str) and value in names, field, value, allowed)

@@ -32,6 +32,8 @@ from sts_callback.errors import ConfigError
 from sts_callback.records import Verdict
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from sts_callback.data.reader import Source
     from sts_callback.model.sae import SaeSource
 
@@ -230,3 +232,60 @@ def _keys_of_ours(node: Any) -> list[str]:
             inner = value.value if isinstance(value, yaml.MappingNode) else ()
             found += [key.value, *(f"{key.value}.{k.value}" for k, _ in inner)]
     return found
+
+
+def require_whole_sequences(parallelism: Any) -> None:
+    """Refuse to measure where each process sees only a part of every text.
+
+    Args:
+        parallelism: accelerate's `ParallelismConfig`, if there is one.
+
+    Raises:
+        ConfigError: if context or sequence parallelism is on.
+
+    """
+    sizes = {name: getattr(parallelism, name, 1) for name in ("cp_size", "sp_size")}  # the latter only in newer versions
+    if max(sizes.values()) > 1:
+        raise ConfigError(
+            f"parallelism_config: got cp_size={sizes['cp_size']}, sp_size={sizes['sp_size']}; allowed is 1 for both, since "
+            "attention is then over parts of texts and what it gives on probes is not what the model does. Forecast on one "
+            "process with `sts-callback forecast` and train without the callback, or train without context and sequence "
+            "parallelism."
+        )
+
+
+def require_kept_checkpoint(args: TrainingArguments, settings: Settings) -> None:
+    """Refuse to promise an alarm's checkpoint that the trainer drops, where it may do so at the last event of training.
+
+    Args:
+        args: the trainer's.
+        settings: the user's.
+
+    Raises:
+        ConfigError: if it would.
+
+    """
+    is_dropped = settings.check_on == "evaluate" and args.save_strategy == "best" and args.eval_strategy == "epoch"
+    if is_dropped and settings.action in ("checkpoint", "stop"):
+        raise ConfigError(
+            "save_strategy: got 'best', by which the trainer drops the checkpoint that "
+            f"action={settings.action!r} asks for after an evaluation at the end of an epoch; set save_strategy='epoch', "
+            "eval_strategy='steps', or check_on to a number of steps."
+        )
+
+
+def require_one_of(field: str, value: object, names: tuple[str, ...], or_else: str = "") -> None:
+    """Refuse what is none of the named choices.
+
+    Args:
+        field: the setting's name.
+        value: as it was given.
+        names: what is allowed.
+        or_else: what is besides, in words.
+
+    Raises:
+        ConfigError: if it is none of them.
+
+    """
+    allowed = ", ".join(map(repr, names)) + (f" or {or_else}" if or_else else "")
+    require(isinstance(value, str) and value in names, field, value, allowed)
