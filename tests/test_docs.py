@@ -122,7 +122,7 @@ def test_the_floor_plan_has_every_room() -> None:
     plan, table = page("docs/how-it-works.md").split("## Floor plan\n")[1].split("## ")[0].split("\n| floor |")
     inside = (path for path in (ROOT / "sts_callback").iterdir() if not path.name.startswith("_") and path.name != "py.typed")
     rooms = {f"{path.name}/" if path.is_dir() else path.name for path in inside}
-    assert set(re.findall(r"[a-z]+(?:/|\.py)(?= |$)", blocks(plan, "text")[0], re.MULTILINE)) == rooms
+    assert set(re.findall(r"[a-z_]+(?:/|\.py)(?= |$)", blocks(plan, "text")[0], re.MULTILINE)) == rooms
     assert {room for room in rooms if f"`{room}`" not in table} == set()
 
 
@@ -147,7 +147,9 @@ def written(folder: Path, **files: list[dict[str, str]]) -> None:
 def starts(output: str) -> set[str]:
     """What lines that are not indented begin with, up to the first number or colon: what does not differ from run to run."""
     return {
-        found[0].strip() for line in output.splitlines() if (found := re.match(r"[A-Za-z][A-Za-z ]*(:|(?= \d)|(?=  )|$)", line))
+        " ".join(found[0].split())
+        for line in output.splitlines()
+        if (found := re.match(r"[A-Za-z][A-Za-z ]*(:|(?= \d)|(?=  )|$)", line))
     }
 
 
