@@ -91,7 +91,7 @@ def check(plain: Path, watched: Path) -> None:
         f"the adapter's SHA-256 is {hashes[1][:16]} with and {hashes[0][:16]} without the callback": hashes[0] == hashes[1],
     }
     names = ("torch", "transformers", "trl", "peft", "accelerate", "sae-lens")
-    print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in names), sep=", ")
+    print(f"Python {sys.version.split()[0]}", *(f"{name} {version(name)}" for name in names), sep=", ")
     for words, holds in seen.items():
         print("yes" if holds else "NO ", words)
     if not all(seen.values()):
