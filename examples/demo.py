@@ -30,7 +30,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sae", help="SAELens release/sae_id or folder (default: the one in this folder)")
     parser.add_argument("--train", type=Path, help="rows to train on, JSON lines (default: word problems)")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps")
-    parser.add_argument("--queries", type=int, default=16, help="queries measured in each domain")
+    parser.add_argument("--queries", type=int, default=10, help="queries measured in each domain")
     parser.add_argument("--out", type=Path, help="output folder (default: runs/demo or runs/demo-gentle)")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.sae):
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         protect=PROTECTED,
         check_on=max(1, args.steps // 2),
         max_overhead=None,  # a few minutes of training: any check is more than 1 % of it
-        # Small, for two CPU cores; with 28 queries or more, smaller harm is found too.
+        # Small, for two CPU cores: it finds great harm only. Take 28 queries or more for less.
         probes=ProbeConfig(n_queries=args.queries, max_tokens=48, n_domain_demonstrations=2),
     )
     trainer = SFTTrainer(
