@@ -213,6 +213,16 @@ class Budget:
         return self.value if self.unit == "nats/token" else f"{repr(self.value).removesuffix('.0')} {self.unit}"
 
 
+def limits_of(budgets: Mapping[str, PlainBudget]) -> dict[str, Budget]:
+    """Budgets with their units, by domain.
+
+    Args:
+        budgets: as settings and JSON have them.
+
+    """
+    return {name: Budget.of(budget) for name, budget in budgets.items()}
+
+
 DEFAULT_BUDGET = 0.1
 """Nats a token that a protected domain's answers may lose. Our choice: perplexity up by a tenth is what a reader notices."""
 
@@ -248,7 +258,7 @@ class PolicyConfig:
     @property
     def limits(self) -> dict[str, Budget]:
         """The budgets with their units."""
-        return {name: Budget.of(budget) for name, budget in self.budgets.items()}
+        return limits_of(self.budgets)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How a process sends it to another: read-only mappings cannot be pickled."""

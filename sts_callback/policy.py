@@ -180,7 +180,7 @@ def worst_share(snapshot: DriftSnapshot, policy: PolicyConfig) -> float:
 
     """
     _require_measured(policy, snapshot.domains)
-    used = [snapshot.domains[name].harm_in(budget.unit).value / budget.value for name, budget in policy.limits.items()]
+    used = [snapshot.domains[name].share_of(budget) for name, budget in policy.limits.items()]
     return max(used) if used and all(map(math.isfinite, used)) and not snapshot.diverged else math.nan
 
 

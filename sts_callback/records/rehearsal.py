@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sts_callback.config import Budget, PlainBudget
+from sts_callback.config import Budget, PlainBudget, limits_of
 from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Identity, Record, Verdict
 from sts_callback.records.remedies import BudgetFinding, mildest
 
@@ -77,7 +77,7 @@ class Trial(Record):
             limits: budgets of the protected domains, at least one.
 
         """
-        used = {name: self.check.domains[name].harm_in(limit.unit).value / limit.value for name, limit in limits.items()}
+        used = {name: self.check.domains[name].share_of(limit) for name, limit in limits.items()}
         return self.check.domains[max(used, key=lambda name: math.inf if math.isnan(used[name]) else used[name])]
 
 
@@ -103,7 +103,7 @@ class Trials(Record):
     @property
     def limits(self) -> Mapping[str, Budget]:
         """The budgets with their units."""
-        return {name: Budget.of(budget) for name, budget in self.budgets.items()}
+        return limits_of(self.budgets)
 
     @property
     def mixtures(self) -> tuple[Mapping[str, float], ...]:

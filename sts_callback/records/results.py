@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from sts_callback.config import TRAIN as TRAIN  # what records call the training data, beside the domains
-from sts_callback.config import Unit
+from sts_callback.config import Budget, Unit
 from sts_callback.records.record import Record, StoredAs
 
 Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
@@ -263,6 +263,10 @@ class DomainDrift(Record):
     def harm_in(self, unit: Unit) -> Estimate:
         """What training has taken from the answers since step 0, in a budget's unit; above 0 is worse."""
         return harm_in(unit, self.nll_change, self.bits_change, UNKNOWN if self.accuracy is None else self.accuracy.change)
+
+    def share_of(self, budget: Budget) -> float:
+        """How much of a budget is used up: 1 at the budget, NaN where that is not known."""
+        return self.harm_in(budget.unit).value / budget.value
 
     def query_harm_in(self, unit: Unit) -> tuple[tuple[float, ...], tuple[int, ...]]:
         """The same of each query: what was taken, and over how many tokens or bytes; empty where it is not known."""

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.scoring import rank_agreement
-from sts_callback.policy import judge_forecast, judge_rehearsal
+from sts_callback.policy import judge_forecast
 from sts_callback.records import DriftSnapshot, Forecast, Verdict
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import Looks, RunSettings, TimeSpent
@@ -74,11 +74,6 @@ class RunRecorder:
         tqdm.write(forecast_table(forecasts[0], verdict, label="Verdict in context" if before_rehearsal else "Verdict"))
         if len(forecasts) > 1:
             tqdm.write(layers_table(forecasts, [rank_agreement(forecasts[0], f) for f in forecasts]))
-
-    def write_rehearsal(self, rehearsal: Rehearsal) -> None:
-        """Write what a rehearsal found with what follows from it, or why there was none."""
-        verdict = judge_rehearsal(rehearsal, self._settings.policy) if rehearsal.doses else None
-        self._directory.write_rehearsal(rehearsal, verdict)
 
     def show_rehearsal(self, rehearsal: Rehearsal, verdict: Verdict | None) -> None:
         """Print what a rehearsal found, or why there was none."""

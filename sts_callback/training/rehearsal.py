@@ -6,6 +6,7 @@ own. Only the sampler, the data loader and wrappers around the model stay out, s
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -81,7 +82,7 @@ def rehearsal_of(
         if share is not None and n_planned < FEWEST_PLANNED:
             raise NotRehearsed(f"it has {n_planned} steps, and unasked runs of {FEWEST_PLANNED} are. {_ALL_THE_SAME}")
         if share is not None and share * n_planned < N_STEPS:
-            raise NotRehearsed(_too_dear(n_planned))
+            raise NotRehearsed(_too_dear(n_planned, share))
         return _rehearsed(trainer, loader, check, share, check_s, ranks, progress)
     except NotRehearsed as reason:
         return Rehearsal((), 0 if trainer is None else trainer.state.max_steps, math.nan, 0.0, skipped=str(reason))
@@ -115,8 +116,8 @@ def require_possible(trainer: Trainer, loader: Any) -> None:
             raise NotRehearsed(f"{reason}.")
 
 
-def _too_dear(n_planned: int) -> str:
-    return f"{N_STEPS} steps and a check take more than {AUTO_SHARE:.0%} of the time of {n_planned} steps. {_ALL_THE_SAME}"
+def _too_dear(n_planned: int, share: float | None) -> str:
+    return f"{N_STEPS} steps and a check take more than {share:.0%} of the time of {n_planned} steps. {_ALL_THE_SAME}"
 
 
 def _rehearsed(
@@ -134,11 +135,9 @@ def _rehearsed(
     if rate_sum > _SMALLEST * N_STEPS * peaks[0]:
         multiples.append(min(_LARGEST, rate_sum / (N_STEPS * peaks[0])))
     doses: list[Dose] = []
-    # Compiled code would be made for these steps alone, and made anew in training.
-    eager = torch.compiler.set_stance("force_eager")
-    bar = tqdm(total=N_STEPS * len(multiples), desc="Rehearsal", unit="step", leave=False, disable=not progress)
-    with put_back(trainer), torch.enable_grad(), eager, bar:
-        steps = _Steps(trainer, loader, ranks, N_STEPS * len(multiples))
+    n_steps = N_STEPS * len(multiples)
+    bar = tqdm(total=n_steps, desc="Rehearsal", unit="step", leave=False, disable=not progress)
+    with _fenced_steps(trainer, loader, ranks, n_steps) as steps, bar:
 
         def take_up_to(n_steps: int) -> None:
             while steps.n_taken < n_steps:
@@ -152,7 +151,7 @@ def _rehearsed(
             n_affordable = share * step_s * n_planned / (N_STEPS * step_s + check_s)
             multiples = [multiple for n, multiple in enumerate(multiples, 1) if n <= n_affordable]
         if not multiples:
-            raise NotRehearsed(_too_dear(n_planned))
+            raise NotRehearsed(_too_dear(n_planned, share))
         for multiple in multiples:
             steps.set_rates([multiple * peak for peak in peaks])
             take_up_to(N_STEPS * (len(doses) + 1))
@@ -175,14 +174,21 @@ def rehearse_at(trainer: Trainer, loader: Any, check: Callable[[int], DriftSnaps
     """
     started, n_planned = time.monotonic(), trainer.state.max_steps
     peaks, rate_sum = planned_rates(trainer, n_planned)
-    with put_back(trainer), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        steps = _Steps(trainer, loader, Ranks(), N_STEPS)
+    with _fenced_steps(trainer, loader, Ranks(), N_STEPS) as steps:
         steps.set_rates([rate * peak / peaks[0] for peak in peaks])
         for _ in range(N_STEPS):
             steps.take()
         dose = Dose(1.0, rate, N_STEPS, check(N_STEPS))
     seconds = time.monotonic() - started
     return Rehearsal((dose,), n_planned, rate_sum * rate / peaks[0], seconds, n_parameters=_n_parameters(trainer))
+
+
+@contextlib.contextmanager
+def _fenced_steps(trainer: Trainer, loader: Any, ranks: Ranks, n_steps: int) -> Iterator[_Steps]:
+    """Steps that may be taken inside; on every exit all is put back."""
+    # Compiled code would be made for these steps alone, and made anew in training.
+    with put_back(trainer), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        yield _Steps(trainer, loader, ranks, n_steps)
 
 
 def _n_parameters(trainer: Trainer) -> int:

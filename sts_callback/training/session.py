@@ -351,13 +351,18 @@ class Session:
         if made is None:
             made = Rehearsal((), state.max_steps, math.nan, 0.0, skipped="it failed; faults.jsonl has the reason.")
         self.rehearsal = made
-        verdict = self._ranks.from_first(lambda: judge_rehearsal(made, self._settings.policy)) if made.doses else None
+        verdict = self._ranks.from_first(self._judged_rehearsal)
         self.verdict = verdict or self.verdict
         self._guard.tell(
             state,
-            Sink("run log", lambda: self._recorder.write_rehearsal(made)),
+            Sink("run log", lambda: self._directory.write_rehearsal(made, verdict)),
             Sink("screen", lambda: self._recorder.show_rehearsal(made, verdict)),
         )
+
+    def _judged_rehearsal(self) -> Verdict | None:
+        """What follows from a rehearsal; None where there was none."""
+        made = self.rehearsal
+        return judge_rehearsal(made, self._settings.policy) if made is not None and made.doses else None
 
     def _refuse_no_go(self) -> None:
         verdict = self.verdict
@@ -383,10 +388,9 @@ class Session:
         self._guard.tell(state, Sink("run log", lambda: self._recorder.write_settings(planned)))
         checks = self._ranks.from_first(lambda: self._directory.judged_checks(state.global_step))
         self._history.take_up(planned, checks)
-        self._forecasts, self.verdict = (forecast,), judge_forecast(forecast, self._settings.policy)
+        self._forecasts = (forecast,)
         self.rehearsal = self._ranks.from_first(self._directory.read_rehearsal)
-        if self.rehearsal is not None and self.rehearsal.doses:
-            self.verdict = judge_rehearsal(self.rehearsal, self._settings.policy)
+        self.verdict = self._judged_rehearsal() or judge_forecast(forecast, self._settings.policy)
         if checks:
             last, self.verdict = checks[-1]
             self._last_check = self._last_try = last.step
@@ -460,7 +464,7 @@ class Session:
         if not self._directory.baseline_file.exists():  # deleted, or the disk was full
             self._recorder.write_step_zero(monitor, self._forecasts, self._rollouts.first, self._history.looks)
             if self.rehearsal is not None:
-                self._recorder.write_rehearsal(self.rehearsal)
+                self._directory.write_rehearsal(self.rehearsal, self._judged_rehearsal())
         time = TimeSpent(self._overhead.spent_s, self._overhead.training_s)
         self._recorder.write_check(monitor, snapshot, verdict, time)
 

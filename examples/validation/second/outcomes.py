@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from sts_callback.metrics.calibration import Calibration
+from sts_callback.metrics.statistics import p_above
 from sts_callback.policy import holm
 from sts_callback.records import DriftSnapshot
 from validation.scores import is_clear, is_harmed, ratio
@@ -43,7 +43,7 @@ class Tested:
 
         """
         pairs = {name: _changes(check[name], zero[name]) for name in DOMAINS}
-        p_values = {name: _p_above(*pair, BUDGET / 2) for name, pair in pairs.items()}
+        p_values = {name: p_above(*pair, BUDGET / 2) for name, pair in pairs.items()}
         corrected = holm(p_values)
         change = np.array([ratio(*pair)[0] for pair in pairs.values()])
         return cls(change, np.array([corrected[name] <= level for name in DOMAINS]))
@@ -175,11 +175,6 @@ def _changes(now: Line, zero: Line) -> tuple[np.ndarray, np.ndarray]:
     """Of the questions that were asked now: change of NLL in nats, and answer tokens, each `(n_questions,)`."""
     n = len(now["nll"])
     return np.subtract(now["nll"], zero["nll"][:n]), np.array(zero["n"][:n], dtype=float)
-
-
-def _p_above(change: np.ndarray, n_tokens: np.ndarray, threshold: float) -> float:
-    """One-sided p-value that the change a token lies above a threshold, by Student's t over questions."""
-    return float(stats.ttest_1samp(change - threshold * n_tokens, 0.0, alternative="greater").pvalue)
 
 
 def _crossing(looks: Sequence[Line], zero: Line, name: str) -> float:

@@ -8,14 +8,12 @@ from rich.text import Text
 
 from sts_callback.records import Estimate, Verdict
 from sts_callback.records.rehearsal import Dose, Rehearsal, Trials
-from sts_callback.records.remedies import BudgetFinding
 from sts_callback.report import formatting
 from sts_callback.report.terminal.forecast import COLOURS, reason_lines
-from sts_callback.report.terminal.text import WIDTH, downwards, new_table, rendered
+from sts_callback.report.terminal.text import FINDING_COLOURS, WIDTH, downwards, new_table, rendered
 from sts_callback.report.trials import answers, replay_words
 
 _STATES: dict[str, str] = {"within": "green", "on course": "red", "over": "bold red", "inconclusive": "magenta"}
-_FINDINGS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
 
 
 def rehearsal_lines(rehearsal: Rehearsal, verdict: Verdict | None, *, colour: bool | None = None) -> str:
@@ -68,7 +66,7 @@ def trials_table(found: Trials, *, colour: bool | None = None) -> str:
         worst = trial.worst(found.limits)
         budget = found.limits[worst.name]
         harm, form = worst.harm_in(budget.unit), formatting.harm_form(budget.unit)
-        style = _FINDINGS[trial.finding]
+        style = FINDING_COLOURS[trial.finding]
         state = trial.verdict.states.get(worst.name, "inconclusive")
         table.add_row(
             Text(replay_words(trial.replay)),
@@ -89,7 +87,11 @@ def trials_table(found: Trials, *, colour: bool | None = None) -> str:
             Text(head, style="bold"),
             table,
             Text(),
-            *(Text(line, style=_FINDINGS[found.finding]) for answer in answers(found) for line in textwrap.wrap(answer, WIDTH)),
+            *(
+                Text(line, style=FINDING_COLOURS[found.finding])
+                for answer in answers(found)
+                for line in textwrap.wrap(answer, WIDTH)
+            ),
             Text("\n" + textwrap.fill(note, WIDTH), style="dim"),
         ],
         colour,

@@ -9,11 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sts_callback.config import DIGITS, Budget
-from sts_callback.records.remedies import AdapterScales, Attribution, BudgetFinding, Mix
+from sts_callback.records.remedies import AdapterScales, Attribution, Mix
 from sts_callback.report.formatting import budget
-from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered
+from sts_callback.report.terminal.text import FINDING_COLOURS, WIDTH, marked, new_table, rendered
 
-_FINDINGS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
 _BAR = 8  # characters that stand for twice a budget
 
 
@@ -63,8 +62,8 @@ def mix_table(found: Mix, *, colour: bool | None = None) -> str:
             *(f"{point.weights[source]:.0%}" for source in sources),
             f"{worst.nll_change.value:+.2f}",
             f"{worst.nll_change.low:+.2f} to {worst.nll_change.high:+.2f}",
-            Text(point.finding, style=_FINDINGS[point.finding]),
-            Text(("\u2588" * min(_BAR, max(0, filled))).ljust(_BAR, "\u00b7"), style=_FINDINGS[point.finding]),
+            Text(point.finding, style=FINDING_COLOURS[point.finding]),
+            Text(("\u2588" * min(_BAR, max(0, filled))).ljust(_BAR, "\u00b7"), style=FINDING_COLOURS[point.finding]),
         )
     legend = (
         "of budget: the interval's upper end; a full bar is twice the budget. Weights are\n"
@@ -95,7 +94,7 @@ def mix_table(found: Mix, *, colour: bool | None = None) -> str:
             Text("\nExtrapolated: mixtures, with ever less of the training data"),
             curve,
             Text(legend, style="dim"),
-            *(Text(line, style=_FINDINGS[found.finding]) for line in (*textwrap.wrap(answer, WIDTH), *moved)),
+            *(Text(line, style=FINDING_COLOURS[found.finding]) for line in (*textwrap.wrap(answer, WIDTH), *moved)),
             Text("\n" + textwrap.fill(found.meaning, WIDTH), style="dim"),
         ],
         colour,
@@ -115,7 +114,7 @@ def adapter_scales_table(found: AdapterScales, *, colour: bool | None = None) ->
                 f"{harm.value:+.{DIGITS[unit]}f}",
                 f"{harm.low:+.{DIGITS[unit]}f} to {harm.high:+.{DIGITS[unit]}f}",
                 budget(domain.budget),
-                Text(domain.finding, style=_FINDINGS[domain.finding]),
+                Text(domain.finding, style=FINDING_COLOURS[domain.finding]),
             )
     legend = (
         "drift and harm against the model without the adapter. harm: what the answers\n"
@@ -132,4 +131,4 @@ def adapter_scales_table(found: AdapterScales, *, colour: bool | None = None) ->
     else:
         answer = "Cannot tell: none of these scales is sure to keep every budget; give more queries"
     heading = Text(f"STS dial: an adapter by its scale ({found.identity.sae_name}, {found.seconds:.0f} s)", style="bold")
-    return rendered([heading, table, Text(legend, style="dim"), Text(answer, style=_FINDINGS[found.finding])], colour)
+    return rendered([heading, table, Text(legend, style="dim"), Text(answer, style=FINDING_COLOURS[found.finding])], colour)

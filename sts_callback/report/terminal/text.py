@@ -11,8 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sts_callback.records import Snippet
+from sts_callback.records.remedies import BudgetFinding
 
 WIDTH = 80
+FINDING_COLOURS: dict[BudgetFinding, str] = {"within": "green", "beyond": "bold red", "cannot tell": "magenta"}
+"""Of what was found about budgets."""
 
 
 def new_table(first: str, *titles: str) -> Table:
