@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sts_callback.data.pairs import Row
     from sts_callback.records import Forecast
     from sts_callback.records.rehearsal import Trials
+    from sts_callback.runs.directory import RunDirectory
     from sts_callback.training.trials import Mixture
 
 HELP = "try learning rates and mixtures by a few real steps, before training"
@@ -57,14 +58,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model once, rehearse every rate and mixture, compare."""
-    from sts_callback.config import require_protected
+    from sts_callback.config import require_protected, whole
     from sts_callback.data.reader import read_rows
-    from sts_callback.runs.files import require_place
+    from sts_callback.runs.directory import RunDirectory
 
+    for option, n in (("lora-r", args.lora_r), ("batch-size", args.batch_size), ("steps-planned", args.steps_planned)):
+        if n is not None:
+            whole(n, f"--{option}", "1 or more", least=1)
     domains, policy, config = settings(args)
     require_protected(policy.budgets)
-    if args.out:
-        require_place(args.out / "sts", "--out")
+    directory = RunDirectory(args.out / "sts", anew=True) if args.out else None
+    if directory:
+        directory.require_place()
     rows = read_rows(args.train, "train_data")
     mixtures, sources = _mixtures(args.replay)
 
@@ -92,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(found.to_json() if args.json else trials_table(found))
-    if args.out:
-        _write_report(args.out, forecast, found, policy, config)
+    if directory:
+        _write_report(directory, forecast, found, policy, config)
     return FINDING_CODES[found.finding]
 
 
@@ -126,12 +131,10 @@ def _rates(given: Sequence[float], of_file: float | None) -> list[float]:
     return rates
 
 
-def _write_report(folder: Path, forecast: Forecast, found: Trials, policy: PolicyConfig, config: ProbeConfig) -> None:
+def _write_report(directory: RunDirectory, forecast: Forecast, found: Trials, policy: PolicyConfig, config: ProbeConfig) -> None:
     from sts_callback.policy import judge_forecast
     from sts_callback.records.run import RunSettings
-    from sts_callback.runs.directory import RunDirectory
 
-    directory = RunDirectory(folder / "sts", anew=True)
     directory.write_settings(RunSettings.of(policy, config, check_on="rehearsal", action="warn", max_overhead=1.0, looks=None))
     directory.write_forecast(forecast, judge_forecast(forecast, policy))
     directory.write_trials(found)

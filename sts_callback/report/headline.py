@@ -109,7 +109,7 @@ def _notes(logged: Logged) -> Iterator[str]:
         yield f"In context, without any step, the forecast said: {in_context.decision}."
     if logged.rehearsal is not None and logged.rehearsal.skipped:
         yield f"The run was not rehearsed: {logged.rehearsal.skipped}"
-    if logged.forecast is not None and not verdicts:
+    if logged.forecast is not None and not verdicts and logged.trials is None:
         yield "No drift check can be read: this is what was expected before training, not what training did."
     for name, steps in ended_alarms(verdicts).items():
         yield f"An alarm for {name} stood at step {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " and ended."

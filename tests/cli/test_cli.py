@@ -22,6 +22,7 @@ from sts_callback.cli import PIPE_CLOSED, main
 from sts_callback.cli.common import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT
 from sts_callback.policy import Judgement
 from sts_callback.records import Check, Forecast, Verdict
+from sts_callback.records.rehearsal import Trials
 from sts_callback.records.remedies import AdapterScales, Attribution, Mix, ScalePoint
 from sts_callback.records.run import JudgedCheck
 from sts_callback.runs.directory import RunDirectory
@@ -79,6 +80,54 @@ def test_budgets_may_have_units(files: Path, capsys: pytest.CaptureFixture[str])
     assert "+0.0 [+0.0, +0.0] points of token accuracy, budget 2.0" in " ".join(capsys.readouterr().out.split())
     assert main(command(files, "--protect", "poems=90 bits/byte")) == GO
     assert "bits a byte, budget 90.000" in " ".join(capsys.readouterr().out.split())
+
+
+def rehearsal(files: Path, *more: str) -> list[str]:
+    replay = f"poems={files / 'poems.jsonl'}:0.25"
+    options = ["--protect", "poems", "--replay", replay, "--batch-size", "2", "--steps-planned", "40", *more]
+    return command(files, *options, name="rehearse")
+
+
+def test_rates_and_mixtures_are_compared_and_reported_again_and_again(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for times in (1, 2):  # what an earlier one has left is moved aside
+        code = main(rehearsal(files, "--learning-rate", "1e-5", "1e-1", "--out", str(out), *(["--json"] if times == 2 else [])))
+        shown = capsys.readouterr().out
+        page = (out / "sts" / "report.html").read_text(encoding="utf-8")
+        assert "Which learning rate keeps the budgets?" in page and "not what training did" not in page
+        if times == 1:
+            assert max(map(len, shown.splitlines())) <= 80 and "25% poems" in shown
+    found = Trials.from_json(shown)
+    assert [(one.learning_rate, dict(one.replay)) for one in found.trials] == [
+        (rate, replay) for replay in ({}, {"poems": 0.25}) for rate in (1e-5, 1e-1)
+    ]
+    assert code == {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}[found.finding]
+    assert (out / "sts.1" / "trials.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ((), "--learning-rate: got none"),
+        (("--learning-rate", "0"), "--learning-rate: got 0.0"),
+        (("--learning-rate", "nan"), "--learning-rate: got nan"),
+        (("--learning-rate", "1e-3", "--replay", "poems"), "--replay: got 'poems'"),
+        (("--learning-rate", "1e-3", "--replay", "poems=other.jsonl:0.1"), "--replay: got 'poems=other.jsonl:0.1'"),
+        (("--learning-rate", "1e-3", "--replay", "more=missing.jsonl:0.1"), "--replay more"),
+        (("--learning-rate", "1e-3", "--replay", "more=missing.jsonl:1"), "--replay more"),
+        (("--learning-rate", "1e-3", "--trainer-args", "missing.yaml"), "--trainer-args"),
+        (("--learning-rate", "1e-3", "--batch-size", "0"), "--batch-size: got 0"),
+        (("--learning-rate", "1e-3", "--steps-planned", "-5"), "--steps-planned: got -5"),
+        (("--learning-rate", "1e-3", "--lora-r", "0"), "--lora-r: got 0"),
+    ],
+)
+def test_a_rehearsal_that_cannot_be_is_refused(
+    more: tuple[str, ...], field: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(rehearsal(files, *more)) == WRONG_INPUT
+    assert capsys.readouterr().err.startswith(f"sts-callback: {field}")
 
 
 def test_features_can_be_shown_in_words(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

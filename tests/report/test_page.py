@@ -13,10 +13,11 @@ import pytest
 
 from logs import EMPTY, SETTINGS, blamed, check, verdict, whole_run, words, written
 from reading import Page
-from samples import domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import DataError
 from sts_callback.records import Check, Snippet, TokenAccuracy
+from sts_callback.records.rehearsal import Trial, Trials
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed
 from sts_callback.report.data import ReportData, build
 from sts_callback.report.html.page import page, write_report
@@ -119,6 +120,22 @@ def test_a_rehearsal_is_told_dose_by_dose() -> None:
     before = made(whole_run(rehearsal=rehearsal(*doses), rehearsal_verdict=judged, checks=()))
     assert "NO-GO Training is expected to make law worse." in before.text
     assert "In context, without any step, the forecast said: go." in before.text
+
+
+def test_what_was_said_in_context_is_not_called_the_verdict_where_there_was_a_rehearsal() -> None:
+    doses = [snapshot(5, domain_drift("law"), domain_drift("code"))]
+    told = whole_run(rehearsal=rehearsal(*doses), rehearsal_verdict=verdict("no-go", "law"))
+    assert "Verdict in context: GO" in made(told).section("forecast")
+    assert "Verdict before training: GO" in made(whole_run(rehearsal=None, rehearsal_verdict=None)).section("forecast")
+
+
+def test_every_line_of_a_picture_has_its_colour_in_the_key() -> None:
+    check_of_law = snapshot(5, domain_drift("law"))
+    some = tuple(Trial(1e-3, replay, rehearsal(check_of_law), verdict("go")) for replay in ({}, {"cases": 0.1}, {"cases": 0.2}))
+    html = page(build(whole_run(trials=Trials(IDENTITY, "LoRA of rank 16", some, {"law": 0.1}, 1.0))))
+    kinds = set(re.findall(r'class="key (\w+)"', html))
+    assert len(kinds) == 3
+    assert all(re.search(rf"\.key\.{kind} \{{ color:", html) for kind in kinds)
 
 
 def test_where_there_was_no_rehearsal_the_reason_stands() -> None:

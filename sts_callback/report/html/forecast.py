@@ -119,7 +119,10 @@ def _judged(story: ReportData) -> Html:
     if verdict is None or not verdict.reasons:
         return join()
     reasons = [tag("li", domain(name), f" {reason}") for name, reason in verdict.reasons.items()]
-    return join(say("Verdict before training: ", badge(verdict.decision, 0)), more("Its reasons", tag("ul", *reasons)))
+    return join(
+        say("Verdict in context: " if story.rehearsal_verdict else "Verdict before training: ", badge(verdict.decision, 0)),
+        more("Its reasons", tag("ul", *reasons)),
+    )
 
 
 def _all_scores(story: ReportData, forecast: Forecast) -> Html:
