@@ -246,7 +246,8 @@ class STSCallback(TrainerCallback):
                 "and rollouts.jsonl quote your texts. To keep it back, leave push_to_hub out and upload by yourself with "
                 "HfApi().upload_folder(..., ignore_patterns=['sts*/*', 'checkpoint-*'])."
             )
-        self._session = Session(settings, self._rollouts, ranks, self._attached, args, state, earlier=self._session)
+        loader = kwargs.get("train_dataloader")
+        self._session = Session(settings, self._rollouts, ranks, self._attached, args, state, loader, earlier=self._session)
         self._session.begin(args, state, control, **kwargs)
         STSCallback._last_state = weakref.ref(state)
 
@@ -264,31 +265,31 @@ class STSCallback(TrainerCallback):
         """Check drift at a save, if that is when."""
         if self._session is not None:
             if self._settings.check_on == "save":
-                self._session.check(state, control, kwargs["model"])
-            self._session.saved()  # also what an alarm of this check asks for
+                self._session.checks.check(state, control, kwargs["model"])
+            self._session.checks.saved()  # also what an alarm of this check asks for
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift at an evaluation, if that is when; its numbers join the evaluation's own."""
         if self._settings.check_on == "evaluate":
             wanted, check = args.metric_for_best_model, None
             if self._session is not None:  # else it is an evaluation before training
-                self._session.check(state, control, kwargs["model"], always=trainer_log.is_ours(wanted))
-                check = self._session.checked_at(state.global_step)
+                self._session.checks.check(state, control, kwargs["model"], always=trainer_log.is_ours(wanted))
+                check = self._session.checks.made_at(state.global_step)
             kwargs["metrics"].update(trainer_log.evaluation_metrics(check, self._settings.policy, wanted))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check drift every so many steps, if that is when, and at the planned steps between the user's own checks."""
         every = self._settings.check_on
         if self._session is not None:
-            self._session.look(state, control, kwargs["model"])
+            self._session.checks.look(state, control, kwargs["model"])
             if isinstance(every, int) and state.global_step % every == 0:
-                self._session.check(state, control, kwargs["model"])
-            self._session.ask_for_checkpoint(control)
+                self._session.checks.check(state, control, kwargs["model"])
+            self._session.checks.ask_for_checkpoint(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask again for the checkpoint of an alarm; where training stops, an epoch ends too."""
         if self._session is not None:
-            self._session.ask_for_checkpoint(control)
+            self._session.checks.ask_for_checkpoint(control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the final weights, if the last check was not of them."""

@@ -1,4 +1,4 @@
-"""One training run: its forecast, its step zero and its checks. Each event is measured, judged, then told to all who listen."""
+"""One training run: its forecast, rehearsal, step zero and end. Each event is measured, judged, then told to all who listen."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from sts_callback.model.undisturbed import undisturbed
 from sts_callback.policy import ENOUGH_QUERIES, judge_forecast, judge_rehearsal, require_power, short_of_queries
 from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
 from sts_callback.records.rehearsal import Rehearsal
-from sts_callback.records.run import TimeSpent
 from sts_callback.report.html.page import write_report
 from sts_callback.runs.directory import RunDirectory
-from sts_callback.training import looks, trainer_log
+from sts_callback.training import looks
 from sts_callback.training.arguments import Settings
+from sts_callback.training.checks import Checks, Run
 from sts_callback.training.guard import Errors, Guard, Sink
-from sts_callback.training.overhead import Overhead, first_guess
+from sts_callback.training.overhead import first_guess
 from sts_callback.training.recorder import RunRecorder
 from sts_callback.training.rehearsal import AUTO_SHARE, rehearsal_of
-from sts_callback.training.rollouts import Rollouts, require_enough, require_possible, samples
+from sts_callback.training.rollouts import Rollouts, require_enough, require_possible
 from sts_callback.training.train_data import find_train_data
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Session:
         trainer: Callable[[], Trainer | None],
         args: TrainingArguments,
         state: TrainerState,
+        train_dataloader: Any,
         *,
         earlier: Session | None,
     ) -> None:
@@ -67,6 +68,7 @@ class Session:
             trainer: gives the one that the callback is attached to, if any.
             args: the trainer's.
             state: the trainer's.
+            train_dataloader: the trainer's.
             earlier: the callback's run before this one. What it has found stands until this one has found its own.
 
         """
@@ -79,14 +81,16 @@ class Session:
         # Nobody is to pay for an hour of training that he believes to be watched.
         raises = settings.on_forecast_error == "raise" and not self._is_restart
         self._refusals: Errors = (Exception,) if raises else (NoGo,)
-        self._overhead: Overhead
-        self._first_step: int
         self._bars = state.is_world_process_zero and not args.disable_tqdm
         self._train_batch_size = state.train_batch_size
+        self.checks = Checks(
+            Run(settings, rollouts, ranks, trainer, self._directory, self._recorder, self._guard),
+            looks.plan(args, state, settings.check_on, train_dataloader),
+        )
 
         self._forecasts: tuple[Forecast, ...] = earlier._forecasts if earlier else ()
         self.rehearsal: Rehearsal | None = earlier.rehearsal if earlier else None
-        self.verdict: Verdict | None = earlier.verdict if earlier else None
+        self._verdict: Verdict | None = earlier.verdict if earlier else None
         self._step_zero: dict[str, Any] = (
             earlier._step_zero if earlier and self._is_restart else dict(_kept_with_checkpoints(state).get(_STATE_KEY, {}))
         )
@@ -95,17 +99,15 @@ class Session:
         self._batch_tokens: int = kept.get("batch_tokens", settings.probes.batch_tokens)
         self._forecasts_from_rollouts, self._awaits_rollouts = False, self._is_new and rollouts.is_tapped
 
-        self._monitor: Monitor | None = None
-        self._history: looks.History
-        self._failed_checks: list[int] = []
-        self._last_check = self._last_try = 0
-        self._is_postponed = self._owes_checkpoint = False
-        self._alarmed: tuple[str, ...] = ()
-
     @property
     def forecast(self) -> Forecast | None:
         """The one that decides."""
         return self._forecasts[0] if self._forecasts else None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The newest: of the forecast, of the rehearsal in its place if there is one, then of each check."""
+        return self.checks.verdict or self._verdict
 
     def begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline, unless the rollouts of step 0 must come first; after a resume, take up what is kept."""
@@ -114,8 +116,6 @@ class Session:
         self._guard.run(state, "run log", self._directory.require_place, reraise=self._refusals, first_only=True)
         if not (self._is_new or self._is_restart):
             self._guard.run(state, "resume", self._read_rollouts)
-        planned = looks.plan(args, state, self._settings.check_on, kwargs.get("train_dataloader"))
-        self._history = looks.History(planned, self._settings.policy)
         if self._awaits_rollouts:
             self._guard.run(state, "forecast", lambda: self._choose_train_data(args, **kwargs), reraise=self._refusals)
         if not self._forecasts_from_rollouts:
@@ -130,77 +130,28 @@ class Session:
             return
         if self._forecasts_from_rollouts:
             self._set_up(args, state, control, **kwargs)
-        elif self._monitor is not None:
+        elif self.checks.is_watching:
             self._guard.tell(state, Sink("run log", lambda: self._directory.write_rollouts(self._rollouts.first)))
-
-    def check(
-        self, state: TrainerState, control: TrainerControl, model: nn.Module, *, always: bool = False, is_last: bool = False
-    ) -> None:
-        """Measure drift, if it is affordable or is to be made always, and write and do what comes of it. Once a step at most.
-
-        Args:
-            state: the trainer's.
-            control: the trainer's.
-            model: as it is now.
-            always: whatever it takes.
-            is_last: whether training has ended.
-
-        """
-        if self._monitor is None or state.global_step in (0, self._last_try):
-            return
-        with self._overhead.counted():
-            if always or self._ranks.from_first(lambda: self._overhead.affords_check):  # by one clock
-                monitor = self._monitor
-                self._guard.run(state, "drift check", lambda: self._checked(monitor, state, control, model, is_last))
-            elif not self._is_postponed:  # said once, until a check is made
-                self._is_postponed = True
-                self._postpone(state)
-
-    def look(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        """Measure drift at a planned step between the user's checks, if the whole training pays for it.
-
-        The last one is always made; so are the first, where no rehearsal has told what the first steps do.
-        """
-        step, end = state.global_step, state.max_steps
-        if self._monitor is None or step not in (*self._history.looks.between, end):
-            return
-        share_done = (step - self._first_step) / (end - self._first_step)  # it is the whole training that pays
-        is_rehearsed = self.rehearsal is not None and bool(self.rehearsal.doses)
-        always = (end,) if is_rehearsed else (*looks.FIRST, end)
-        if step in always or self._ranks.from_first(lambda: self._overhead.affords_check_by_the_end(share_done)):
-            self.check(state, control, model, always=True)
-
-    def ask_for_checkpoint(self, control: TrainerControl) -> None:
-        """Ask for an alarm's until it is made: with `save_strategy="best"` the trainer drops the wish at an evaluation."""
-        control.should_save = control.should_save or self._owes_checkpoint
-
-    def saved(self) -> None:
-        """Take note that the trainer has made a checkpoint."""
-        self._owes_checkpoint = False
-
-    def checked_at(self, step: int) -> DriftSnapshot | None:
-        """The check made at a step, if it is the newest; nothing is any of this run's once it has ended."""
-        return self._history.newest if self._monitor is not None and self._last_check == step else None
 
     def end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Check the final weights, if training has ended early and the last check was not of them."""
         if not args.load_best_model_at_end:  # else the weights are no longer those of this step
-            self.check(state, control, model, always=True, is_last=True)
+            self.checks.check(state, control, model, always=True, is_last=True)
         sinks = [Sink("run log", self._directory.write_waiting_faults)]
-        if self._monitor is not None:
-            forecast, last = self.forecast, self._history.newest
+        if self.checks.is_watching:
+            forecast, last = self.forecast, self.checks.history.newest
             if forecast is not None and last is not None:
                 sinks.append(Sink("ledger", lambda: self._recorder.enter_outcome(forecast, last, self.rehearsal)))
             sinks.append(Sink("report", lambda: write_report(self._directory)))
-        words = self._recorder.last_words(is_watched=self._monitor is not None, failed_checks=self._failed_checks)
+        words = self._recorder.last_words(is_watched=self.checks.is_watching, failed_checks=self.checks.failed)
         self._guard.tell(state, *sinks, Sink("screen", lambda: tqdm.write(words)))
-        self._monitor = None  # what comes now, such as an evaluation of other weights, is none of this run's
+        self.checks.stop()
 
     def _is_begun_again(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether `auto_find_batch_size` begins again in the same call, with weights that have been trained already."""
         return (
             args.auto_find_batch_size
-            and self._monitor is not None  # it is let go when training ends
+            and self.checks.is_watching  # until training ends
             and state.global_step == 0
             and (state.train_batch_size or 0) < (self._train_batch_size or 0)
         )
@@ -229,19 +180,26 @@ class Session:
             monitor = self._guard.measure(state, what, prepared, self._batch_tokens, reraise=self._refusals)
         else:
             self._guard.run(state, what, _refuse_unwatched, reraise=self._refusals)
-        if monitor is not None and not self._guard.run(state, what, lambda: take_up(monitor, state), reraise=self._refusals):
-            self._monitor = None  # all processes watch, or none
+        if monitor is None or not self._guard.run(state, what, lambda: take_up(monitor, state), reraise=self._refusals):
+            return  # all processes watch, or none
         expected_s = 0.0
-        if self._history.newest is not None:
-            expected_s = self._history.newest.seconds
+        if self.checks.history.newest is not None:
+            expected_s = self.checks.history.newest.seconds
         elif self.forecast is not None:
             expected_s = first_guess(self.forecast.seconds_by_part.get("readings", self.forecast.seconds))
-        if self._monitor is not None and self._is_new:
-            self._rehearse(self._monitor, expected_s, args, state, **kwargs)
+        if self._is_new:
+            self._rehearse(monitor, expected_s, args, state, **kwargs)
             self._guard.run(state, "forecast", self._refuse_no_go, reraise=self._refusals)
-        self._overhead, self._first_step = Overhead(settings.max_overhead, expected_s), state.global_step
-        if settings.check_on == "save" and not self._is_new and self._monitor is not None:
-            self._guard.run(state, "resume", lambda: self._catch_up(state, control, model))
+        self.checks.start(
+            monitor,
+            state,
+            expected_s,
+            batch_tokens=self._batch_tokens,
+            is_rehearsed=self.rehearsal is not None and bool(self.rehearsal.doses),
+            write_step_zero=lambda: self._write_step_zero(monitor),
+        )
+        if settings.check_on == "save" and not self._is_new:
+            self._guard.run(state, "resume", lambda: self.checks.catch_up(state, control, model))
 
     def _made_monitor(
         self, saes: Sequence[SaeSource], probes: ProbeConfig, stand_in: Source | None = None, **kwargs: Any
@@ -261,7 +219,7 @@ class Session:
         )
         if self._is_new:
             policy, n_queries = self._settings.policy, {name: len(s.queries) for name, s in monitor.domains.items()}
-            require_power(n_queries, policy, len(self._history.looks.steps))
+            require_power(n_queries, policy, len(self.checks.history.looks.steps))
             if few := short_of_queries(n_queries, policy, ENOUGH_QUERIES):
                 told = ", ".join(f"{name} has {n}" for name, n in few.items())
                 logger.warning("n_queries: %s; with fewer than %d an alarm comes late or never.", told, ENOUGH_QUERIES)
@@ -292,16 +250,15 @@ class Session:
 
     def _begin(self, monitor: Monitor, state: TrainerState) -> None:
         assert monitor.step_zero is not None
-        forecasts, rollouts = self._forecasts, self._rollouts.first
+        forecasts, self.rehearsal = self._forecasts, None  # no longer that of a run before
         to_be_rehearsed = self._settings.rehearse is not False and self._trainer() is not None
-        self.verdict = verdict = self._ranks.from_first(lambda: judge_forecast(forecasts[0], self._settings.policy))
-        self._monitor = monitor
+        self._verdict = verdict = self._ranks.from_first(lambda: judge_forecast(forecasts[0], self._settings.policy))
         self._step_zero = {"baseline": monitor.step_zero.digest, "batch_tokens": self._batch_tokens}
         # Into `trainer_state.json`: a checkpoint then tells whose baseline it goes with. Not a class name, see `ExportableState`.
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
         self._guard.tell(
             state,
-            Sink("run log", lambda: self._recorder.write_step_zero(monitor, forecasts, rollouts, self._history.looks)),
+            Sink("run log", lambda: self._write_step_zero(monitor)),
             Sink("screen", lambda: self._recorder.show_forecast(monitor, forecasts, verdict, before_rehearsal=to_be_rehearsed)),
             Sink("ledger", lambda: self._recorder.show_expectations(forecasts[0])),
         )
@@ -352,7 +309,7 @@ class Session:
             made = Rehearsal((), state.max_steps, math.nan, 0.0, skipped="it failed; faults.jsonl has the reason.")
         self.rehearsal = made
         verdict = self._ranks.from_first(self._judged_rehearsal)
-        self.verdict = verdict or self.verdict
+        self._verdict = verdict or self._verdict
         self._guard.tell(
             state,
             Sink("run log", lambda: self._directory.write_rehearsal(made, verdict)),
@@ -365,7 +322,7 @@ class Session:
         return judge_rehearsal(made, self._settings.policy) if made is not None and made.doses else None
 
     def _refuse_no_go(self) -> None:
-        verdict = self.verdict
+        verdict = self._verdict
         if verdict is not None and verdict.decision == "no-go" and self._settings.on_forecast == "refuse":
             raise NoGo(
                 f"on_forecast='refuse': the forecast threatens {', '.join(verdict.threatened)}. "
@@ -384,99 +341,19 @@ class Session:
         if n_damaged := self._ranks.from_first(lambda: self._directory.take_up(state.global_step)):
             self._guard.record(state, "run log", f"{n_damaged} damaged lines were left out of the log", "")
         kept = None if self._is_restart else self._ranks.from_first(self._directory.read_looks)
-        planned = looks.resumed(kept, self._history.looks, state.global_step)
+        planned = looks.resumed(kept, self.checks.history.looks, state.global_step)
         self._guard.tell(state, Sink("run log", lambda: self._recorder.write_settings(planned)))
-        checks = self._ranks.from_first(lambda: self._directory.judged_checks(state.global_step))
-        self._history.take_up(planned, checks)
+        self.checks.take_up(state, planned, self._ranks.from_first(lambda: self._directory.judged_checks(state.global_step)))
         self._forecasts = (forecast,)
         self.rehearsal = self._ranks.from_first(self._directory.read_rehearsal)
-        self.verdict = self._judged_rehearsal() or judge_forecast(forecast, self._settings.policy)
-        if checks:
-            last, self.verdict = checks[-1]
-            self._last_check = self._last_try = last.step
-            self._alarmed = self.verdict.alarmed
-            if self._last_check == state.global_step and not any(
-                row.get("step") == state.global_step and trainer_log.N_SHARED in row for row in state.log_history
-            ):  # the check came after the save, so its row is not in the checkpoint
-                row = trainer_log.row(last, self._settings.policy, self.verdict)
-                state.log_history.append({"step": state.global_step, "epoch": state.epoch or 0.0, **row})
-        self._monitor = monitor
+        self._verdict = self._judged_rehearsal() or judge_forecast(forecast, self._settings.policy)
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
 
-    def _catch_up(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        """Make the check that a kill may have prevented after the save that is resumed from."""
-        if not self._ranks.from_first(lambda: self._directory.postponed_since(self._last_check, state.global_step)):
-            self.check(state, control, model, always=True)
-            self.saved()  # there is one of these weights: the run is resumed from it
-
-    def _postpone(self, state: TrainerState) -> None:
-        overhead, limit = self._overhead, self._settings.max_overhead
-        reason = (
-            f"a check takes about {overhead.check_s:.1f} s and {overhead.spent_s:.1f} s went into checks so far, more than "
-            f"max_overhead={limit:g} allows after {overhead.training_s:.1f} s of training; it is made when one is "
-            "due and affordable, at the latest when training ends. max_overhead=None checks whenever asked."
-        )
-        logger.warning("STS check at step %d is skipped: %s", state.global_step, reason)
-        self._guard.tell(state, Sink("run log", lambda: self._directory.append_postponed(state.global_step, reason)))
-
-    def _checked(self, monitor: Monitor, state: TrainerState, control: TrainerControl, model: nn.Module, is_last: bool) -> None:
-        self._last_try = step = state.global_step
-        before_s = self._overhead.spent_s
-        written = samples(self._rollouts.first), samples(self._rollouts.rows(self._ranks))
-
-        def measured(batch_tokens: int) -> DriftSnapshot:
-            if not monitor.watches(model):
-                raise CannotTell("model: the trainer has another one now than at step 0; train() anew to have it watched.")
-            self._batch_tokens = batch_tokens  # where memory did not suffice once, later checks need not try again
-            check = functools.partial(monitor.check, step, batch_tokens=batch_tokens, rollouts=written)
-            return self._ranks.gathered(check)[0]  # as for the forecast
-
-        snapshot = self._guard.measure(state, "drift check", measured, self._batch_tokens)
-        if snapshot is None:
-            self._failed_checks.append(step)
-            return
-        self._history.add(snapshot, is_last=is_last)
-        self._last_check, self._is_postponed = step, False
-        self.verdict = verdict = self._ranks.from_first(self._judged)
-        if snapshot.diverged:
-            self._guard.record(state, "model", f"it gives NaN or infinite numbers on {', '.join(snapshot.diverged)}", "")
-        is_new, self._alarmed = set(verdict.alarmed) - set(self._alarmed), verdict.alarmed
-        self._overhead.learn(self._overhead.spent_s - before_s)
-        numbers = trainer_log.row(snapshot, self._settings.policy, verdict) | {
-            "sts/overhead_s": self._overhead.spent_s,
-            "sts/overhead_share": self._overhead.share,
-        }
-        sinks = [
-            Sink("run log", lambda: self._write_check(monitor, snapshot, verdict)),
-            Sink("screen", lambda: self._recorder.show_check(snapshot, verdict)),
-            Sink("trainer's log", lambda: trainer_log.write(numbers, self._trainer(), state, control), first_only=False),
-        ]
-        if is_new:
-            sinks.append(Sink("action", lambda: self._act(verdict, control), first_only=callable(self._settings.action)))
-        self._guard.tell(state, *sinks)
-
-    def _judged(self) -> Verdict:
-        # Of this step there may be half of one, from before a kill.
-        way_back = self._directory.best_checkpoint({s: x for s, x in self._history.worst_shares.items() if s < self._last_check})
-        return dataclasses.replace(self._history.verdict(), best_checkpoint=way_back)
-
-    def _write_check(self, monitor: Monitor, snapshot: DriftSnapshot, verdict: Verdict) -> None:
-        if not self._directory.baseline_file.exists():  # deleted, or the disk was full
-            self._recorder.write_step_zero(monitor, self._forecasts, self._rollouts.first, self._history.looks)
-            if self.rehearsal is not None:
-                self._directory.write_rehearsal(self.rehearsal, self._judged_rehearsal())
-        time = TimeSpent(self._overhead.spent_s, self._overhead.training_s)
-        self._recorder.write_check(monitor, snapshot, verdict, time)
-
-    def _act(self, verdict: Verdict, control: TrainerControl) -> None:
-        action = self._settings.action
-        if callable(action):
-            action(verdict)
-            return
-        logger.warning("STS alarm at step %d: %s", verdict.step, verdict.explanation)
-        self._owes_checkpoint = action in ("checkpoint", "stop")
-        self.ask_for_checkpoint(control)
-        control.should_training_stop = control.should_training_stop or action == "stop"
+    def _write_step_zero(self, monitor: Monitor) -> None:
+        """Write what the checks are compared with, and what was found before them."""
+        self._recorder.write_step_zero(monitor, self._forecasts, self._rollouts.first, self.checks.history.looks)
+        if self.rehearsal is not None:
+            self._directory.write_rehearsal(self.rehearsal, self._judged_rehearsal())
 
 
 def _refuse_unwatched() -> None:
