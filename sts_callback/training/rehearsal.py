@@ -106,7 +106,7 @@ def require_possible(trainer: Trainer, loader: Any) -> None:
         "its policy learns from rewards of what it writes": getattr(trainer, "reward_funcs", None),
         "a vLLM server writes with its weights": getattr(trainer, "use_vllm", False),
         "its model is sharded": is_sharded(model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
-        "its model is copied to several devices by nn.DataParallel": args.n_gpu > 1,
+        "nn.DataParallel copies its model to several devices; CUDA_VISIBLE_DEVICES=0 gives it one": args.n_gpu > 1,
         "ddp_static_graph counts backward passes": getattr(trainer.model_wrapped, "static_graph", False),
         f"optim={optim!r} steps during the backward pass": "lomo" in optim or "layerwise" in optim,
         "its training data are a stream": not is_sequence(getattr(loader, "dataset", None)),
@@ -163,7 +163,7 @@ def rehearse_at(trainer: Trainer, loader: Any, check: Callable[[int], DriftSnaps
     """Rehearse a run on one device at one learning rate, whatever its own.
 
     Args:
-        trainer: in training, before its first step; see `require_possible`.
+        trainer: in training, before its first step.
         loader: its loader of training data.
         check: measures the model, given the number of rehearsed steps.
         rate: at the schedule's peak, of the first group of parameters; others keep their proportion to it.
@@ -171,7 +171,11 @@ def rehearse_at(trainer: Trainer, loader: Any, check: Callable[[int], DriftSnaps
     Returns:
         One dose. All that it has touched is put back, also where it fails.
 
+    Raises:
+        NotRehearsed: with the reason, if its steps cannot be taken and put back.
+
     """
+    require_possible(trainer, loader)
     started, n_planned = time.monotonic(), trainer.state.max_steps
     peaks, rate_sum = planned_rates(trainer, n_planned)
     with _fenced_steps(trainer, loader, Ranks(), N_STEPS) as steps:

@@ -5,7 +5,6 @@ The trainer is TRL's SFTTrainer, set up as the user's own would be and left befo
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import tempfile
@@ -20,12 +19,13 @@ from transformers import Trainer, TrainerCallback
 
 from sts_callback.config import PolicyConfig, finite, require
 from sts_callback.data.pairs import Row
+from sts_callback.errors import CannotTell
 from sts_callback.measure.monitor import Monitor
 from sts_callback.policy import judge_rehearsal, require_power
 from sts_callback.records import DriftSnapshot, Forecast
 from sts_callback.records.rehearsal import Rehearsal, Trial, Trials
 from sts_callback.remedies.mixture import apportioned
-from sts_callback.training.rehearsal import N_STEPS, rehearse_at
+from sts_callback.training.rehearsal import N_STEPS, NotRehearsed, rehearse_at
 from sts_callback.training.sft import SFTSetup, sft_config, sft_trainer
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def try_out(
 
     Raises:
         ConfigError, DataError: if TRL refuses arguments or rows.
-        CannotTell: if there are too few queries for any verdict.
+        CannotTell: if there are too few queries for any verdict, or such a run cannot be rehearsed.
 
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -145,8 +145,12 @@ def _rehearsals(
             raise _Stop
 
     trainer.add_callback(BeforeStep1())
-    with contextlib.suppress(_Stop):
+    try:
         trainer.train()
+    except _Stop:
+        pass
+    except NotRehearsed as reason:
+        raise CannotTell(f"rehearse: such a run cannot be rehearsed: {reason}") from None
     return found
 
 

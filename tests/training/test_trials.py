@@ -12,7 +12,7 @@ from torch import nn
 
 from samples import IDENTITY, answers, domain_drift, snapshot
 from sts_callback.config import PolicyConfig, ProbeConfig
-from sts_callback.errors import ConfigError, DataError
+from sts_callback.errors import CannotTell, ConfigError, DataError
 from sts_callback.measure.monitor import Monitor
 from sts_callback.policy import judge_rehearsal
 from sts_callback.records.rehearsal import Dose, Rehearsal, Trial, Trials
@@ -58,6 +58,20 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str
     policy = PolicyConfig({"far": 0.1})
     _, found = try_out(model, tokenizer, setup(), ALL, mixtures, [1e-5, 3e-1], monitor, policy, progress=False)
     return model, before, found
+
+
+def test_a_run_that_cannot_be_put_back_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sts_callback.training.rehearsal.is_sharded", lambda model: True)
+    sae, tokenizer = saved_sae(tmp_path), tiny_tokenizer()
+
+    def monitor(tuned: nn.Module) -> Monitor:
+        domains = {"far": rows(40, "poems", seed=90)}
+        return Monitor(
+            tuned, tokenizer, sae=sae, train_data=TRAIN, domains=domains, config=ProbeConfig(n_queries=28, n_features=8)
+        )
+
+    with pytest.raises(CannotTell, match="rehearse: such a run cannot be rehearsed: its model is sharded"):
+        try_out(tiny_model(), tokenizer, setup(), ALL, [Mixture({})], [1e-5], monitor, PolicyConfig({"far": 0.1}), progress=False)
 
 
 def test_every_rate_and_mixture_is_tried_and_moves_the_model_by_its_own(tried: Any) -> None:
