@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sts_callback.config import Budget, PlainBudget, limits_of
-from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Identity, Record, Verdict
+from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Identity, Record, Verdict, notebook
 from sts_callback.records.remedies import BudgetFinding, mildest
 
 
@@ -44,6 +44,26 @@ class Rehearsal(Record):
     expected: Mapping[str, Estimate] = field(default_factory=dict)
     """Change of each domain's NLL at the end of the run, in nats per token, with the interval for a single domain; empty where no
     past runs of a model of this size tell."""
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        steps = [f"{dose.n_steps} steps at {dose.learning_rate:.2g}" for dose in self.doses]
+        names = self.doses[0].check.domains if self.doses else ()
+        rows = [
+            (
+                name,
+                notebook.change(self.expected.get(name)),
+                *(notebook.change(dose.check.domains[name].nll_change) for dose in self.doses),
+                notebook.percent(self.doses[0].check.domains[name].relative_drift.value, 1),
+            )
+            for name in names
+        ]
+        return notebook.table(
+            f"Rehearsal of {self.steps_planned} steps",
+            ("domain", "expected at the end", *steps, "moved"),
+            rows,
+            self.skipped or "Changes of the answers' NLL, nats a token, + is worse. All steps were put back.",
+        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,21 @@ class Trials(Record):
     """Of the protected domains."""
     seconds: float
     """Wall-clock time of all rehearsals."""
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        rows = [
+            (
+                ", ".join(f"{share:.0%} {name}" for name, share in trial.replay.items()) or "none",
+                f"{trial.learning_rate:g}",
+                trial.finding,
+                *(notebook.change(trial.check.domains[name].nll_change) for name in self.budgets),
+            )
+            for trial in self.trials
+        ]
+        titles = ("replay", "rate", "budgets", *self.budgets)
+        note = "Changes of the answers' NLL, nats a token, + is worse. All steps were put back."
+        return notebook.table("Rates and mixtures, rehearsed", titles, rows, note)
 
     @property
     def finding(self) -> BudgetFinding:

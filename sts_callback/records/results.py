@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from sts_callback.config import TRAIN as TRAIN  # what records call the training data, beside the domains
 from sts_callback.config import Budget, Unit
+from sts_callback.records import notebook
 from sts_callback.records.record import Record, StoredAs
 
 Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
@@ -188,6 +189,20 @@ class Forecast(Record):
         ranks = [_places(values) for values in (by_nll, by_gradient) if all(map(math.isfinite, values.values()))]
         return _places({name: -sum(places[name] for places in ranks) for name in self.domains}) if ranks else {}
 
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        rows = [
+            (d.name, notebook.percent(d.transfer.value), notebook.change(d.nll_change), str(d.n_queries))
+            for d in sorted(self.domains.values(), key=lambda d: (math.isnan(d.nll_change.value), -d.nll_change.value))
+        ]
+        return notebook.table(
+            f"Forecast by {self.identity.sae_name} at {self.identity.hook_name}",
+            ("domain", "moves", "change in context", "queries"),
+            rows,
+            "moves: 0% as by plain prose, 100% as the training data. change: of the answers' NLL with training examples in "
+            "context, nats a token, + is worse. It knows neither the rate nor the length of training.",
+        )
+
 
 @dataclass(frozen=True)
 class TokenAccuracy(Record):
@@ -305,6 +320,20 @@ class DriftSnapshot(Record):
         """The sets on which the model gives NaN or infinite numbers."""
         return tuple(d.name for d in (self.train, *self.domains.values()) if d.n_not_finite)
 
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        ordered = sorted(self.domains.values(), key=lambda d: (math.isnan(d.nll_change.value), -d.nll_change.value))
+        rows = [
+            (d.name, notebook.change(d.nll_change), notebook.percent(d.relative_drift.value, 1), str(d.n_queries))
+            for d in (*ordered, self.train)
+        ]
+        return notebook.table(
+            f"Check at step {self.step}",
+            ("domain", "change", "moved", "queries"),
+            rows,
+            "change: of the answers' NLL since step 0, nats a token, + is worse. moved: drift of the domain's features.",
+        )
+
 
 @dataclass(frozen=True)
 class Snippet(Record):
@@ -356,6 +385,12 @@ class Verdict(Record):
     best_checkpoint: int = 0
     """Of a check, the step of that checkpoint on disk from before it at which the domain worst off by its budget was best off; 0
     if none is known."""
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        rows = [(name, self.states.get(name, ""), reason) for name, reason in self.reasons.items()]
+        told = f"Threatened: {', '.join(self.threatened)}. " if self.threatened else ""
+        return notebook.table(in_capitals(self.decision, self.step), ("domain", "state", "why"), rows, f"{told}{self.way_back}")
 
     @property
     def alarmed(self) -> tuple[str, ...]:
