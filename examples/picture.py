@@ -6,15 +6,16 @@ python examples/picture.py runs/demo examples/demo.svg
 from __future__ import annotations
 
 import io
-import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from sts_callback.records import DriftSnapshot, Forecast, Verdict
-from sts_callback.report.terminal.forecast import check_lines, forecast_table
+from sts_callback.report.headline import alarms_since
+from sts_callback.report.terminal.check import check_view
+from sts_callback.report.terminal.forecast import forecast_view
+from sts_callback.runs.directory import RunDirectory
 
 # Rich's own template would fetch a font from outside.
 _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
@@ -29,14 +30,16 @@ line-height: {line_height}px; }} {styles}</style>
 
 
 def records(run: Path) -> str:
-    """Forecast table and check lines of a run, with colours."""
-    made = json.loads((run / "sts" / "forecast.json").read_text())
-    forecast, verdict = Forecast.from_dict(made["forecast"]), Verdict.from_dict(made["verdict"])
-    parts = [forecast_table(forecast, verdict, colour=True)]
-    for line in (run / "sts" / "drift.jsonl").read_text().splitlines():
-        check = json.loads(line)
-        snapshot, verdict = DriftSnapshot.from_dict(check["snapshot"]), Verdict.from_dict(check["verdict"])
-        parts.append(check_lines(snapshot, verdict, len(forecast.features), colour=True))
+    """Forecast and checks of a run, with colours."""
+    logged = RunDirectory(run / "sts").read_all()
+    if logged.forecast is None or logged.forecast_verdict is None or logged.settings is None:
+        raise SystemExit(f"{run} holds no forecast that can be read.")
+    policy = logged.settings.policy
+    parts = [forecast_view(logged.forecast, logged.forecast_verdict, policy, colour=True)]
+    verdicts = [check.verdict for check in logged.checks]
+    for i, check in enumerate(logged.checks, 1):
+        since = alarms_since(verdicts[:i])
+        parts.append(check_view(check.snapshot, check.verdict, policy.budgets, since=since, output_dir=run, colour=True))
     return "\n\n".join(parts)
 
 

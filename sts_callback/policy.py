@@ -270,6 +270,26 @@ def judge_budget(harm: Estimate, budget: Budget) -> BudgetFinding:
     return "cannot tell" if worse is None else "beyond" if worse else "within"
 
 
+def beside_loss(domain: DomainDrift, budget: Budget) -> str:
+    """What has become of the answers' tokens where their NLL has risen: it may rise while no fewer of them are right.
+
+    Args:
+        domain: at a check.
+        budget: of the domain.
+
+    Returns:
+        Half a sentence; empty where that is not known, or is what the budget itself is about.
+
+    """
+    found = domain.accuracy
+    if budget.unit == "points" or found is None or not _is_known(found.change):
+        return ""
+    told = f"token accuracy {found.then:.1%} to {found.now:.1%}"
+    if found.change.high < 0:
+        return told
+    return f"by loss alone: {told}{', no sure fall' if found.change.value < 0 else ''}"
+
+
 def _require_measured(policy: PolicyConfig, domains: Collection[str]) -> None:
     for name in policy.budgets:
         require(name in domains, "protect", name, f"one that was measured, {sorted(domains)}")
@@ -345,7 +365,8 @@ def _judged(
     if passed:
         is_over = harm.value >= budget.value
         where = f"over its budget of {limit}" if is_over else f"on course to pass {limit}"
-        reason = f"{at}, {where} ({against}){_beside_loss(domain, budget)}; {moved}."
+        beside = beside_loss(domain, budget)
+        reason = f"{at}, {where} ({against}){beside and f'; {beside}'}; {moved}."
         return Judgement("no-go", reason, "over" if is_over else "on course")
     is_within = harm.high < budget.value
     state: State = "within" if is_within else "inconclusive"
@@ -357,17 +378,6 @@ def _judged(
     if is_within:
         return Judgement("go", f"{at}, within its budget of {limit}; {moved}.", state)
     return Judgement("cannot tell", f"{at}, too unsure for a budget of {limit}; {moved}.", state)
-
-
-def _beside_loss(domain: DomainDrift, budget: Budget) -> str:
-    """What has become of the answers' tokens where their NLL has risen: it may rise while no fewer of them are right."""
-    found = domain.accuracy
-    if budget.unit == "points" or found is None or not _is_known(found.change):
-        return ""
-    told = f"token accuracy {found.then:.1%} to {found.now:.1%}"
-    if found.change.high < 0:
-        return f"; {told}"
-    return f"; by loss alone: {told}{', no sure fall' if found.change.value < 0 else ''}"
 
 
 def _steps(n: int) -> str:

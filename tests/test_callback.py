@@ -132,6 +132,7 @@ def test_the_run_folder_holds_forecast_baseline_and_checks(tmp_path: Path) -> No
         "baseline.safetensors",
         "features.jsonl",
         "drift.jsonl",
+        "ended.json",
         "report.html",
         "report.json",
     }
@@ -200,12 +201,13 @@ def test_past_runs_say_what_to_expect_of_the_next(
 ) -> None:
     monkeypatch.setenv("STS_LEDGER", str(tmp_path / "ledger.jsonl"))
     made_trainer("sft", tmp_path, [made_callback()], max_steps=2).train()
-    assert "expected from past runs" not in capsys.readouterr().out
+    assert "xpected" not in capsys.readouterr().out
     (entry,) = read().entries
     for i in range(4):
         append(replace(entry, identity=replace(entry.identity, probes=f"{i}"), forecast=f"{i}"))
     made_trainer("sft", tmp_path, [made_callback()], max_steps=2).train()
-    assert "5 runs on 5 training sets of this model and SAE" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "expected at the end" in shown and "by past runs of like length and rate" in " ".join(shown.split())
 
 
 class StopAt(TrainerCallback):
@@ -325,9 +327,19 @@ def test_an_alarm_calls_the_users_function_once_while_it_lasts(tmp_path: Path) -
     assert len(told) == sum(1 for step in steps if step - 1 not in steps)
 
 
-def test_an_alarm_warns_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_alarm_is_printed_once_with_what_to_do_and_logged_for_those_who_keep_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="sts_callback")
     made_trainer("sft", tmp_path, [made_callback(**harmful())], learning_rate=0.5).train()
-    assert "STS alarm at step" in caplog.text
+    first, *_ = steps = alarmed_steps(tmp_path)
+    begun = sum(1 for step in steps if step - 1 not in steps)
+    shown = capsys.readouterr()
+    assert f"STS step {first}: ALARM, far is over its budget\n" in shown.out
+    assert shown.out.count("What to do:") == begun
+    assert f"ALARM, far is over its budget since step {first}\n" in shown.out
+    assert "alarm" not in shown.err
+    assert [r.levelname for r in caplog.records if "STS alarm at step" in r.message] == ["INFO"] * begun
 
 
 def test_a_failing_action_is_recorded_and_training_goes_on(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from sts_callback.cli import blame, card, dial, doctor, forecast, launch, ledger, mix, rehearse, report, sae, saes
+from sts_callback.cli import blame, card, dial, doctor, forecast, launch, ledger, mix, rehearse, report, sae, saes, watch
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
 from sts_callback.errors import CannotTell, ConfigError, StsError
 from sts_callback.versions import require_versions
@@ -23,6 +23,7 @@ COMMANDS = {
     "forecast": forecast,
     "rehearse": rehearse,
     "launch": launch,
+    "watch": watch,
     "blame": blame,
     "mix": mix,
     "dial": dial,

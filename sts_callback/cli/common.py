@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
 FINDING_CODES = {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}
 """Exit code for each finding about budgets."""
+DECISION_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
+"""Exit code for each decision of a verdict."""
 
 
 def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], PolicyConfig, ProbeConfig]:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sts_callback.cli.common import CANNOT_TELL, GO, NO_GO, prepared
-from sts_callback.cli.options import add_measurement, add_model
+from sts_callback.cli.common import DECISION_CODES, prepared
+from sts_callback.cli.options import add_details, add_measurement, add_model
 from sts_callback.errors import CannotTell
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 HELP = "forecast what training on a file will move"
 DESCRIPTION = "Forecast what training on a file will move. Exit code: 0 go, 3 no-go, 4 cannot tell, 2 wrong input."
-_EXIT_CODES = {"go": GO, "watch": GO, "no-go": NO_GO, "not covered": CANNOT_TELL, "cannot tell": CANNOT_TELL}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     command.add_argument("--words", action="store_true", help="also show where in the texts the shifted features are active")
+    add_details(command)
     command.add_argument(
         "--junit", type=Path, metavar="FILE", help="also write JUnit XML for a CI system: a test case for each protected domain"
     )
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
     from sts_callback.measure.scoring import rank_agreement
     from sts_callback.policy import Judgement, judge_domains, judge_forecast
-    from sts_callback.report.terminal.forecast import examples_lines, forecast_table, layers_table
+    from sts_callback.report.terminal.forecast import examples_lines, forecast_details, forecast_view, layers_table
     from sts_callback.report.terminal.ledger import expectations_table
-    from sts_callback.report.terminal.rows import rows_table
+    from sts_callback.report.terminal.rows import rows_doubts, rows_table
 
     monitor = made_monitor(sae=args.sae)
     lock = lock_of(monitor, policy) if args.lock else None
@@ -71,16 +71,19 @@ def run(args: argparse.Namespace) -> int:
         past = expected.to_dict() if expected else None
         print(json.dumps({"forecast": made[0], "verdict": verdict.to_dict(), "other_saes": made[1:], "expectations": past}))
     else:
-        print(rows_table(monitor.reads))
-        print(forecast_table(forecasts[0], verdict))
-        if expected:
-            print(expectations_table(expected))
+        print(forecast_view(forecasts[0], verdict, policy, expected=expected.nll_change if expected else {}))
+        if not args.details and (doubts := rows_doubts(monitor.reads)):
+            print(doubts)
+        if args.details:
+            print(f"\n{forecast_details(forecasts[0], verdict)}\n\n{rows_table(monitor.reads)}")
+            if expected:
+                print(expectations_table(expected))
         if len(forecasts) > 1:
             print(layers_table(forecasts, [rank_agreement(forecasts[0], forecast) for forecast in forecasts]))
         if args.words:
             print("\nWhere the features that training is expected to shift are most active:")
             print(examples_lines(monitor.top_activating_examples()))
-    return _EXIT_CODES[verdict.decision]
+    return DECISION_CODES[verdict.decision]
 
 
 def _expectations(forecast: Forecast) -> Expectations | None:

@@ -34,6 +34,11 @@ def add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON, no table")
 
 
+def add_details(command: argparse.ArgumentParser) -> None:
+    """Add the option for all numbers below the table."""
+    command.add_argument("--details", action="store_true", help="below the table, print all scores and counts")
+
+
 def add_run_dir(command: argparse.ArgumentParser) -> None:
     """Add the argument for the folder of a run."""
     command.add_argument("run_dir", metavar="RUN_DIR", help="the trainer's output_dir, or the folder sts in it")

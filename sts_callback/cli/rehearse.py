@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sts_callback.cli.common import FINDING_CODES, loaded, settings, write_report_of
-from sts_callback.cli.options import add_measurement, add_model
+from sts_callback.cli.options import add_details, add_measurement, add_model
 from sts_callback.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--trainer-args", type=Path, metavar="FILE", help="YAML of SFTConfig and LoRA arguments, as `trl sft --config` takes it"
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="write a report with dose curves, DIR/sts/report.html")
+    add_details(command)
     add_measurement(command, several_saes=False)
 
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     mixtures, sources = _mixtures(args.replay)
 
     from sts_callback.measure.monitor import Monitor
-    from sts_callback.report.terminal.rehearsal import trials_table
+    from sts_callback.report.terminal.rehearsal import trials_details, trials_table
     from sts_callback.training.sft import read_setup
     from sts_callback.training.trials import Rows, try_out
 
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(found.to_json() if args.json else trials_table(found))
+    if args.details and not args.json:
+        print(f"\n{trials_details(found)}")
     if directory:
         _write_report(directory, forecast, found, policy, config)
     return FINDING_CODES[found.finding]

@@ -149,6 +149,14 @@ class Logged(Record):
     """Rates and mixtures that were rehearsed side by side, by `sts-callback rehearse`."""
     best_checkpoint: int = 0
     """Step of the checkpoint that is there at which the domain worst off by its budget was best off; 0 if none is known."""
+    ended_at: int = 0
+    """Optimizer steps done when training ended; 0 if it runs, has died, or ended before that was written."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known that no further check will come."""
+        looks = self.settings.looks if self.settings else None
+        return self.ended_at > 0 or bool(self.checks and looks and self.checks[-1].snapshot.step >= looks.last_step)
 
     @property
     def verdict(self) -> Verdict | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sts_callback.policy import worst_share
@@ -13,18 +13,18 @@ from sts_callback.report.formatting import counted, in_a_row, listing, percent, 
 from sts_callback.report.trials import answers
 
 _BEFORE: dict[Decision, str] = {
-    "go": "Nothing measured before training points to harm in {protected}.",
-    "watch": "Training is expected to threaten {threatened}.",
-    "no-go": "Training is expected to make {threatened} worse.",
-    "not covered": "Nothing speaks against {threatened}, but most of the change there lies outside the SAE.",
-    "cannot tell": "The evidence does not suffice to say what training will do to {threatened}.",
+    "go": "no sign of harm to {protected} before training",
+    "watch": "training is expected to threaten {threatened}",
+    "no-go": "training is expected to make {threatened} worse",
+    "not covered": "nothing speaks against {threatened}, but most of the change there lies outside the SAE",
+    "cannot tell": "the evidence does not suffice for {threatened}",
 }
 _DURING: dict[Decision, str] = {
-    "go": "At step {step}, no protected domain has been found worse by its budget ({protected}).",
-    "watch": "At step {step}, {threatened} may be on course to pass a budget: not surely, or not for long enough to alarm.",
-    "no-go": "At step {step}, {standing}.",
-    "not covered": "At step {step} nothing speaks against {threatened}, but most of the change there lies outside the SAE.",
-    "cannot tell": "At step {step}, the evidence does not suffice for {threatened}.",
+    "go": "no protected domain has been found worse by its budget ({protected})",
+    "watch": "{threatened} may be on course to pass a budget: not surely, or not for long enough to alarm",
+    "no-go": "{standing}",
+    "not covered": "nothing speaks against {threatened}, but most of the change there lies outside the SAE",
+    "cannot tell": "the evidence does not suffice for {threatened}",
 }
 _OF_TRIALS: dict[BudgetFinding, Decision] = {"within": "go", "beyond": "no-go", "cannot tell": "cannot tell"}
 _NOTHING_PROTECTED = "No domain was protected, so there is nothing to judge; the numbers below are for reading."
@@ -59,22 +59,18 @@ def headline(logged: Logged) -> Headline:
     verdict = logged.verdict
     notes = tuple(_notes(logged))
     if logged.trials is not None:
-        return Headline(_OF_TRIALS[logged.trials.finding], 0, " ".join(answers(logged.trials)), (), {}, {}, notes)
+        return Headline(_OF_TRIALS[logged.trials.finding], 0, answers(logged.trials)[0], (), {}, {}, notes)
     if verdict is None:
         return Headline(None, 0, _NOTHING_JUDGED, (), {}, {}, notes)
     if not verdict.reasons:
         return Headline(None, verdict.step, _NOTHING_PROTECTED, (), {}, {}, notes)
-    sentence = (_DURING if logged.checks else _BEFORE)[verdict.decision].format(
-        step=verdict.step,
-        threatened=listing(verdict.threatened),
-        standing=_standing(verdict),
-        protected=listing(list(verdict.reasons)),
-    )
+    told = sentence(verdict, during=bool(logged.checks), since=alarms_since([check.verdict for check in logged.checks]))
+    told = f"At step {verdict.step}, {told}." if logged.checks else f"{told[0].upper()}{told[1:]}."
     about = verdict.threatened or tuple(verdict.reasons)
     return Headline(
         decision=verdict.decision,
         step=verdict.step,
-        sentence=sentence,
+        sentence=told,
         threatened=verdict.threatened,
         reasons={name: reason for name, reason in verdict.reasons.items() if name in about},
         other_reasons={name: reason for name, reason in verdict.reasons.items() if name not in about},
@@ -82,16 +78,52 @@ def headline(logged: Logged) -> Headline:
     )
 
 
-def _standing(verdict: Verdict) -> str:
-    """Which of the threatened domains are over their budgets and which on course to pass them."""
+def sentence(verdict: Verdict, *, during: bool, since: Mapping[str, int] | None = None) -> str:
+    """What a verdict on protected domains says: a sentence without its capital and its full stop.
+
+    Args:
+        verdict: with reasons.
+        during: whether it is on a check of a run, not on what was measured before the first step.
+        since: of alarms that stand, the steps of the checks that began them.
+
+    """
+    return (_DURING if during else _BEFORE)[verdict.decision].format(
+        threatened=listing(verdict.threatened),
+        standing=_standing(verdict, since or {}),
+        protected=listing(list(verdict.reasons)),
+    )
+
+
+def alarms_since(verdicts: Iterable[Verdict], before: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The alarms that stand after the last of some checks, with the step of the check that began each.
+
+    Args:
+        verdicts: on the checks, in order.
+        before: the same after the checks before these.
+
+    """
+    since = dict(before or {})
+    for verdict in verdicts:
+        since = {name: since.get(name, verdict.step) for name in verdict.alarmed}
+    return since
+
+
+def _standing(verdict: Verdict, since: Mapping[str, int]) -> str:
+    """Which of the threatened domains are over their budgets and which on course to pass them, and since when."""
+
+    def when(names: Sequence[str]) -> str:
+        steps = sorted({since.get(name, verdict.step) for name in names})
+        return "" if steps == [verdict.step] else f" since step {listing([str(step) for step in steps])}"
+
     over, course = ([n for n in verdict.threatened if verdict.states.get(n) == state] for state in ("over", "on course"))
     parts = []
     if over:
-        parts.append(f"{listing(over)} {'is' if len(over) == 1 else 'are'} over {_theirs(over)}")
+        parts.append(f"{listing(over)} {'is' if len(over) == 1 else 'are'} over {_theirs(over)}{when(over)}")
     if course:
-        parts.append(f"{listing(course)} {'is' if len(course) == 1 else 'are'} on course to pass {_theirs(course)}")
+        parts.append(f"{listing(course)} {'is' if len(course) == 1 else 'are'} on course to pass {_theirs(course)}{when(course)}")
     if not parts:  # a verdict from before there were states
-        parts.append(f"{listing(verdict.threatened)} {'has' if len(verdict.threatened) == 1 else 'have'} got worse")
+        worse = verdict.threatened
+        parts.append(f"{listing(worse)} {'has' if len(worse) == 1 else 'have'} got worse{when(worse)}")
     return ", and ".join(parts)
 
 
@@ -111,8 +143,7 @@ def _notes(logged: Logged) -> Iterator[str]:
         yield f"The run was not rehearsed: {logged.rehearsal.skipped}"
     if logged.forecast is not None and not verdicts and logged.trials is None:
         yield "No drift check can be read: this is what was expected before training, not what training did."
-    for name, steps in ended_alarms(verdicts).items():
-        yield f"An alarm for {name} stood at step {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " and ended."
+    yield from ended_notes(verdicts)
     if found := [check.snapshot for check in logged.checks if check.snapshot.step == logged.best_checkpoint]:
         assert logged.settings is not None  # else none would be the best
         used = percent(worst_share(found[0], logged.settings.policy))
@@ -125,6 +156,17 @@ def _notes(logged: Logged) -> Iterator[str]:
     elif logged.faults:
         yield f"{counted(len(logged.faults), 'failure')} of ours, which training survived: see Faults."
     yield from logged.unreadable
+
+
+def ended_notes(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """Which alarms have ended, in a sentence each.
+
+    Args:
+        verdicts: on all checks, in order.
+
+    """
+    for name, steps in ended_alarms(verdicts).items():
+        yield f"An alarm for {name} stood at step {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " and ended."
 
 
 def ended_alarms(verdicts: Sequence[Verdict]) -> dict[str, list[int]]:

@@ -49,6 +49,7 @@ class RunDirectory:
         self._skipped_file = folder / "skipped.jsonl"
         self._faults_file = folder / "faults.jsonl"
         self._report_file = folder / "report.html"
+        self._ended_file = folder / "ended.json"
         self._holds_another_run = anew
         self._unwritten_faults: deque[dict[str, Any]] = deque(maxlen=100)
 
@@ -98,6 +99,7 @@ class RunDirectory:
             n_damaged += sum(at is None for at, _ in by_step)
             kept = {at: row for at, row in by_step if at is not None and at <= step}
             _write_lines(file, [kept[at] for at in sorted(kept)])
+        self._ended_file.unlink(missing_ok=True)
         return n_damaged
 
     def write_settings(self, settings: RunSettings) -> None:
@@ -195,6 +197,23 @@ class RunDirectory:
             self._append(self._faults_file, self._unwritten_faults[0])
             self._unwritten_faults.popleft()
 
+    def write_ended(self, step: int) -> None:
+        """Write that training has ended, for those who follow the run from here.
+
+        Args:
+            step: optimizer steps done.
+
+        """
+        self._make_ready()
+        write_whole(self._ended_file, json.dumps({"step": step}) + "\n")
+
+    def written_at(self) -> float:
+        """When a file of the run was last written, in seconds since the epoch; 0 if there is none."""
+        try:
+            return max((file.stat().st_mtime for file in self.folder.iterdir() if file.suffix != ".part"), default=0.0)
+        except OSError:  # there is no folder, or a file has just been replaced
+            return 0.0
+
     def read_looks(self) -> Looks | None:
         """The plan of the checks of this run, if there is one that can be read."""
         try:
@@ -270,6 +289,7 @@ class RunDirectory:
             postponed=tuple(told(self._skipped_file, lambda row: Postponed(int(row["step"]), str(row["reason"])))),
             faults=tuple(told(self._faults_file, _fault_of)),
             unreadable=tuple(unreadable.values()),
+            ended_at=next(iter(told(self._ended_file, lambda row: int(row["step"]))), 0),
             best_checkpoint=self.best_checkpoint(_worst_shares(checks, settings)) if settings else 0,
         )
 

@@ -14,6 +14,7 @@ from sts_callback.errors import CannotTell
 from sts_callback.measure.monitor import Monitor
 from sts_callback.records import DriftSnapshot, Verdict
 from sts_callback.records.run import Looks, TimeSpent
+from sts_callback.report.headline import alarms_since
 from sts_callback.runs.directory import RunDirectory
 from sts_callback.training import looks, trainer_log
 from sts_callback.training.arguments import Settings
@@ -70,7 +71,8 @@ class Checks:
         self._always: tuple[int, ...] = ()
         self._last_check = self._last_try = 0
         self._is_postponed = self._owes_checkpoint = False
-        self._alarmed: tuple[str, ...] = ()
+        self._alarms: dict[str, int] = {}
+        """Those that stand, with the step of the check that began each."""
 
     @property
     def is_watching(self) -> bool:
@@ -91,7 +93,7 @@ class Checks:
             return
         last, self.verdict = made[-1]
         self._last_check = self._last_try = last.step
-        self._alarmed = self.verdict.alarmed
+        self._alarms = alarms_since(verdict for _, verdict in made)
         if self._last_check == state.global_step and not any(
             row.get("step") == state.global_step and trainer_log.N_SHARED in row for row in state.log_history
         ):  # the check came after the save, so its row is not in the checkpoint
@@ -215,7 +217,7 @@ class Checks:
         self.verdict = verdict = run.ranks.from_first(self._judged)
         if snapshot.diverged:
             run.guard.record(state, "model", f"it gives NaN or infinite numbers on {', '.join(snapshot.diverged)}", "")
-        is_new, self._alarmed = set(verdict.alarmed) - set(self._alarmed), verdict.alarmed
+        is_new, self._alarms = set(verdict.alarmed) - set(self._alarms), alarms_since([verdict], self._alarms)
         overhead.learn(overhead.spent_s - before_s)
         numbers = trainer_log.row(snapshot, run.settings.policy, verdict) | {
             "sts/overhead_s": overhead.spent_s,
@@ -223,7 +225,7 @@ class Checks:
         }
         sinks = [
             Sink("run log", lambda: self._write(monitor, snapshot, verdict)),
-            Sink("screen", lambda: run.recorder.show_check(snapshot, verdict)),
+            Sink("screen", lambda: run.recorder.show_check(snapshot, verdict, self._alarms, self.history.looks)),
             Sink("trainer's log", lambda: trainer_log.write(numbers, run.trainer(), state, control), first_only=False),
         ]
         if is_new:
@@ -246,7 +248,7 @@ class Checks:
         if callable(action):
             action(verdict)
             return
-        logger.warning("STS alarm at step %d: %s", verdict.step, verdict.explanation)
+        logger.info("STS alarm at step %d: %s", verdict.step, verdict.explanation)  # the screen has it already
         self._owes_checkpoint = action in ("checkpoint", "stop")
         self.ask_for_checkpoint(control)
         control.should_training_stop = control.should_training_stop or action == "stop"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,13 @@ from tqdm.auto import tqdm
 from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.scoring import rank_agreement
 from sts_callback.policy import judge_forecast
-from sts_callback.records import DriftSnapshot, Forecast, Verdict
+from sts_callback.records import DriftSnapshot, Estimate, Forecast, Verdict
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import Looks, RunSettings, TimeSpent
-from sts_callback.report.terminal.forecast import check_lines, forecast_table, layers_table
-from sts_callback.report.terminal.ledger import expectations_table
-from sts_callback.report.terminal.rehearsal import rehearsal_lines
-from sts_callback.report.terminal.rows import rows_table
+from sts_callback.report.terminal.check import check_view
+from sts_callback.report.terminal.forecast import forecast_view, layers_table
+from sts_callback.report.terminal.rehearsal import not_rehearsed, rehearsal_view
+from sts_callback.report.terminal.rows import rows_doubts
 from sts_callback.runs import ledger, track_record
 from sts_callback.runs.calibration import expected_changes
 from sts_callback.runs.directory import RunDirectory
@@ -33,6 +34,7 @@ class RunRecorder:
     def __init__(self, settings: Settings, directory: RunDirectory) -> None:
         """Name the user's settings and the folder of the run; nothing is written yet."""
         self._settings, self._directory = settings, directory
+        self._expected: Mapping[str, Estimate] = {}
 
     def write_settings(self, looks: Looks) -> None:
         """Write what the run was asked to do, and when it is planned to be checked."""
@@ -60,30 +62,35 @@ class RunRecorder:
         assert monitor.step_zero is not None
         monitor.step_zero.save(self._directory.baseline_file)
 
-    def show_forecast(self, monitor: Monitor, forecasts: Sequence[Forecast], verdict: Verdict, *, before_rehearsal: bool) -> None:
-        """Print what was read, the forecast, and how those of further SAEs agree with it.
+    def show_before(
+        self, monitor: Monitor, forecasts: Sequence[Forecast], rehearsal: Rehearsal | None, verdict: Verdict | None
+    ) -> None:
+        """Print what is known before the first step: by the rehearsal if there was one, else by the forecast.
 
         Args:
             monitor: that made them.
             forecasts: the one that decides first.
-            verdict: on it.
-            before_rehearsal: whether a rehearsal is to have the last word before training.
+            rehearsal: with doses or without; None if none was wanted.
+            verdict: on the rehearsal; None without doses.
 
         """
-        tqdm.write(rows_table(monitor.reads))
-        tqdm.write(forecast_table(forecasts[0], verdict, label="Verdict in context" if before_rehearsal else "Verdict"))
+        first, policy = forecasts[0], self._settings.policy
+        in_context = judge_forecast(first, policy)
+        if rehearsal is not None and verdict is not None:
+            tqdm.write(rehearsal_view(rehearsal, verdict, first, in_context, policy.budgets))
+        else:
+            tqdm.write(forecast_view(first, in_context, policy, expected=self._expected))
+            if rehearsal is not None:
+                tqdm.write(not_rehearsed(rehearsal))
+        if doubts := rows_doubts(monitor.reads):
+            tqdm.write(doubts)
         if len(forecasts) > 1:
-            tqdm.write(layers_table(forecasts, [rank_agreement(forecasts[0], f) for f in forecasts]))
+            tqdm.write(layers_table(forecasts, [rank_agreement(first, f) for f in forecasts]))
 
-    def show_rehearsal(self, rehearsal: Rehearsal, verdict: Verdict | None) -> None:
-        """Print what a rehearsal found, or why there was none."""
-        tqdm.write(rehearsal_lines(rehearsal, verdict))
-
-    def show_expectations(self, forecast: Forecast) -> None:
-        """Print what past runs make of a forecast, if there are enough of them."""
+    def learn_expectations(self, forecast: Forecast) -> None:
+        """Look up what past runs make of a forecast, if there are enough of them, before it is shown."""
         expected = track_record.expectations(ledger.read(self._settings.ledger).entries, forecast)
-        if expected is not None:
-            tqdm.write(expectations_table(expected))
+        self._expected = {} if expected is None else expected.nll_change
 
     def with_expected(self, rehearsal: Rehearsal) -> Rehearsal:
         """A rehearsal with what past runs make of it; with those that ship alone where the ledger cannot be read."""
@@ -99,9 +106,28 @@ class RunRecorder:
         self._directory.append_top_examples(monitor.top_activating_examples(snapshot.train.top_features))
         self._directory.append_check(snapshot, verdict, time)
 
-    def show_check(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
-        """Print a check."""
-        tqdm.write(check_lines(snapshot, verdict, self._settings.probes.n_features))
+    def show_check(self, snapshot: DriftSnapshot, verdict: Verdict, since: Mapping[str, int], looks: Looks) -> None:
+        """Print a check.
+
+        Args:
+            snapshot: the check.
+            verdict: on it.
+            since: of alarms that stand, the steps of the checks that began them.
+            looks: the planned checks.
+
+        """
+        rehearsal = self._directory.read_rehearsal()  # it is there after a resume too
+        shown = check_view(
+            snapshot,
+            verdict,
+            self._settings.policy.budgets,
+            since=since,
+            expected=rehearsal.expected if rehearsal else {},
+            next_step=next((step for step in looks.steps if step > snapshot.step), 0),
+            output_dir=self._directory.folder.parent,
+            learning_rate=rehearsal.doses[0].learning_rate if rehearsal and rehearsal.doses else math.nan,
+        )
+        tqdm.write(shown)
 
     def last_words(self, *, is_watched: bool, failed_checks: Sequence[int]) -> str:
         """What is said when training ends; if it was not wholly watched, the last line says so.

@@ -137,7 +137,10 @@ class Session:
         """Check the final weights, if training has ended early and the last check was not of them."""
         if not args.load_best_model_at_end:  # else the weights are no longer those of this step
             self.checks.check(state, control, model, always=True, is_last=True)
-        sinks = [Sink("run log", self._directory.write_waiting_faults)]
+        sinks = [
+            Sink("run log", self._directory.write_waiting_faults),
+            Sink("run log", lambda: self._directory.write_ended(state.global_step)),
+        ]
         if self.checks.is_watching:
             forecast, last = self.forecast, self.checks.history.newest
             if forecast is not None and last is not None:
@@ -251,16 +254,14 @@ class Session:
     def _begin(self, monitor: Monitor, state: TrainerState) -> None:
         assert monitor.step_zero is not None
         forecasts, self.rehearsal = self._forecasts, None  # no longer that of a run before
-        to_be_rehearsed = self._settings.rehearse is not False and self._trainer() is not None
-        self._verdict = verdict = self._ranks.from_first(lambda: judge_forecast(forecasts[0], self._settings.policy))
+        self._verdict = self._ranks.from_first(lambda: judge_forecast(forecasts[0], self._settings.policy))
         self._step_zero = {"baseline": monitor.step_zero.digest, "batch_tokens": self._batch_tokens}
         # Into `trainer_state.json`: a checkpoint then tells whose baseline it goes with. Not a class name, see `ExportableState`.
         _kept_with_checkpoints(state)[_STATE_KEY] = dict(self._step_zero)
         self._guard.tell(
             state,
             Sink("run log", lambda: self._write_step_zero(monitor)),
-            Sink("screen", lambda: self._recorder.show_forecast(monitor, forecasts, verdict, before_rehearsal=to_be_rehearsed)),
-            Sink("ledger", lambda: self._recorder.show_expectations(forecasts[0])),
+            Sink("ledger", lambda: self._recorder.learn_expectations(forecasts[0])),
         )
 
     def _rehearse(
@@ -275,6 +276,7 @@ class Session:
         """Take a few steps of the run before its first, unless that is not wanted, cannot be or does not pay."""
         settings, trainer = self._settings, self._trainer()
         if settings.rehearse is False:
+            self._guard.tell(state, Sink("screen", lambda: self._recorder.show_before(monitor, self._forecasts, None, None)))
             return
         share = max(settings.max_overhead, AUTO_SHARE) if settings.max_overhead < 1 else math.inf
 
@@ -313,7 +315,7 @@ class Session:
         self._guard.tell(
             state,
             Sink("run log", lambda: self._directory.write_rehearsal(made, verdict)),
-            Sink("screen", lambda: self._recorder.show_rehearsal(made, verdict)),
+            Sink("screen", lambda: self._recorder.show_before(monitor, self._forecasts, made, verdict)),
         )
 
     def _judged_rehearsal(self) -> Verdict | None:

@@ -214,8 +214,9 @@ def test_what_is_found_is_the_verdict_before_the_first_step(
     assert written["verdict"]["decision"] == "no-go"
     assert json.loads((tmp_path / "sts" / "forecast.json").read_text())["verdict"]["decision"] != "no-go"
     shown = capsys.readouterr().out
-    assert "STS rehearsal: NO-GO" in shown
-    assert "after 5 steps, over its budget of 0.00" in " ".join(shown.split())
+    assert "STS rehearsal: NO-GO, training is expected to make far worse\n" in shown
+    assert "STS forecast" not in shown  # the rehearsal has the last word, and says what it said
+    assert "after 5 steps" in shown and "said by examples in context: " in " ".join(shown.split())
     page = (tmp_path / "sts" / "report.html").read_text()
     assert "Rehearsal: a few steps, measured and put back" in page
     assert "Before training, the rehearsal said: no-go." in page

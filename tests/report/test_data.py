@@ -22,14 +22,14 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("decision", "threatened", "sentence"),
     [
-        ("go", (), "Nothing measured before training points to harm in law and code."),
+        ("go", (), "No sign of harm to law and code before training."),
         ("no-go", ("law",), "Training is expected to make law worse."),
         (
             "not covered",
             ("code",),
             "Nothing speaks against code, but most of the change there lies outside the SAE.",
         ),
-        ("cannot tell", ("law", "code"), "The evidence does not suffice to say what training will do to law and code."),
+        ("cannot tell", ("law", "code"), "The evidence does not suffice for law and code."),
     ],
 )
 def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...], sentence: str) -> None:
@@ -47,7 +47,7 @@ def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...
         (
             "not covered",
             ("law",),
-            "At step 7 nothing speaks against law, but most of the change there lies outside the SAE.",
+            "At step 7, nothing speaks against law, but most of the change there lies outside the SAE.",
         ),
         ("cannot tell", ("law",), "At step 7, the evidence does not suffice for law."),
     ],

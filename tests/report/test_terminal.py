@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
 import pytest
 
 from past import forecast_of, lawful_runs, run
-from samples import IDENTITY, answers, domain_drift, domain_forecast, estimate, forecast, rehearsal, score, snapshot
+from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.data.starter import starter_domains
-from sts_callback.policy import judge_drift, judge_forecast
-from sts_callback.records import Check, DriftSnapshot, Forecast, Snippet, State, TopActivatingExamples, Verdict
+from sts_callback.policy import judge_forecast
+from sts_callback.records import Check, DriftSnapshot, Forecast, Snippet, TopActivatingExamples, Verdict
 from sts_callback.records.remedies import (
     AdapterScales,
     AttributedRow,
@@ -25,9 +24,8 @@ from sts_callback.records.remedies import (
     SourceEffect,
 )
 from sts_callback.remedies.mixture import MixtureConstraints, search
-from sts_callback.report.terminal.forecast import check_lines, doctor_table, examples_lines, forecast_table, layers_table
+from sts_callback.report.terminal.forecast import doctor_table, examples_lines, forecast_details, layers_table
 from sts_callback.report.terminal.ledger import expectations_table, ledger_table
-from sts_callback.report.terminal.rehearsal import rehearsal_lines
 from sts_callback.report.terminal.remedies import adapter_scales_table, attribution_table, mix_table
 from sts_callback.runs.track_record import expectations, track_records
 
@@ -83,7 +81,7 @@ def _assert_narrow(text: str) -> None:
 
 def test_every_line_fits_80_columns_and_each_table_names_each_domain_once() -> None:
     record = _forecast()
-    text = forecast_table(record, _judged(record), colour=False)
+    text = forecast_details(record, _judged(record), colour=False)
     _assert_narrow(text)
     for rows in (_rows(text), _rivals(text)):
         assert sorted(row.split()[0] for row in rows) == sorted(["train", *NAMES])
@@ -104,7 +102,7 @@ def test_every_line_fits_80_columns_and_each_table_names_each_domain_once() -> N
 )
 def test_large_and_missing_numbers_keep_the_width_and_the_names(size: float, shown: str) -> None:
     record = forecast(domain_forecast("translation", sts_act=size, sts_icl=size), domain_forecast("law"))
-    text = forecast_table(record, _judged(record), colour=False)
+    text = forecast_details(record, _judged(record), colour=False)
     _assert_narrow(text)
     assert sorted(row.split()[0] for row in _rows(text)) == ["law", "train", "translation"]
     (row,) = [row for row in _rivals(text) if "translation" in row]
@@ -118,7 +116,7 @@ def test_wide_intervals_keep_the_width_and_lose_no_letter() -> None:
         "nll_change": estimate(-12.25, -113.0, 11.0),
     }
     record = forecast(domain_forecast("translation", **wild))
-    text = forecast_table(record, _judged(record), colour=False)
+    text = forecast_details(record, _judged(record), colour=False)
     _assert_narrow(text)
     first_table = text.split("transfer: STS_net")[0].splitlines()[2:]
     assert "-12000% to 13000%" in text
@@ -136,7 +134,7 @@ def test_missing_numbers_are_shown_as_such() -> None:
         "cosine": NAN,
     }
     record = forecast(domain_forecast("law", **missing))
-    text = forecast_table(record, _judged(record), colour=False)
+    text = forecast_details(record, _judged(record), colour=False)
     _assert_narrow(text)
     (row,) = [r for r in _rows(text) if "law" in r]
     assert " ".join(row.split()) == "! law unknown 1-1 +nan +nan to +nan +nan"
@@ -145,15 +143,15 @@ def test_missing_numbers_are_shown_as_such() -> None:
 def test_an_unknown_transfer_is_explained() -> None:
     unclear = domain_forecast("train", sts_net=score(0.1, -0.1, 0.3, own=NAN))
     record = forecast(domain_forecast("law", sts_net=score(0.1, own=NAN)), train=unclear)
-    text = forecast_table(record, _judged(record), colour=False)
+    text = forecast_details(record, _judged(record), colour=False)
     _assert_narrow(text)
     assert text.count("unknown") >= 3 and "nan%" not in text
-    assert "Transfer is unknown" not in forecast_table(_forecast(), _judged(_forecast()), colour=False)
+    assert "Transfer is unknown" not in forecast_details(_forecast(), _judged(_forecast()), colour=False)
 
 
 def test_training_data_come_first_then_the_domains_that_move_most() -> None:
     record = _forecast()
-    text = forecast_table(record, _judged(record), colour=False)
+    text = forecast_details(record, _judged(record), colour=False)
     for rows in (_rows(text), _rivals(text)):
         assert [row.split()[0] for row in rows] == ["train", *NAMES[::-1]]
 
@@ -161,18 +159,15 @@ def test_training_data_come_first_then_the_domains_that_move_most() -> None:
 def test_a_domain_without_a_score_comes_last_and_moves_no_other() -> None:
     crosses = {"a": 0.1, "b": NAN, "c": 0.3, "d": 0.2}
     record = forecast(*(domain_forecast(name, sts_net=cross) for name, cross in crosses.items()))
-    text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
+    text = forecast_details(record, Verdict("go", (), {}, 0), colour=False)
     assert [row.split()[0] for row in _rows(text)] == ["train", "c", "d", "a", "b"]
-    check = snapshot(40, *(domain_drift(name, relative_drift=drift) for name, drift in crosses.items()))
-    flat = check_lines(check, Verdict("go", (), {}, 40), 3, colour=False)
-    assert re.findall(r"(\w+) \S+% \(", flat) == ["train", "c", "d", "a", "b"]
 
 
 def test_a_row_holds_the_numbers_of_its_domain() -> None:
     cross = score(0.25, 0.2, 0.5, random=0.125, own=0.625)
     law = domain_forecast("law", sts_net=cross, rank=(2, 3), nll_change=estimate(-0.25, -0.5, 0.125), gradient_change=0.75)
     record = forecast(law)
-    text = forecast_table(record, _judged(record), colour=False)
+    text = forecast_details(record, _judged(record), colour=False)
     (row,) = [r for r in _rows(text) if "law" in r]
     assert " ".join(row.split()) == "! law 25% 15% to 75% 2-3 -0.25 -0.50 to +0.12 +0.75 1"
     (row,) = [r for r in _rivals(text) if "law" in r]
@@ -181,154 +176,21 @@ def test_a_row_holds_the_numbers_of_its_domain() -> None:
 
 def test_the_training_data_has_no_rank() -> None:
     record = _forecast()
-    row = _rows(forecast_table(record, _judged(record), colour=False))[0]
+    row = _rows(forecast_details(record, _judged(record), colour=False))[0]
     assert " ".join(row.split()) == "train 100% 100% to 100% +0.00 +0.00 to +0.00 -1.00"
 
 
 def test_below_stands_what_the_numbers_stand_on() -> None:
     record = _forecast()
-    flat = " ".join(forecast_table(record, _judged(record), colour=False).split())
+    flat = " ".join(forecast_details(record, _judged(record), colour=False).split())
     assert re.search(r"\b3 features .*\b50%", flat)
     assert re.search(r"tiny-sae at blocks\.2\.hook_resid_post.* 25% of variance .*noise floor .*0e\+00.* 2 s\b", flat)
-
-
-def test_a_threatened_domain_is_marked_and_its_reason_given() -> None:
-    record = _forecast(**HARM)
-    verdict = _judged(record)
-    text = forecast_table(record, verdict, colour=False)
-    assert [row.split()[:2] for row in _rows(text) if row.startswith("!")] == [["!", "law"]]
-    assert "\nVerdict: NO-GO\n" in text
-    assert "ALARM" not in text  # nothing has happened yet
-    assert len(re.findall("^  law: ", text, re.MULTILINE)) == 1
-    assert "code: expected" not in text
-
-
-def test_without_threat_every_reason_is_given() -> None:
-    record = _forecast()
-    text = forecast_table(record, _judged(record), colour=False)
-    assert "\nVerdict: GO\n" in text
-    assert [len(re.findall(rf"^  {name}: ", text, re.MULTILINE)) for name in NAMES] == [1] * 5
-
-
-def test_colour_shows_only_where_it_is_wanted() -> None:
-    record = _forecast(**HARM)
-    for show in (True, False):
-        assert (ESCAPE in forecast_table(record, _judged(record), colour=show)) == show
-        assert (ESCAPE in check_lines(_check("law", **HARM), Verdict("go", (), {}, 40), 3, colour=show)) == show
-
-
-def test_colour_follows_the_terminal_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = _forecast()
-    for show in (True, False):
-        monkeypatch.setattr("sys.stdout.isatty", lambda show=show: show)
-        assert (ESCAPE in forecast_table(record, _judged(record))) == show
-
-
-def test_colour_changes_no_text() -> None:
-    record = _forecast(**HARM)
-    coloured = forecast_table(record, _judged(record), colour=True)
-    zero_shot = "\n".join(line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", coloured).splitlines())
-    assert zero_shot == forecast_table(record, _judged(record), colour=False)
-
-
-def test_a_check_without_threat_names_each_domain_once_and_no_reason() -> None:
-    check = _check(*NAMES)
-    verdict = judge_drift([check], PolicyConfig({"law": 0.1}, patience=1))
-    text = check_lines(check, verdict, 3, colour=False)
-    _assert_narrow(text)
-    flat = " ".join(text.split())
-    assert re.match(r"STS step 40: GO; .*; 2 s train 30\.0% \(\+0\.00\) ", flat)
-    assert re.search(r" 2 of the 3 features .*superseded$", flat)
-    assert [len(re.findall(rf"\b{name} 30\.0%", flat)) for name in NAMES] == [1] * 5
-    assert "has not moved" not in flat
-
-
-def test_a_check_that_supersedes_no_forecast_says_nothing_of_it() -> None:
-    check = snapshot(40, domain_drift("law"), train=domain_drift("train", relative_drift=0.01))
-    text = check_lines(check, judge_drift([check], PolicyConfig()), 3, colour=False)
-    assert " 2 of the 3 features " in text and "superseded" not in text
-
-
-def test_text_drift_is_shown_where_it_is_known() -> None:
-    known = snapshot(40, domain_drift("law"), output_drift=estimate(0.125, -0.0625, 0.25))
-    for check, n_lines in ((known, 1), (snapshot(40, domain_drift("law")), 0)):
-        text = check_lines(check, Verdict("go", (), {}, 40, True), 100, colour=False)
-        _assert_narrow(text)
-        assert text.count("12.5% (-6.2% to 25.0%)") == n_lines
-
-
-def test_whose_answers_a_forecast_is_made_from_is_told_if_they_are_the_models_own() -> None:
-    for source, n_lines in (("own rollouts", 1), ("reference answers", 0)):
-        text = forecast_table(forecast(domain_forecast("law"), train_source=source), Verdict("go", (), {}, 0), colour=False)
-        _assert_narrow(text)
-        assert text.count("best-rewarded rollouts") == n_lines
-
-
-def test_a_check_breaks_its_lines_between_domains_only() -> None:
-    lines = check_lines(_check(*(f"domain{i}" for i in range(12))), Verdict("go", (), {}, 40), 3, colour=False).splitlines()
-    assert len(lines) > 4
-    assert all(re.fullmatch(r"(  \w+ \d+\.\d% \(\+0\.00\))+", line) for line in lines[1:-1])
-
-
-def test_a_rehearsal_is_a_table_with_its_rate_its_verdict_and_the_overlap() -> None:
-    doses = _check("law", "code", step=5, **HARM), _check("law", "code", step=10, nll_change=1.5)
-    states: dict[str, State] = {"law": "over", "code": "within"}
-    judged = Verdict("no-go", ("law",), {"law": "at +0.50 after 5 steps.", "code": "is within."}, 0, states=states)
-    told = rehearsal(*doses, expected={"law": estimate(0.7, 0.2, 1.2), "code": estimate(0.0, -0.1, 0.1)})
-    text = rehearsal_lines(told, judged, colour=False)
-    flat = " ".join(text.split())
-    assert "NO-GO; 5 steps at a rate of 0.001" in flat
-    assert "law +0.50 [+0.50, +0.50] +0.70 [+0.20, +1.20] 30.0% over" in flat
-    assert "code 0.00 [0.00, 0.00] 0.00 [-0.10, +0.10] 30.0% within" in flat
-    assert "named 2 of the 3 features" in flat
-    assert "law: at +0.50 after 5 steps." in flat
-    _assert_narrow(rehearsal_lines(rehearsal(_check(*(f"domain{i}" for i in range(12)))), judged, colour=False))
-
-
-def test_nothing_is_expected_at_the_end_where_no_runs_tell() -> None:
-    judged = Verdict("go", (), {"law": "is within."}, 0)
-    assert "expected" not in rehearsal_lines(rehearsal(_check("law", step=5)), judged, colour=False)
-
-
-def test_why_there_is_no_rehearsal_is_told_in_a_line() -> None:
-    text = rehearsal_lines(rehearsal(skipped="its model is sharded."), None, colour=False)
-    assert text == "STS: this run is not rehearsed: its model is sharded."
-
-
-def test_a_check_lists_what_moved_most_first() -> None:
-    check = snapshot(40, *(domain_drift(n, relative_drift=d) for n, d in (("a", 0.1), ("b", 0.4), ("c", 0.2))))
-    flat = " ".join(check_lines(check, Verdict("go", (), {}, 40), 3, colour=False).split())
-    assert re.findall(r"(\w+) \d+\.\d% \(", flat) == ["train", "b", "c", "a"]
-
-
-def test_a_threat_that_has_held_is_an_alarm_and_a_new_one_is_watched() -> None:
-    checks = [_check("law", "code", step=step, **answers(0.5, 0.25)) for step in (20, 40)]
-    policy = PolicyConfig({"law": 0.1, "code": 0.1}, patience=2)
-    watch = check_lines(checks[0], judge_drift(checks[:1], policy), 3, colour=False)
-    alarm = check_lines(checks[1], judge_drift(checks, policy), 3, colour=False)
-    assert watch.startswith("STS step 20: WATCH; ")
-    assert "ALARM" not in watch
-    assert alarm.startswith("STS step 40: ALARM; ")
-    for text in (watch, alarm):
-        assert "\n  law: at +0.50 [+0.41, +0.59] nats a token after" in text
-        assert "code: has" not in text
-    _assert_narrow(alarm)
-    back = check_lines(checks[1], dataclasses.replace(judge_drift(checks, policy), best_checkpoint=20), 3, colour=False)
-    assert back == alarm + "\n  Best checkpoint on disk: checkpoint-20."
-
-
-@pytest.mark.parametrize("name", ["my law: v2", "code[py]", "[bold]"])
-def test_names_are_shown_as_they_are_whatever_they_hold(name: str) -> None:
-    record = forecast(domain_forecast(name, sts_net=0.5, **HARM))
-    text = forecast_table(record, _judged(record), colour=False)
-    assert f"! {name} " in text
-    assert f"\n  {name}: " in text
 
 
 def test_a_name_too_long_for_its_column_loses_no_letter() -> None:
     name = "abcdefghijklmnopqrstuvwxyz0123456789"
     record = forecast(domain_forecast(name), domain_forecast("law", sts_net=0.01))
-    text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
+    text = forecast_details(record, Verdict("go", (), {}, 0), colour=False)
     _assert_narrow(text)
     for last_title in ("harm", "unseen"):
         below = re.split(rf"\n\s*domain .*{last_title}\n", text)[1].split("\n\n")[0].splitlines()
@@ -339,7 +201,7 @@ def test_a_name_too_long_for_its_column_loses_no_letter() -> None:
 def test_the_longest_shipped_name_is_shown_in_full_when_threatened() -> None:
     name = max(starter_domains(), key=len)
     record = forecast(domain_forecast(name, sts_net=0.5, **HARM))
-    assert f"! {name} " in forecast_table(record, _judged(record), colour=False)
+    assert f"! {name} " in forecast_details(record, _judged(record), colour=False)
 
 
 CHECKS = (
@@ -366,13 +228,6 @@ def test_the_doctor_is_coloured_only_where_it_is_wanted(monkeypatch: pytest.Monk
         assert (ESCAPE in doctor_table(CHECKS, colour=show)) == show
         monkeypatch.setattr("sys.stdout.isatty", lambda show=show: show)
         assert (ESCAPE in doctor_table(CHECKS)) == show
-
-
-@pytest.mark.parametrize(("decision", "shown"), [("not covered", "NOT COVERED"), ("cannot tell", "CANNOT TELL"), ("go", "GO")])
-def test_a_decision_is_named_in_capitals(decision: Any, shown: str) -> None:
-    verdict = Verdict(decision, ("law",), {"law": "because."}, 0)
-    text = forecast_table(_forecast(), verdict, colour=False)
-    assert f"\nVerdict: {shown}\n  law: because." in text
 
 
 def test_features_in_words_show_the_strongest_place_of_each_set() -> None:
@@ -461,14 +316,6 @@ def test_wild_past_runs_keep_the_width() -> None:
     assert expected is not None
     _assert_narrow(expectations_table(expected, colour=False))
     _assert_narrow(ledger_table(track_records(wild), colour=False))
-
-
-def test_what_the_doctor_warns_of_stands_below_a_forecast() -> None:
-    checks = (Check("L0", "warn", "120 active features a token, 47 nominal", "take another"), Check("layer", "pass", "12", ""))
-    record = forecast(domain_forecast("law"), checks=checks)
-    text = forecast_table(record, Verdict("go", (), {}, 0), colour=False)
-    assert "L0: 120 active features a token, 47 nominal; take another" in text
-    assert "layer: 12" not in text
 
 
 def _blame(**changes: Any) -> Attribution:

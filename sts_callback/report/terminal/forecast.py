@@ -1,46 +1,67 @@
-"""Forecasts, drift checks and the checks before a forecast, as text."""
+"""Forecasts, and the checks before one, as text."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from sts_callback.records import (
-    Check,
-    Decision,
-    DriftSnapshot,
-    Estimate,
-    Forecast,
-    Status,
-    TopActivatingExamples,
-    Verdict,
-    in_capitals,
+from sts_callback.config import PolicyConfig
+from sts_callback.records import Check, Estimate, Forecast, Status, TopActivatingExamples, Verdict
+from sts_callback.report.summary import downwards, of_forecast
+from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered, wrapped
+from sts_callback.report.terminal.verdict import (
+    COLOURS,
+    advice_lines,
+    open_reasons,
+    reason_lines,
+    summary_parts,
+    verdict_line,
 )
-from sts_callback.report.terminal.text import WIDTH, downwards, marked, new_table, rendered
 from sts_callback.report.validated import WHAT_HOLDS
 
-COLOURS: dict[Decision, str] = {
-    "go": "green",
-    "watch": "yellow",
-    "no-go": "bold red",
-    "not covered": "magenta",
-    "cannot tell": "magenta",
-}
-_OWN_ROLLOUTS = "training examples: the model's own best-rewarded rollouts of the first step"
 
-
-def forecast_table(forecast: Forecast, verdict: Verdict, *, label: str = "Verdict", colour: bool | None = None) -> str:
-    """The forecast: one row a domain, the most moved first, the training data itself on top; below it, what it stands on.
+def forecast_view(
+    forecast: Forecast,
+    verdict: Verdict,
+    policy: PolicyConfig | None,
+    *,
+    expected: Mapping[str, Estimate] | None = None,
+    colour: bool | None = None,
+) -> str:
+    """A forecast: the verdict, a row a domain, what it rests on, doubts, and what to do about a no-go.
 
     Args:
         forecast: to be shown.
         verdict: on it.
-        label: what the verdict is called.
+        policy: with the protected domains; None where that is not known.
+        expected: change of each domain's NLL at the end of the run, by past runs.
         colour: whether to use colours; by default where a terminal shows them.
+
+    """
+    return rendered(
+        [
+            verdict_line("STS forecast", verdict),
+            *summary_parts(of_forecast(forecast, verdict, policy, expected)),
+            *doubts(forecast),
+            *open_reasons(verdict),
+            *advice_lines(verdict, Path("OUTPUT_DIR")),
+        ],
+        colour,
+    )
+
+
+def forecast_details(forecast: Forecast, verdict: Verdict, *, colour: bool | None = None) -> str:
+    """All scores of a forecast, the most moved domain first and the training data itself on top; and what holds of them.
+
+    Args:
+        forecast: to be shown.
+        verdict: on it.
+        colour: as for the others.
 
     """
     rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: downwards(d.sts_net.value)))
@@ -80,7 +101,7 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, label: str = "Verdic
         "transfer: STS_net, 0 % as by plain prose, 100 % as the training data itself;\n"
         "how much, not in which direction. change: of the answers' NLL, with training\n"
         "examples in context against plain prose, nats a token; grad: the same by a small\n"
-        "step that gains the training data one nat; + is bad. harm: the place by both\n"
+        "step that gains the training data one nat; + is worse. harm: the place by both\n"
         "together, 1 the worst; an order, not a sign."
     )
     if math.isnan(forecast.train.transfer.value):
@@ -94,18 +115,18 @@ def forecast_table(forecast: Forecast, verdict: Verdict, *, label: str = "Verdic
         f"unexplained; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
         + (f"\n({parts_of_time})" if parts_of_time else "")
     )
-    verdict_line = Text(f"{label}: {in_capitals(verdict.decision, verdict.step)}", style=COLOURS[verdict.decision])
-    parts: list[Text | Table] = [
-        Text(f"STS forecast: what training will move ({held})", style="bold"),
-        table,
-        Text(legend, style="dim"),
-        Text(textwrap.fill(WHAT_HOLDS, WIDTH) + "\n", style="dim"),
-        baselines,
-        Text(foot + "\n", style="dim"),
-        *([Text(_OWN_ROLLOUTS, style="yellow")] if forecast.train_source == "own rollouts" else []),
-        *(Text(f"{c.name}: {c.found}; {c.remedy}", style="yellow") for c in forecast.checks if c.status == "warn"),
-    ]
-    return rendered([*parts, verdict_line, *reason_lines(verdict)], colour)
+    return rendered(
+        [
+            Text(f"All scores ({held})", style="bold"),
+            table,
+            Text(legend, style="dim"),
+            Text(textwrap.fill(WHAT_HOLDS, WIDTH) + "\n", style="dim"),
+            baselines,
+            Text(foot, style="dim"),
+            *reason_lines(verdict.reasons),
+        ],
+        colour,
+    )
 
 
 def layers_table(forecasts: Sequence[Forecast], agreement: Sequence[float], *, colour: bool | None = None) -> str:
@@ -149,36 +170,12 @@ def examples_lines(words: Sequence[TopActivatingExamples], *, colour: bool | Non
     return rendered(parts, colour)
 
 
-def check_lines(snapshot: DriftSnapshot, verdict: Verdict, n_features: int, *, colour: bool | None = None) -> str:
-    """A drift check: a line of how far each domain has moved, and reasons if a protected one is threatened."""
-    head = Text(f"STS step {snapshot.step}: {in_capitals(verdict.decision, verdict.step)}", style=COLOURS[verdict.decision])
-    head.append(f"; drift (change of NLL) since step 0; {snapshot.seconds:.0f} s", style="not bold default")
-    superseded = " and is superseded" if verdict.supersedes_forecast else ""
-    foot = [
-        Text(f"  the forecast named {snapshot.n_shared} of the {n_features} features that moved most{superseded}", style="dim")
-    ]
-    text = snapshot.output_drift
-    if not math.isnan(text.value):
-        interval = f"{text.low:.1%} to {text.high:.1%}"
-        foot.append(Text(f"  what the policy writes has moved by {text.value:.1%} ({interval})", style="dim"))
-    return rendered([head, *moved_lines(snapshot), *foot, *(reason_lines(verdict) if verdict.threatened else [])], colour)
-
-
-def moved_lines(snapshot: DriftSnapshot) -> list[Text]:
-    """How far each set has moved, the training data first, then the most moved."""
-    moved = sorted(snapshot.domains.values(), key=lambda d: downwards(d.relative_drift.value))
-    items = [f"{d.name} {d.relative_drift.value:.1%} ({d.nll_change.value:+.2f})" for d in (snapshot.train, *moved)]
-    # textwrap breaks at plain spaces only, so that an item stays on its line.
-    lines = textwrap.wrap("  ".join(item.replace(" ", "\u00a0") for item in items), WIDTH - 2)
-    return [Text("  " + line.replace("\u00a0", " ")) for line in lines]
-
-
-def reason_lines(verdict: Verdict) -> list[Text]:
-    """The reasons that matter: of the threatened domains if there are any, else of all."""
-    shown = verdict.threatened or verdict.reasons
-    wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
-    told = [*(f"{name}: {verdict.reasons[name]}" for name in shown), *([verdict.way_back] if verdict.way_back else [])]
-    return [Text(line) for text in told for line in wrap.wrap(text)]
+def doubts(forecast: Forecast) -> list[Text]:
+    """What weakens a forecast, and what to do about it."""
+    told = [f"{c.name}: {c.found}; {c.remedy}." for c in forecast.checks if c.status == "warn"]
+    if forecast.train_source == "own rollouts":
+        told.insert(0, "Training examples: the model's own best-rewarded rollouts of the first step.")
+    return wrapped(told, "yellow")
 
 
 def _percent(share: float) -> str:

@@ -2,60 +2,63 @@
 
 from __future__ import annotations
 
-import textwrap
+from collections.abc import Mapping
+from pathlib import Path
 
 from rich.text import Text
 
-from sts_callback.records import Estimate, Verdict
-from sts_callback.records.rehearsal import Dose, Rehearsal, Trials
+from sts_callback.config import PlainBudget
+from sts_callback.records import Forecast, Verdict
+from sts_callback.records.rehearsal import Rehearsal, Trial, Trials
 from sts_callback.report import formatting
-from sts_callback.report.terminal.forecast import COLOURS, reason_lines
-from sts_callback.report.terminal.text import FINDING_COLOURS, WIDTH, downwards, new_table, rendered
+from sts_callback.report.summary import of_rehearsal
+from sts_callback.report.terminal.forecast import doubts
+from sts_callback.report.terminal.text import FINDING_COLOURS, new_table, rendered, wrapped
+from sts_callback.report.terminal.verdict import advice_lines, open_reasons, summary_parts, verdict_line
 from sts_callback.report.trials import answers, replay_words
 
-_STATES: dict[str, str] = {"within": "green", "on course": "red", "over": "bold red", "inconclusive": "magenta"}
 
-
-def rehearsal_lines(rehearsal: Rehearsal, verdict: Verdict | None, *, colour: bool | None = None) -> str:
-    """A rehearsal: what its steps have done to each domain, what is expected at the end of the run, and the verdict.
+def rehearsal_view(
+    rehearsal: Rehearsal,
+    verdict: Verdict,
+    forecast: Forecast,
+    in_context: Verdict,
+    budgets: Mapping[str, PlainBudget],
+    *,
+    colour: bool | None = None,
+) -> str:
+    """A rehearsal: the verdict, a row a domain, what it rests on, how the forecast fits to it, and what to do about a no-go.
 
     Args:
-        rehearsal: with doses or without.
-        verdict: what follows; None where there are no doses.
+        rehearsal: with doses.
+        verdict: on it.
+        forecast: of the run.
+        in_context: the verdict on that.
+        budgets: of the protected domains.
         colour: as for the others.
 
     """
-    if verdict is None:
-        told = textwrap.wrap(f"STS: this run is not rehearsed: {rehearsal.skipped}", WIDTH)
-        return rendered([Text(line, style="yellow") for line in told], colour)
     own = rehearsal.doses[0]
-    head = Text(f"STS rehearsal: {verdict.decision.upper()}", style=COLOURS[verdict.decision])
-    head.append(f"; {_steps(own)}, then put back; {rehearsal.seconds:.0f} s", style="not bold default")
-    told = ["domain", f"after {own.n_steps} steps", *(["at the end, expected"] if rehearsal.expected else []), "drift", "budget"]
-    table = new_table(*told)
-    worst_first = sorted(own.check.domains.values(), key=lambda d: (d.name not in verdict.states, downwards(d.nll_change.value)))
-    for domain in worst_first:
-        state = verdict.states.get(domain.name, "")
-        expected = rehearsal.expected.get(domain.name)
-        table.add_row(
-            Text("  " + domain.name),
-            _with_interval(domain.nll_change),
-            *([_with_interval(expected)] if expected else []),
-            f"{domain.relative_drift.value:.1%}",
-            Text(state, style=_STATES.get(state, "")),
-        )
-    features = len(own.check.realised_features)
-    notes = ["Change of the answers' NLL, nats a token, with 95 % intervals; above 0 is worse."]
-    if rehearsal.expected:
-        notes.append("Expected: by runs of a model of this size that were rehearsed and then made.")
-    notes.append(f"The forecast named {own.check.n_shared} of the {features} features that these steps moved most.")
-    dim = [Text("  " + line, style="dim") for line in textwrap.wrap(" ".join(notes), WIDTH - 2)]
-    return rendered([head, table, *dim, *reason_lines(verdict)], colour)
+    beside = (
+        f"The forecast named {own.check.n_shared} of the {len(own.check.realised_features)} features that these steps moved most"
+        + (f", and said by examples in context: {in_context.decision}." if in_context.reasons else ".")
+    )
+    return rendered(
+        [
+            verdict_line("STS rehearsal", verdict),
+            *summary_parts(of_rehearsal(rehearsal, verdict, budgets)),
+            *wrapped([beside], "dim"),
+            *doubts(forecast),
+            *open_reasons(verdict),
+            *advice_lines(verdict, Path("OUTPUT_DIR"), own.learning_rate),
+        ],
+        colour,
+    )
 
 
-def _with_interval(estimate: Estimate) -> str:
-    ends = formatting.interval(estimate, formatting.nats)
-    return f"{formatting.nats(estimate.value)} [{ends.replace(' to ', ', ')}]" if ends else formatting.nats(estimate.value)
+def not_rehearsed(rehearsal: Rehearsal, *, colour: bool | None = None) -> str:
+    """Why a run was not rehearsed."""
+    return rendered([*wrapped([f"STS: this run is not rehearsed: {rehearsal.skipped}"], "yellow")], colour)
 
 
 def trials_table(found: Trials, *, colour: bool | None = None) -> str:
@@ -63,40 +66,32 @@ def trials_table(found: Trials, *, colour: bool | None = None) -> str:
     first, *_ = found.trials
     table = new_table("replay", "rate", "worst domain", "change", "95 %", "verdict")
     for trial in found.trials:
-        worst = trial.worst(found.limits)
-        budget = found.limits[worst.name]
-        harm, form = worst.harm_in(budget.unit), formatting.harm_form(budget.unit)
+        worst = trial.worst(found.limits).name
+        rate, name, harm, ends, state = _cells(found, trial, worst)
         style = FINDING_COLOURS[trial.finding]
-        state = trial.verdict.states.get(worst.name, "inconclusive")
-        table.add_row(
-            Text(replay_words(trial.replay)),
-            f"{trial.learning_rate:g}",
-            Text(worst.name),
-            Text(form(harm.value), style=style),
-            formatting.interval(harm, form),
-            Text(state, style=style),
-        )
+        table.add_row(Text(replay_words(trial.replay)), rate, name, Text(harm, style=style), ends, Text(state, style=style))
     n_steps = first.rehearsal.doses[0].n_steps
-    head = f"STS rehearse: {n_steps} real steps each, then put back ({found.adapter}, {found.seconds:.0f} s)"
     note = (
-        f"Change of the domain's answers after {n_steps} steps, in the unit of its budget. A run goes on for "
-        f"{first.rehearsal.steps_planned} steps: what is within its budget here may pass it later, so keep the callback on."
+        f"{n_steps} real steps each, then put back ({found.adapter}, {found.seconds:.0f} s). Change of the domain's answers, in "
+        f"the unit of its budget, + is worse. A run goes on for {first.rehearsal.steps_planned} steps: what is within its budget "
+        "here may pass it later, so keep the callback on."
     )
-    return rendered(
-        [
-            Text(head, style="bold"),
-            table,
-            Text(),
-            *(
-                Text(line, style=FINDING_COLOURS[found.finding])
-                for answer in answers(found)
-                for line in textwrap.wrap(answer, WIDTH)
-            ),
-            Text("\n" + textwrap.fill(note, WIDTH), style="dim"),
-        ],
-        colour,
-    )
+    first_answer, *others = answers(found)
+    style = FINDING_COLOURS[found.finding]
+    return rendered([*wrapped([f"STS rehearse: {first_answer}", *others], style), table, *wrapped([note], "dim")], colour)
 
 
-def _steps(dose: Dose) -> str:
-    return f"{dose.n_steps} steps at a rate of {dose.learning_rate:.2g}"
+def trials_details(found: Trials, *, colour: bool | None = None) -> str:
+    """All protected domains at each rate and mixture."""
+    table = new_table("replay", "rate", "domain", "change", "95 %", "verdict")
+    for trial in found.trials:
+        for name in found.limits:
+            table.add_row(Text(replay_words(trial.replay)), *_cells(found, trial, name))
+    return rendered([Text("Every protected domain", style="bold"), table], colour)
+
+
+def _cells(found: Trials, trial: Trial, name: str) -> tuple[str, Text, str, str, str]:
+    unit = found.limits[name].unit
+    harm, form = trial.check.domains[name].harm_in(unit), formatting.harm_form(unit)
+    state = trial.verdict.states.get(name, "inconclusive")
+    return f"{trial.learning_rate:g}", Text(name), form(harm.value), formatting.interval(harm, form), state

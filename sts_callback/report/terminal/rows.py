@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from sts_callback.data.counts import RowsRead, most_frequent
@@ -18,6 +17,19 @@ def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
     for one in reads:
         numbers = (one.n_rows, one.n_read, one.n_used, sum(one.left_out.values()), one.n_cut)
         table.add_row(Text("  " + one.name), *(f"{number:,}" for number in numbers))
+    legend = (
+        "read: until there are enough; of several turns, the first is the answer.\n"
+        "cut: prompts or answers longer than max_tokens."
+    )
+    return rendered([table, Text(legend, style="dim"), *_doubts(reads), Text("")], colour)
+
+
+def rows_doubts(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
+    """Show the reasons for rows left out, and notes, alone; empty if there are none."""
+    return rendered([*_doubts(reads)], colour)
+
+
+def _doubts(reads: Sequence[RowsRead]) -> list[Text]:
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
     lines: list[str] = []
     for one in reads:
@@ -25,14 +37,4 @@ def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
         if one.unread:
             lines.append(f"{one.name}: columns not read: {', '.join(one.unread)}")
         lines += [f"{one.name}: {note}" for note in one.notes]
-    legend = (
-        "read: until there are enough; of several turns, the first is the answer.\n"
-        "cut: prompts or answers longer than max_tokens."
-    )
-    parts: list[Text | Table] = [
-        table,
-        Text(legend, style="dim"),
-        *(Text(part, style="yellow") for line in lines for part in wrap.wrap(line)),
-        Text(""),
-    ]
-    return rendered(parts, colour)
+    return [Text(part, style="yellow") for line in lines for part in wrap.wrap(line)]

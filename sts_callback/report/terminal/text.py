@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-import math
+import os
 import sys
+import textwrap
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
@@ -37,14 +39,15 @@ def marked(head: str, snippet: Snippet, n_before: int) -> Text:
     return line
 
 
-def downwards(number: float) -> tuple[bool, float]:
-    """Sort key: the largest first and NaN last."""
-    return math.isnan(number), -number
+def wrapped(told: Iterable[str], style: str = "") -> list[Text]:
+    """Sentences as lines, further ones of each further in."""
+    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent="  ")
+    return [Text(line, style=style) for text in told for line in wrap.wrap(text)]
 
 
 def rendered(parts: list[Text | Table], colour: bool | None) -> str:
-    """Join parts, one below the other. Colours are as asked; None means colours only on a terminal."""
-    show = sys.stdout.isatty() if colour is None else colour
+    """Join parts, one below the other. Colours are as asked; None means only on a terminal, and there not with `NO_COLOR`."""
+    show = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
     console = Console(
         file=io.StringIO(),
         width=WIDTH,

@@ -1,0 +1,253 @@
+"""Forecast, rehearsal and check on the screen: the verdict first, one table, what it rests on, what to do. Nothing twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samples import answers, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
+from sts_callback.cli import parser
+from sts_callback.config import PolicyConfig
+from sts_callback.policy import judge_drift, judge_forecast, judge_rehearsal
+from sts_callback.records import Check, DriftSnapshot, Estimate, Forecast, TokenAccuracy, Verdict
+from sts_callback.report.headline import alarms_since
+from sts_callback.report.terminal.check import check_view
+from sts_callback.report.terminal.forecast import forecast_view
+from sts_callback.report.terminal.rehearsal import not_rehearsed, rehearsal_view
+
+POLICY = PolicyConfig({"law": 0.1, "code": 0.1})
+NAN = float("nan")
+NAMES = ("code", "everyday", "law", "health", "translation")
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the terminal that runs the tests wants."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def before(record: Forecast, policy: PolicyConfig = POLICY, **options: Any) -> str:
+    return forecast_view(record, judge_forecast(record, policy), policy, **{"colour": False, **options})
+
+
+def harmed(law: float = 0.5, code: float = 0.0, step: int = 20, **changes: Any) -> DriftSnapshot:
+    moved = {"relative_drift": 0.3, **changes}
+    return snapshot(step, domain_drift("law", **moved, **answers(law, 0.05)), domain_drift("code", **answers(code, 0.01)))
+
+
+def during(check: DriftSnapshot, policy: PolicyConfig = POLICY, **options: Any) -> str:
+    return check_view(check, judge_drift([check], policy), policy.budgets, **{"colour": False, **options})
+
+
+def told_rehearsal(law: float = 0.5, **changes: Any) -> str:
+    found, record = rehearsal(harmed(law, step=5), **changes), forecast(domain_forecast("law"), domain_forecast("code"))
+    judged = judge_rehearsal(found, POLICY)
+    return rehearsal_view(found, judged, record, judge_forecast(record, POLICY), POLICY.budgets, colour=False)
+
+
+def rows(text: str) -> dict[str, str]:
+    """Of the table, by the domain: the rest of its row."""
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("domain "))
+    found = {}
+    for line in lines[head + 1 :]:
+        if not (made := re.match(r"[! ] (\S+)(.*)", line)):
+            break
+        found[made[1]] = " ".join(made[2].split())
+    return found
+
+
+def titles(text: str) -> list[str]:
+    return re.split(
+        r"\s{2,}| (?=moves|moved|now|budget|in context|after)", next(x for x in text.splitlines() if x[:7] == "domain ")
+    )
+
+
+WILD = {"nll_change": estimate(-12.25, -113.0, 11.0)}
+SHOWN: dict[str, Callable[[], str]] = {
+    "forecast": lambda: before(forecast(*(domain_forecast(name) for name in NAMES))),
+    "forecast with past runs": lambda: before(
+        forecast(domain_forecast("law"), domain_forecast("code")), expected={"law": estimate(1)}
+    ),
+    "threatening forecast": lambda: before(forecast(domain_forecast("law", nll_change=0.5), domain_forecast("code"))),
+    "rehearsal": lambda: told_rehearsal(expected={"law": estimate(0.7, 0.2, 1.2)}),
+    "check": lambda: during(harmed(0.0)),
+    "alarm": lambda: during(harmed(), output_dir=Path("runs/a-folder-with-a-long-name/" * 3)),
+    "wild numbers": lambda: during(snapshot(20, domain_drift("law", **WILD), domain_drift("code", **WILD))),
+}
+
+
+@pytest.mark.parametrize("what", SHOWN)
+def test_the_verdict_comes_first_then_one_narrow_table_of_at_most_six_columns(what: str) -> None:
+    text = SHOWN[what]()
+    first, *rest = text.splitlines()
+    assert re.match(r"STS (forecast|rehearsal|step 20): (GO|NO-GO|ALARM|CANNOT TELL), ", first)
+    assert sum(line.startswith("domain ") for line in rest) == 1
+    assert len(titles(text)) <= 6
+    assert [line for line in text.splitlines() if len(line) > 80 and " " in line.strip()] == []
+    numbers = re.findall(r"[-+]\d+\.\d+ \[", text)
+    assert len(numbers) == len(set(numbers)) or what in ("wild numbers", "rehearsal")  # the table has them, and nothing else
+
+
+def test_a_forecast_says_how_each_domain_stands_against_its_budget() -> None:
+    policy = PolicyConfig({"law": 0.1, "code": "2 points", "health": 0.3})
+    record = forecast(
+        domain_forecast("law", nll_change=estimate(0.5, 0.4, 0.6), sts_net=0.25),
+        domain_forecast("code", accuracy_change=estimate(-0.03, -0.04, -0.02)),
+        domain_forecast("health", nll_change=estimate(0.35, -0.1, 0.8)),
+        domain_forecast("prose", nll_change=0.9),
+    )
+    text = before(record, policy)
+    assert text.startswith("STS forecast: NO-GO, training is expected to make law and code worse\n")
+    assert rows(text) == {
+        "law": "+0.50 [+0.40, +0.60] 25% over 0.10",
+        "code": "+3.0 [+2.0, +4.0] 12% over 2 points",
+        "health": "+0.35 [-0.10, +0.80] 12% cannot tell",
+        "prose": "+0.90 [+0.90, +0.90] 12%",
+    }
+    assert "By 8 queries a domain, training examples in context; rate and length unknown." in text
+
+
+def test_past_runs_add_a_column() -> None:
+    record = forecast(domain_forecast("law"), domain_forecast("code"))
+    text = before(record, expected={"law": estimate(0.2, 0.1, 0.3)})
+    assert "expected at the end" in text and "Expected: by past runs" in " ".join(text.split())
+    assert rows(text)["law"].startswith("+0.20 [+0.10, +0.30] 0.00 [0.00, 0.00]")
+    assert "xpected" not in before(record)
+
+
+def test_nobody_protected_means_nothing_judged_and_no_column_for_it() -> None:
+    text = before(forecast(domain_forecast("law")), PolicyConfig())
+    assert text.splitlines()[0] == "STS forecast: no domain is protected, so there is nothing to judge"
+    assert "budget" not in text
+    assert rows(text) == {"law": "0.00 [0.00, 0.00] 12%"}
+
+
+def test_what_weakens_a_forecast_stands_below_it() -> None:
+    checks = (Check("L0", "warn", "120 active features a token, 47 nominal", "take another"), Check("layer", "pass", "12", ""))
+    for source, n_lines in (("own rollouts", 1), ("reference answers", 0)):
+        text = before(forecast(domain_forecast("law"), domain_forecast("code"), checks=checks, train_source=source))
+        assert text.count("best-rewarded rollouts") == n_lines
+        assert "\nL0: 120 active features a token, 47 nominal; take another." in text
+        assert "layer: 12" not in text
+
+
+def test_where_it_cannot_be_told_the_reason_stands_and_no_advice() -> None:
+    text = before(forecast(domain_forecast("law", nll_change=estimate(0.2, -0.1, 0.3)), domain_forecast("code")))
+    assert "\nlaw: direction unsure" in text and "\ncode: " not in text
+    assert "What to do" not in text
+    many = {f"d{i}": 0.1 for i in range(5)}
+    verdict = Verdict("cannot tell", tuple(many), dict.fromkeys(many, "why."), 0)
+    shown = forecast_view(forecast(*map(domain_forecast, many)), verdict, PolicyConfig(many), colour=False)
+    assert shown.count(": why.") == 3 and "2 more domains likewise." in shown
+
+
+def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() -> None:
+    text = told_rehearsal(expected={"law": estimate(0.7, 0.2, 1.2)})
+    assert text.startswith("STS rehearsal: NO-GO, training is expected to make law worse\n")
+    assert rows(text)["law"] == "+0.70 [+0.20, +1.20] +0.50 [+0.48, +0.52] 30.0% over 0.10"
+    assert rows(text)["code"] == "0.00 [0.00, 0.00] 1.0% within 0.10"
+    assert [*rows(text)] == ["law", "code", "train"]
+    flat = " ".join(text.split())
+    assert "By 5 of 60 steps at a rate of 0.001, put back; 32 queries a domain; 12 s." in flat
+    assert "named 2 of the 3 features that these steps moved most, and said by examples in context: go." in flat
+    assert "Go back to" not in text  # nothing has happened yet
+    assert "expected at the end" not in told_rehearsal()
+
+
+def test_why_there_is_no_rehearsal_is_told_in_a_line() -> None:
+    shown = not_rehearsed(rehearsal(skipped="its model is sharded."), colour=False)
+    assert shown == "STS: this run is not rehearsed: its model is sharded."
+
+
+def test_an_alarm_says_what_happened_since_when_and_what_to_do_once() -> None:
+    accuracy = TokenAccuracy(0.46, 0.44, estimate(-0.02, -0.03, -0.01), 41, 3, 17, (-2, 0))
+    checks = [harmed(step=step, accuracy=accuracy) for step in (10, 20)]
+    verdicts = [dataclasses.replace(judge_drift([check], POLICY), best_checkpoint=5) for check in checks]
+    first, second = (
+        check_view(
+            check,
+            verdict,
+            POLICY.budgets,
+            since=alarms_since(verdicts[:n]),
+            output_dir=Path("runs/first"),
+            learning_rate=2e-3,
+            colour=False,
+        )
+        for n, (check, verdict) in enumerate(zip(checks, verdicts, strict=True), 1)
+    )
+    assert first.startswith("STS step 10: ALARM, law is over its budget\n")
+    assert "\nlaw: token accuracy 46.0% to 44.0%.\n" in first
+    assert "Go back to runs/first/checkpoint-5, the best on disk." in first
+    assert second.startswith("STS step 20: ALARM, law is over its budget since step 10\n")
+    assert "What to do" not in second  # it was said when the alarm began
+
+
+def test_the_commands_of_an_alarm_can_be_typed() -> None:
+    text = during(harmed(), output_dir=Path("runs/my run"), learning_rate=2e-3)
+    typed = [line for line in text.replace(" \\\n", "").splitlines() if "sts-callback" in line]
+    commands = [parser().parse_args(shlex.split(line)[1:]) for line in typed]
+    assert [command.run.__module__.rpartition(".")[2] for command in commands] == ["blame", "rehearse"]
+    assert commands[0].run_dir == Path("runs/my run") and commands[0].protect == ["law"]
+    assert commands[1].learning_rate == [0.0002, 0.0007]
+    assert "action='checkpoint' saves one at an alarm" in " ".join(text.split())  # there is none on disk
+
+
+def test_an_alarm_that_another_domain_joins_says_again_what_to_do() -> None:
+    both = harmed(code=0.6)
+    text = during(both, since={"law": 10, "code": 20})
+    assert text.startswith("STS step 20: ALARM, law and code are over their budgets since step 10 and 20\n")
+    assert "--protect law --protect code" in " ".join(text.replace("\\\n", "").split())
+
+
+def test_a_check_says_when_the_next_one_comes() -> None:
+    assert "Next check: step 50." in during(harmed(0.0), next_step=50)
+    assert "Next check" not in during(harmed(0.0))
+
+
+def test_a_check_shows_the_worst_first_the_training_data_last_and_few_that_nobody_protects() -> None:
+    others = [domain_drift(f"d{i}", nll_change=i / 10) for i in range(9)]
+    check = snapshot(20, *others, domain_drift("law", **answers(0.0, 0.1)), domain_drift("code", **answers(0.5, 0.1)))
+    text = during(check)
+    assert [*rows(text)] == ["code", "law", "d8", "d7", "d6", "d5", "d4", "d3", "train"]
+    assert "3 more domains that nobody protects: in the report." in " ".join(text.split())
+
+
+def test_a_domain_without_a_number_moves_no_other() -> None:
+    changes = {"a": 0.1, "b": NAN, "c": 0.3}
+    text = before(forecast(*(domain_forecast(name, nll_change=change) for name, change in changes.items())), PolicyConfig())
+    assert [*rows(text)] == ["c", "a", "b"]
+    assert rows(text)["b"].startswith("\N{EN DASH} ")
+
+
+def test_what_the_table_has_no_column_for_is_told_where_it_is_known() -> None:
+    check = harmed(0.0)
+    assert "policy writes" not in during(check)
+    assert "has moved by 12.5% [-6.2%, 25.0%]." in during(dataclasses.replace(check, output_drift=Estimate(0.125, -0.0625, 0.25)))
+    broken = dataclasses.replace(check, train=domain_drift("train", n_not_finite=3))
+    assert "Training has diverged: the model gives NaN or infinite numbers on train." in " ".join(during(broken).split())
+
+
+@pytest.mark.parametrize("name", ["my law: v2", "code[py]", "[bold]"])
+def test_names_are_shown_as_they_are_whatever_they_hold(name: str) -> None:
+    text = before(forecast(domain_forecast(name, nll_change=0.5)), PolicyConfig({name: 0.1}))
+    assert f"\n! {name} " in text and f"make {name} worse" in text
+
+
+def test_colour_shows_only_on_a_terminal_that_wants_it_and_changes_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = forecast(domain_forecast("law", nll_change=0.5), domain_forecast("code"))
+    plain = before(record)
+    assert "\x1b[" not in plain and "\x1b[" not in before(record, colour=None)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    coloured = before(record, colour=None)
+    assert "\x1b[" in coloured
+    assert "\n".join(line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", coloured).splitlines()) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert before(record, colour=None) == plain
