@@ -6,14 +6,13 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
-from sts_callback.config import Budget, PlainBudget, Unit
+from sts_callback.config import PlainBudget
 from sts_callback.records import (
     UNKNOWN,
     Decision,
-    DomainDrift,
-    DomainForecast,
     DriftSnapshot,
     Estimate,
     Forecast,
@@ -27,7 +26,9 @@ from sts_callback.records.record import StoredAs
 from sts_callback.records.rehearsal import Rehearsal, Trials
 from sts_callback.records.remedies import Attribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings
+from sts_callback.report.advice import Advice, advice_on
 from sts_callback.report.headline import Headline, headline
+from sts_callback.report.summary import Summary, of_run
 
 _NAN = math.nan
 _MOST_FEATURES = 24  # of which texts are quoted; what a reader looks at, and what keeps the page small
@@ -57,6 +58,8 @@ class Series(Record):
     """Steps of checks that alarmed for it."""
     watched_at: tuple[int, ...]
     """Steps of checks at which it may have been threatened, not surely or not for long enough to alarm."""
+    states: tuple[str, ...] = ()
+    """How it stood against its budget at each check; empty texts where it is not protected, or nothing was judged."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,18 @@ class ReportData(Record):
     unreadable: tuple[str, ...]
     rehearsal: Rehearsal | None = None
     rehearsal_verdict: Verdict | None = None
+    summary: Summary | None = None
+    """The one table of what was measured last; None where nothing was."""
+    advice: tuple[Advice, ...] = ()
+    """What to do about a no-go or an alarm."""
 
 
-def build(logged: Logged) -> ReportData:
+def build(logged: Logged, output_dir: Path = Path("OUTPUT_DIR")) -> ReportData:
     """Build the content of a report from the folder of a run.
 
     Args:
         logged: all that could be read. Any part may be missing.
+        output_dir: of the run, for the commands that are advised.
 
     """
     top, features = headline(logged), _told_features(logged)
@@ -171,15 +179,17 @@ def build(logged: Logged) -> ReportData:
         unreadable=logged.unreadable,
         rehearsal=logged.rehearsal,
         rehearsal_verdict=logged.rehearsal_verdict,
+        summary=of_run(logged),
+        advice=tuple(_advice(logged, output_dir)),
     )
 
 
-def reached_in(measured: DomainForecast | DomainDrift, budget: PlainBudget) -> Unit | None:
-    """Whether a domain's harm has reached its budget: the budget's unit if so, else, or if there is no budget, None."""
-    if not isinstance(budget, str) and math.isnan(budget):
-        return None
-    limit = Budget.of(budget)
-    return limit.unit if measured.harm_in(limit.unit).value >= limit.value else None
+def _advice(logged: Logged, output_dir: Path) -> list[Advice]:
+    verdict, doses = logged.verdict, logged.rehearsal.doses if logged.rehearsal else ()
+    if verdict is None or verdict.decision != "no-go":
+        return []
+    learning_rate = doses[0].learning_rate if doses else _NAN
+    return advice_on(verdict.threatened, output_dir, logged.best_checkpoint, learning_rate, verdict.step)
 
 
 def _budgets(logged: Logged) -> dict[str, PlainBudget]:
@@ -240,6 +250,7 @@ def _series(name: str, checks: Sequence[JudgedCheck]) -> Series:
         nll_change=tuple(UNKNOWN if d is None else d.nll_change for d in sets),
         alarmed_at=tuple(steps["no-go"]),
         watched_at=tuple(steps["watch"]),
+        states=tuple(c.verdict.states.get(name, "") for c in checks),
     )
 
 

@@ -134,7 +134,7 @@ def test_every_line_of_a_picture_has_its_colour_in_the_key() -> None:
     some = tuple(Trial(1e-3, replay, rehearsal(check_of_law), verdict("go")) for replay in ({}, {"cases": 0.1}, {"cases": 0.2}))
     html = page(build(whole_run(trials=Trials(IDENTITY, "LoRA of rank 16", some, {"law": 0.1}, 1.0))))
     kinds = set(re.findall(r'class="key (\w+)"', html))
-    assert len(kinds) == 3
+    assert kinds == {"harm", "dashed", "movement", "second"}
     assert all(re.search(rf"\.key\.{kind} \{{ color:", html) for kind in kinds)
 
 
@@ -149,17 +149,46 @@ def test_where_there_was_no_rehearsal_the_reason_stands() -> None:
 def test_movement_and_harm_stand_apart() -> None:
     read = made(whole_run())
     top = read.text[: read.text.index("Forecast: what training will move")]
-    assert top.index("Does it move?") < top.index("Does it get worse?")
+    assert top.index(" now ") < top.index(" moved ") < top.index(" budget ")
     assert read.section("forecast").count("Does it get worse?") == 2
     assert read.section("drift").count("Worse: NLL change") == read.section("drift").count("Moved: drift") == 3
 
 
-def test_what_reaches_a_threshold_has_a_sign_and_nothing_has_one_without_settings() -> None:
-    assert "\u25b2 50.0%" in made(whole_run()).text
+def standing(law: str, code: str) -> tuple[JudgedCheck, ...]:
+    """Checks at which law went over its budget."""
+    states: list[dict[str, Any]] = [{"law": state, "code": code} for state in ("within", "on course", law)]
+    return tuple(
+        check(step, verdict("no-go" if state["law"] != "within" else "go", "law", step=step, states=state))
+        for step, state in zip((10, 20, 30), states, strict=True)
+    )
+
+
+def test_how_a_domain_stands_is_a_shape_and_a_word_beside_its_budget() -> None:
+    read = made(whole_run(checks=standing("over", "inconclusive")))
+    top = read.text[: read.text.index("Forecast: what training will move")]
+    assert "law protected 0.00 [0.00, 0.00] 12.5% \u25cf over 0.10" in top
+    assert "code protected 0.00 [0.00, 0.00] 12.5% ? cannot tell" in top
     unknown = made(whole_run(settings=None, blame=None))
-    assert re.findall("\u25b2 [0-9]", unknown.text) == []
+    assert re.findall("[\u25b2\u25cf] [0-9]", unknown.text) == []
     assert "none is drawn" in unknown.section("drift")
     assert 'class="level threshold"' not in unknown.source
+
+
+def test_the_top_is_in_the_order_of_the_terminal_and_says_what_to_do_about_an_alarm() -> None:
+    read = made(whole_run(checks=standing("over", "within"), best_checkpoint=10))
+    parts = ["ALARM", "law is over its budget since step 20", " budget ", "against step 0", "What to do", "The reasons"]
+    assert sorted(parts, key=read.text.index) == parts
+    assert "Go back to OUTPUT_DIR/checkpoint-10, the best on disk." in read.text
+    assert "--run-dir OUTPUT_DIR" in read.text
+    assert "What to do" not in made(whole_run(checks=(check(10),))).text
+
+
+def test_each_check_has_a_mark_against_the_budget() -> None:
+    drift = made(whole_run(checks=standing("over", "within")))
+    tracks = re.findall(r'<div class="track".*?</div>', drift.source)
+    assert [re.findall("[\u25cb\u25d0\u25cf?]", track) for track in tracks] == [["\u25cb", "\u25d0", "\u25cf"], ["\u25cb"] * 3]
+    assert 'aria-label="law: step 10 within, step 20 on course, step 30 over"' in tracks[0]
+    assert "Each check against the budget" not in made(whole_run()).text  # a run from before there were states
 
 
 def in_other_units() -> Logged:
@@ -175,11 +204,11 @@ def in_other_units() -> Logged:
     )
 
 
-def test_what_a_budget_is_about_has_the_sign_and_its_unit() -> None:
+def test_harm_is_told_in_the_unit_of_the_budget() -> None:
     read = made(in_other_units())
-    law, code = (re.search(rf"{name} protected (\S+%.*?(?:points|byte))", read.text) for name in ("law", "code"))
-    assert law is not None and law[1].endswith(" +0.50 +0.50 to +0.50 \u25b2 43.0% to 39.0% 2 points")
-    assert code is not None and code[1].endswith(" \u25b2 +0.25 +0.25 to +0.25 43.0% to 39.0% 0.05 bits/byte")
+    top = read.text[: read.text.index("Forecast: what training will move")]
+    assert "law protected +4.0 [+3.0, +5.0] 1.0%" in top
+    assert "code protected +0.060 [+0.060, +0.060] 1.0%" in top
     assert "law 2 points code 0.05 bits/byte" in read.section("reproduce")
     in_nats = made(dataclasses.replace(in_other_units(), settings=SETTINGS)).source
     assert in_nats.count('class="level threshold"') - read.source.count('class="level threshold"') == 2  # over steps
@@ -332,7 +361,7 @@ def test_a_report_is_written_into_the_folder_and_agrees_with_its_json(tmp_path: 
     file = write_report(log)
     assert file == tmp_path / "sts" / "report.html"
     story = ReportData.from_json(file.with_suffix(".json").read_text())
-    assert story.to_json() == build(log.read_all()).to_json()
+    assert story.to_json() == build(log.read_all(), tmp_path).to_json()
     assert file.read_text() == page(story)
     write_report(log)
     assert not list(log.folder.glob("*.part"))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from sts_callback.records import TRAIN, Decision, Estimate, in_capitals
 from sts_callback.report import formatting
 from sts_callback.report.html.markup import Html, join, shortened, tag
+from sts_callback.report.summary import Standing
 
 _LONGEST_NAME = 60
 _BADGES: dict[Decision, str] = {
@@ -17,6 +18,11 @@ _BADGES: dict[Decision, str] = {
     "not covered": "unsure",
     "cannot tell": "unsure",
 }
+
+SIGNS: dict[Standing, str] = {"": "", "within": "\u25cb", "on course": "\u25d0", "over": "\u25cf", "cannot tell": "?"}
+"""How a domain stands against its budget, as a shape: an empty, a half and a full circle."""
+STANDINGS: dict[Standing, str] = {"": "", "within": "good", "on course": "warn", "over": "bad", "cannot tell": "unsure"}
+"""Its colour, as a class of the style sheet."""
 
 
 def section(anchor: str, title: str, *children: str) -> Html:
@@ -75,12 +81,7 @@ def meanings(*pairs: tuple[str, str]) -> Html:
 
 def beyond(value: float, threshold: float, shown: str) -> Html:
     """A number with a sign if it reaches a threshold that is known."""
-    return flagged(math.isfinite(value) and value >= threshold, shown)
-
-
-def flagged(is_reached: bool, shown: str) -> Html:
-    """A number, with a sign if what it is about has reached its threshold."""
-    return tag("strong", "\u25b2 ", shown) if is_reached else join(shown)
+    return tag("strong", "\u25b2 ", shown) if math.isfinite(value) and value >= threshold else join(shown)
 
 
 def with_interval(estimate: Estimate, form: formatting.Form) -> Html:

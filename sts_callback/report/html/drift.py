@@ -10,8 +10,22 @@ from sts_callback.report import formatting
 from sts_callback.report.data import Drift, ReportData
 from sts_callback.report.headline import alarm_rule
 from sts_callback.report.html import charts
-from sts_callback.report.html.components import badge, domain, meanings, more, name_row, named, say, section, table, with_interval
+from sts_callback.report.html.components import (
+    SIGNS,
+    STANDINGS,
+    badge,
+    domain,
+    meanings,
+    more,
+    name_row,
+    named,
+    say,
+    section,
+    table,
+    with_interval,
+)
 from sts_callback.report.html.markup import Html, join, tag
+from sts_callback.report.summary import standing_of
 
 _MOST_CARDS = 8  # unfolded; further domains are folded away
 _MOST_STRETCHES = 8  # likewise
@@ -49,6 +63,7 @@ def drift_section(story: ReportData) -> Html:
             "is about movement, the second about harm. Shaded: 95% intervals. At the foot: alarms and watches. ",
             thresholds,
         ),
+        _timeline(story, drift),
         tag("div", *shown, _card(story, drift, train), class_="cards"),
         rest,
         say("All domains share one scale; the training data has its own."),
@@ -97,6 +112,37 @@ def overlap_section(story: ReportData) -> Html:
         ),
         superseded,
     )
+
+
+def _timeline(story: ReportData, drift: Drift) -> Html:
+    """How each protected domain stood at each check: a shape on a line of steps."""
+    names = [name for name in story.domains if name in drift.series and any(drift.series[name].states)]
+    if not names:
+        return join()
+    last = max(1, drift.steps[-1])
+
+    def place(step: int) -> float:
+        return round(100 * math.log(max(1, step)) / math.log(last), 2) if last > 1 else 0.0
+
+    lines = []
+    for name in names:
+        found = [(step, standing_of(state)) for step, state in zip(drift.steps, drift.series[name].states, strict=True) if state]
+        marks = [
+            tag("span", SIGNS[standing], class_=f"standing {STANDINGS[standing]}", style=f"left:{place(step)}%")
+            for step, standing in found
+        ]
+        told = ", ".join(f"step {step} {standing}" for step, standing in found)
+        track = tag("div", *marks, class_="track", role="img", aria_label=f"{name}: {told}")
+        lines.append(tag("div", domain(name), track, class_="line"))
+    marked = [step for step in drift.steps if str(step)[0] in "125" and not str(step)[1:].strip("0")] or [last]
+    ticks = tag("div", *(tag("span", str(step), style=f"left:{place(step)}%") for step in marked), class_="ticks")
+    lines.append(tag("div", tag("span", "step"), ticks, class_="line", aria_hidden="true"))
+    key = [
+        tag("span", tag("span", sign, class_=f"standing {STANDINGS[standing]}"), f" {standing} ")
+        for standing, sign in SIGNS.items()
+        if standing
+    ]
+    return tag("figure", tag("figcaption", tag("b", "Each check against the budget")), tag("p", *key), *lines, class_="timeline")
 
 
 def _card(story: ReportData, drift: Drift, name: str) -> Html:

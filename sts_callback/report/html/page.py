@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from sts_callback.errors import DataError
-from sts_callback.report import formatting
-from sts_callback.report.data import ReportData, build, reached_in
-from sts_callback.report.html.components import badge, beyond, domain, flagged, more, name_row, say, table, with_interval
+from sts_callback.report.data import ReportData, build
+from sts_callback.report.html.components import SIGNS, STANDINGS, badge, domain, more, name_row, say, table
 from sts_callback.report.html.cost import cost_section, faults_section, reproduce_section
 from sts_callback.report.html.drift import drift_section, overlap_section
 from sts_callback.report.html.forecast import forecast_section
@@ -33,8 +32,6 @@ _SECTIONS = {
     "faults": ("Faults", faults_section),
     "reproduce": ("Reproduce", reproduce_section),
 }
-_MOST_REASONS = 4  # unfolded; the table below has the same numbers of all domains
-_OF_NLL = ("nats/token", "bits/byte")  # units of budgets; the other one is of token accuracy
 _NOTHING_LOADED = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -56,21 +53,25 @@ def page(story: ReportData) -> str:
     )
     sections = {anchor: made(story) for anchor, (_, made) in _SECTIONS.items()}
     links = [tag("a", _SECTIONS[anchor][0], href=f"#{anchor}") for anchor, made in sections.items() if made]
-    body = tag("body", tag("header", *_top(story)), tag("nav", *links, aria_label="sections"), tag("main", *sections.values()))
+    body = tag(
+        "body", tag("header", *_top(story)), tag("nav", *links, aria_label="sections"), tag("main", *sections.values(), id="main")
+    )
     return f'<!DOCTYPE html>\n<html lang="en">{head}{body}</html>\n'
 
 
 def _top(story: ReportData) -> list[Html]:
-    """The verdict, its reasons, and movement and harm of all domains."""
+    """The verdict, the table that the terminal shows, what to do; reasons are unfolded on demand."""
     headline, forecast = story.headline, story.forecast
     made_with = (
         f"{forecast.identity.model_name}, read by {forecast.identity.sae_name} at {forecast.identity.hook_name}"
         if forecast
         else ""
     )
-    reasons = [tag("li", domain(name), f" {reason}") for name, reason in headline.reasons.items()]
-    others = [tag("li", domain(name), f" {reason}") for name, reason in headline.other_reasons.items()]
-    shown, folded = reasons[:_MOST_REASONS], reasons[_MOST_REASONS:]
+    reasons = [
+        tag("li", domain(name), f" {reason}")
+        for some in (headline.reasons, headline.other_reasons)
+        for name, reason in some.items()
+    ]
     notes = [tag("li", note) for note in headline.notes]
     return [
         tag("p", "STS report", *([": ", tag("bdi", made_with)] if made_with else []), class_="over"),
@@ -79,46 +80,46 @@ def _top(story: ReportData) -> list[Html]:
             *([badge(headline.decision, headline.step), " "] if headline.decision else []),
             headline.sentence,
         ),
-        tag("ul", *shown) if shown else join(),
-        more(formatting.counted(len(folded), "more reason"), tag("ul", *folded)) if folded else join(),
-        more(f"{formatting.counted(len(others), 'other protected domain')}", tag("ul", *others)) if others else join(),
+        _summary(story),
+        _advice(story),
+        more("The reasons, domain by domain", tag("ul", *reasons)) if reasons else join(),
         tag("ul", *notes, class_="notes") if notes else join(),
-        _two_questions(story),
     ]
 
 
-def _two_questions(story: ReportData) -> Html:
-    """Movement and harm, as expected and as found."""
-    then = dict(story.forecast.domains) if story.forecast else {}
-    now = dict(story.drift.latest.domains) if story.drift else {}
-    if not (then or now):
+def _summary(story: ReportData) -> Html:
+    """The table, with a sign and a word where a domain is threatened."""
+    summary = story.summary
+    if summary is None or story.trials is not None:  # of which the first section tells
         return join()
-    policy = story.settings.policy if story.settings else None
     rows = []
-    for name in story.domains:
-        budget, cells = story.budgets.get(name, math.nan), [formatting.UNKNOWN] * 5
-        if name in then:
-            transfer, change = then[name].transfer.value, then[name].nll_change
-            cells[0] = formatting.percent(transfer)
-            reached = reached_in(then[name], budget)
-            cells[2] = flagged(reached in _OF_NLL, formatting.nats(change.value))
-        if name in now:
-            drift, change = now[name].relative_drift, now[name].nll_change
-            cells[1] = beyond(drift.value, policy.min_drift if policy else math.inf, with_interval(drift, formatting.percent_1))
-            reached = reached_in(now[name], budget)
-            cells[3] = flagged(reached in _OF_NLL, with_interval(change, formatting.nats))
-            cells[4] = flagged(reached == "points", formatting.accuracy(now[name].accuracy))
-        rows.append([name_row(name, story.budgets), *cells, formatting.budget(budget) if name in story.budgets else ""])
-    titles = ["domain", "expected: transfer", "found: drift", "expected: NLL change", "found: NLL change"]
-    titles += ["found: token accuracy", "budget"]
-    return join(
-        table(titles, rows, groups=[("", 1), ("Does it move?", 2), ("Does it get worse?", 4)]),
-        say(
-            "A verdict is about harm. Transfer and drift say how much a domain moves, never in which direction. \u25b2: reaches "
-            "its threshold. NLL change: in nats a token, above 0 is worse. Token accuracy: share of the answers' tokens that are "
-            "the model's most likely next ones, before training and now."
-        ),
-    )
+    for row in summary.rows:
+        *cells, last = row.cells
+        shown = tag(
+            "span", *([SIGNS[row.standing], " "] if row.standing else []), last, class_=f"standing {STANDINGS[row.standing]}"
+        )
+        found = map(_with_ends_apart, cells)
+        rows.append([name_row(row.name, story.budgets), *found, shown if row.is_protected else _with_ends_apart(last)])
+    return join(table(["domain", *summary.titles], rows), say(summary.basis, " ", summary.legend))
+
+
+def _with_ends_apart(cell: str) -> Html:
+    """A number with its interval in smaller type, which a narrow page sets below it."""
+    value, *ends = cell.partition(" [")
+    return join(value, *([tag("small", "".join(ends))] if ends[1] else []))
+
+
+def _command(parts: Sequence[str]) -> Html:
+    """A command that breaks its lines between its parts alone."""
+    return tag("code", *(join(tag("span", part), " ") for part in parts), class_="command")
+
+
+def _advice(story: ReportData) -> Html:
+    """What to do about a no-go or an alarm."""
+    if not story.advice:
+        return join()
+    made = [tag("li", one.what, *([" ", _command(one.parts)] if one.command else [])) for one in story.advice]
+    return join(tag("h2", "What to do"), tag("ol", *made))
 
 
 def write_report(log: RunDirectory) -> Path:
@@ -142,5 +143,5 @@ def write_report(log: RunDirectory) -> Path:
             f"report: {log.folder} holds no record of a run that can be read.{reasons} Give the output_dir of a run with "
             "STSCallback, or the folder sts in it."
         )
-    story = build(logged)
+    story = build(logged, log.folder.parent if log.folder.name == "sts" else log.folder)
     return log.write_report(page(story), story.to_json())

@@ -13,7 +13,7 @@ from sts_callback.report.html.components import domain, more, say, section, tabl
 from sts_callback.report.html.markup import Html, join, tag
 from sts_callback.report.trials import answers, replay_words
 
-_KINDS = ("harm", "movement", "second")
+_KINDS = ("harm", "dashed", "second")
 """Classes of the style sheet for the mixtures of a picture, the training data alone first."""
 
 
@@ -26,7 +26,10 @@ def trials_section(story: ReportData) -> Html:
     return section(
         "doses",
         "Which learning rate keeps the budgets?",
-        say(f"Each point is {n_steps} real steps ({found.adapter}), measured and put back. The line across is the budget."),
+        say(
+            f"Each point is {n_steps} real steps ({found.adapter}), measured and put back. The line across is the budget. "
+            "Domains share one scale."
+        ),
         tag("ul", *(tag("li", answer) for answer in answers(found))),
         tag("div", *(_panel(found, name) for name in found.budgets), class_="panels"),
         _key(found) if len(found.mixtures) > 1 else join(),
@@ -37,11 +40,9 @@ def trials_section(story: ReportData) -> Html:
 def _panel(found: Trials, name: str) -> Html:
     budget = found.limits[name]
     form = formatting.harm_form(budget.unit)
-    drawn = found.mixtures[: len(_KINDS)]
-    curves = [
-        charts.Line([(_place(t), t.check.domains[name].harm_in(budget.unit)) for t in found.of(replay)], kind)
-        for replay, kind in zip(drawn, _KINDS, strict=False)
-    ]
+    curves = _curves(found, name)
+    alike = [other for other, limit in found.limits.items() if limit.unit == budget.unit]  # these share a scale
+    drawn = [e for other in alike for curve in _curves(found, other) for _, e in curve.points]
     rates = sorted({trial.learning_rate for trial in found.trials})
     low, high = math.log10(rates[0]), math.log10(rates[-1])
     room = 0.06 * (high - low) or 0.5
@@ -51,13 +52,22 @@ def _panel(found: Trials, name: str) -> Html:
         charts.lines(
             curves,
             charts.Axis(low - room, high + room),
-            charts.Axis.over([e for curve in curves for _, e in curve.points], 0.0, budget.value),
+            charts.Axis.over(drawn, 0.0, *(found.limits[other].value for other in alike)),
             label=f"change of {name} by learning rate, budget {formatting.budget(found.budgets[name])}",
             form=form,
             levels=[(budget.value, "threshold")],
             along=[(math.log10(rate), f"{rate:g}") for rate in rates],
         ),
     )
+
+
+def _curves(found: Trials, name: str) -> list[charts.Line]:
+    """Of a domain, a curve over rates for each mixture that is drawn."""
+    unit = found.limits[name].unit
+    return [
+        charts.Line([(_place(t), t.check.domains[name].harm_in(unit)) for t in found.of(replay)], kind)
+        for replay, kind in zip(found.mixtures, _KINDS, strict=False)
+    ]
 
 
 def _place(trial: Trial) -> float:
