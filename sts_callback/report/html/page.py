@@ -53,9 +53,7 @@ def page(story: ReportData) -> str:
     )
     sections = {anchor: made(story) for anchor, (_, made) in _SECTIONS.items()}
     links = [tag("a", _SECTIONS[anchor][0], href=f"#{anchor}") for anchor, made in sections.items() if made]
-    body = tag(
-        "body", tag("header", *_top(story)), tag("nav", *links, aria_label="sections"), tag("main", *sections.values(), id="main")
-    )
+    body = tag("body", tag("header", *_top(story)), tag("nav", *links, aria_label="sections"), tag("main", *sections.values()))
     return f'<!DOCTYPE html>\n<html lang="en">{head}{body}</html>\n'
 
 
