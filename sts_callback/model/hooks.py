@@ -1,8 +1,8 @@
 """Find the module that a hook name means in a Hugging Face model.
 
-SAEs name their hook point in TransformerLens words (`blocks.12.hook_resid_post`) or by a Hugging Face module path
-(`model.layers.12.output`). Both are resolved by structure, not by the name of the architecture, so PEFT, DDP and compiled
-wrappers and the text towers of multimodal models work.
+SAEs name their hook point in TransformerLens words (`blocks.12.hook_resid_post`, or `blocks.12.hook_out` as its bridge calls it)
+or by a Hugging Face module path (`model.layers.12.output`, `layers.12.mlp`). Both are resolved by structure, not by the name of
+the architecture, so PEFT, DDP and compiled wrappers and the text towers of multimodal models work.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class _Site:
     beside: str = ""
 
 
+_ATTENTION = ("self_attn", "attn", "attention")
+
 # Hidden-state equality of each site with TransformerLens was measured on random models of ten architectures
 # (relative error <= 6e-7). The first site whose modules exist is used. Gemma 2 and 3, OLMo 2 and 3 and EXAONE 4 norm a block's
 # output before adding it, so there `post_attention_layernorm` is an output norm; `post_feedforward_layernorm` tells them apart.
@@ -49,6 +51,8 @@ class _Site:
 _SITES: dict[str, tuple[_Site, ...]] = {
     "hook_resid_pre": (_Site("", "input"),),
     "hook_resid_post": (_Site("", "output"),),
+    "hook_in": (_Site("", "input"),),
+    "hook_out": (_Site("", "output"),),
     "hook_resid_mid": (
         _Site("pre_feedforward_layernorm", "input"),
         _Site("mlp", "input", beside="post_feedforward_layernorm"),
@@ -81,10 +85,16 @@ _SITES: dict[str, tuple[_Site, ...]] = {
         _Site("mlp.dense_4h_to_h", "input"),
         _Site("fc2", "input"),
     ),
+    # What the module itself takes and gives, before an output norm: transcoders read `mlp.hook_in`.
+    "attn.hook_in": tuple(_Site(name, "input") for name in _ATTENTION),
+    "attn.hook_out": tuple(_Site(name, "output") for name in _ATTENTION),
+    "mlp.hook_in": (_Site("mlp", "input"), _Site("fc1", "input")),
+    "mlp.hook_out": (_Site("mlp", "output"), _Site("fc2", "output")),
 }
 
 _LENS_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
-_MODULE_NAME = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)((?:\.\w+)*?)(?:\.(input|output))?")
+_MODULE_NAME = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)((?:\.\w+)*?)(?:\.(input|output|hook_in|hook_out))?")
+_BEFORE_GAIN = "; TransformerLens reads a norm there before its gain, which no module of transformers gives"
 _OTHER_TOWERS = ("vision", "visual", "audio", "image", "encoder.")
 
 
@@ -158,13 +168,25 @@ def _lens_site(block: nn.Module, site_name: str) -> tuple[nn.Module, Side] | Non
     return None
 
 
+def _module_site(block: nn.Module, path: str, side: str | None) -> tuple[nn.Module, Side] | None:
+    module = _submodule(block, path)
+    return None if module is None else (module, "input" if side in ("input", "hook_in") else "output")
+
+
+def is_module_path(name: str) -> bool:
+    """Whether a name is that of a module in a decoder layer, or of the layer, with or without what stands before the layers."""
+    return bool(_MODULE_NAME.fullmatch(name)) and not any(tower in name for tower in _OTHER_TOWERS)
+
+
 def resolve(model: nn.Module, hook_name: str) -> HookPoint:
     """Find the module that a hook name means.
 
     Args:
         model: any decoder-only transformers model, wrapped or not.
         hook_name: `blocks.N.hook_resid_pre|mid|post`, `blocks.N.hook_attn_out`, `blocks.N.hook_mlp_out`,
-            `blocks.N.attn.hook_z`, `blocks.N.mlp.hook_post`, or a module path such as `model.layers.N.output`.
+            `blocks.N.attn.hook_z`, `blocks.N.mlp.hook_post`; `hook_in` and `hook_out` of `blocks.N`, `blocks.N.attn` and
+            `blocks.N.mlp`; or a module path such as `model.layers.N.output` or `layers.N.mlp`, of which the output is meant
+            where it does not end in `.input`.
 
     Raises:
         ModelError: if the model has no such layer or site.
@@ -177,7 +199,7 @@ def resolve(model: nn.Module, hook_name: str) -> HookPoint:
     if match is None or any(tower in hook_name for tower in _OTHER_TOWERS):
         raise ModelError(
             f"hook_name: {hook_name!r} is not understood; allowed are blocks.N.<{' | '.join(_SITES)}> "
-            "and module paths such as model.layers.N.output."
+            "and module paths such as model.layers.N.output or layers.N.mlp.input."
         )
     index = int(match[1])
     if index >= len(layers):
@@ -185,14 +207,12 @@ def resolve(model: nn.Module, hook_name: str) -> HookPoint:
             f"hook_name: {hook_name!r} asks for layer {index}, but the model has {len(layers)} layers (0 to {len(layers) - 1}). "
             "Take an SAE that was trained on this model."
         )
-    if lens:
-        found = _lens_site(layers[index], lens[2])
-    else:
-        module = _submodule(layers[index], match[2])
-        found = None if module is None else (module, "input" if match[3] == "input" else "output")
+    block = layers[index]
+    found = (_lens_site(block, lens[2]) if lens else None) or (_module_site(block, path[2], path[3]) if path else None)
     if found is None:
+        has = " | ".join(site for site in _SITES if _lens_site(block, site))
         raise ModelError(
-            f"hook_name: {hook_name!r} has no counterpart in {type(layers[index]).__name__} of {architecture(model)}; "
-            f"allowed are blocks.N.<{' | '.join(_SITES)}> where the architecture has them."
+            f"hook_name: {hook_name!r} has no counterpart in {type(block).__name__} of {architecture(model)}; allowed are "
+            f"blocks.{index}.<{has}> and paths of its modules{_BEFORE_GAIN if hook_name.endswith('.hook_normalized') else ''}."
         )
     return HookPoint(hook_name, found[0], found[1], index)

@@ -151,6 +151,39 @@ def test_neurons_through_the_down_projection_are_the_mlp_output(architecture: st
     assert close(projected, mlp)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "olmo2", "glm4"])
+def test_a_module_takes_its_hook_in_and_gives_its_hook_out(architecture: str) -> None:
+    model = tiny_model(architecture)
+    layers, attention, mlp = PLACES[architecture]
+    names = [block(f"{name}.{hook}") for name in ("attn", "mlp") for hook in ("hook_in", "hook_out")]
+    attn_in, attn_out, mlp_in, mlp_out, neurons = read(model, *names, block("mlp.hook_post"))
+    decoder = model.get_submodule(f"{layers}.{N}")
+    with torch.no_grad():
+        if architecture == "opt":
+            given = torch.relu(decoder.fc2(torch.relu(decoder.fc1(mlp_in)))), torch.relu(mlp_out)
+        else:
+            given = decoder.get_submodule(mlp.partition(".")[0])(mlp_in), mlp_out
+        assert close(*given)
+        assert close(decoder.get_submodule(mlp)(neurons), mlp_out)
+        z = read(model, block("attn.hook_z"))[0]
+        assert close(decoder.get_submodule(attention)(z), attn_out)
+    assert attn_in.shape == attn_out.shape
+    assert not close(attn_in, mlp_in) or architecture == "gpt_neox"
+    norms = OUTPUT_NORMS.get(architecture)
+    for out, site, norm in ((attn_out, "hook_attn_out", 0), (mlp_out, "hook_mlp_out", 1)):
+        with torch.no_grad():
+            added = decoder.get_submodule(norms[norm])(out) if norms else out  # what is added to the residual stream
+        assert close(added, read(model, block(site))[0])
+
+
+@pytest.mark.parametrize("architecture", [*SERIAL, *PARALLEL])
+def test_hook_in_and_out_of_a_layer_are_the_residual_stream(architecture: str) -> None:
+    model = tiny_model(architecture)
+    for alias, name in (("hook_in", "hook_resid_pre"), ("hook_out", "hook_resid_post")):
+        point, expected = resolve(model, block(alias)), resolve(model, block(name))
+        assert (point.module, point.side, point.layer) == (expected.module, expected.side, expected.layer)
+
+
 # Names of Hugging Face modules
 
 
@@ -165,6 +198,13 @@ def test_neurons_through_the_down_projection_are_the_mlp_output(architecture: st
         ("llama", "model.layers.2.mlp.output", "blocks.2.hook_mlp_out"),
         ("llama", "model.layers.2.self_attn.output", "blocks.2.hook_attn_out"),
         ("llama", "model.language_model.layers.2.output", "blocks.2.hook_resid_post"),
+        ("llama", "layers.2.mlp", "blocks.2.mlp.hook_out"),
+        ("llama", "model.layers.2.mlp.hook_in", "blocks.2.mlp.hook_in"),
+        ("llama", "layers.2.mlp.input", "blocks.2.mlp.hook_in"),
+        ("llama", "blocks.2", "blocks.2.hook_resid_post"),
+        ("llama", "blocks.2.mlp.down_proj.hook_in", "blocks.2.mlp.hook_post"),
+        ("gpt2", "h.2.mlp", "blocks.2.hook_mlp_out"),
+        ("gemma3", "layers.2.mlp", "blocks.2.mlp.hook_out"),
         ("gemma3", "model.layers.2.post_feedforward_layernorm.output", "blocks.2.hook_mlp_out"),
         ("gpt2", "transformer.h.2.output", "blocks.2.hook_resid_post"),
         ("gpt_neox", "gpt_neox.layers.2.attention.dense.input", "blocks.2.attn.hook_z"),
@@ -270,9 +310,18 @@ def test_name_of_no_layer_is_not_understood(name: str) -> None:
 )
 def test_site_that_no_module_has_is_refused(name: str) -> None:
     with pytest.raises(
-        ModelError, match=r"has no counterpart in LlamaDecoderLayer of LlamaForCausalLM \(model type llama\); allowed are"
+        ModelError,
+        match=r"has no counterpart in LlamaDecoderLayer of LlamaForCausalLM \(model type llama\); allowed are blocks.1.<hook_",
     ):
         resolve(tiny_model(), name)
+
+
+def test_only_sites_that_the_layer_has_are_proposed_and_a_norm_before_its_gain_is_explained() -> None:
+    with pytest.raises(ModelError) as refused:
+        resolve(tiny_model("gpt_neox"), "blocks.1.ln2.hook_normalized")
+    assert "hook_mlp_out" in str(refused.value)
+    assert "hook_resid_mid" not in str(refused.value)
+    assert "reads a norm there before its gain" in str(refused.value)
 
 
 def test_model_without_config_is_refused() -> None:
