@@ -481,9 +481,7 @@ SAES = [
         "cfg.json",
         needs_model=True,
     ),
-    told(
-        "an SAE whose weights are cut", "forecast --sae @cut_sae", "sae", "@cut_sae", "sae_weights.safetensors", needs_model=True
-    ),
+    told("an SAE whose weights are cut", "forecast --sae @cut_sae", "sae", "@cut_sae", "cut off or damaged", needs_model=True),
     told(
         "an SAE of another width than it says",
         "forecast --sae @other_width_sae",

@@ -38,7 +38,7 @@ def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], Pol
     policy, config = PolicyConfig(budgets=budgets), ProbeConfig(**chosen)
     rows = {name: read_rows(source, f"domains[{name!r}]") for name, source in domains.items()}
 
-    from sts_callback.model.sae import place_of
+    from sts_callback.model.sae_files import place_of
 
     for sae in args.sae if isinstance(args.sae, list) else [args.sae]:
         place_of(sae)

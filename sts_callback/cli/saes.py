@@ -11,7 +11,7 @@ from sts_callback.cli.common import GO, WRONG_INPUT
 from sts_callback.cli.options import add_json
 
 HELP = "list the SAEs that SAELens has for a model"
-DESCRIPTION = "List SAELens' SAEs for a model."
+DESCRIPTION = "List SAELens' SAEs for a model: those that can be used, then those that are refused, with the reason."
 _WIDE = 160  # columns if the output is no terminal, so that each SAE has its own line
 
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sts_callback.model.registry import saes_for
 
-    entries = sorted(saes_for(args.model), key=lambda entry: entry.kind == "transcoder")  # SAEs first: transcoders show less
+    entries = sorted(saes_for(args.model), key=lambda e: (e.unusable is not None, e.kind == "transcoder"))  # these show less
     if not entries:
         print(
             f"sts-callback: --model: SAELens has no SAE for {args.model!r}; check the name, or train one with "
@@ -44,8 +44,10 @@ def run(args: argparse.Namespace) -> int:
     table.add_column("sae (release/sae_id)", overflow="fold", ratio=1)
     for title in ("kind", "layer", "width", "L0"):
         table.add_column(title, justify="right", no_wrap=True)
+    if any(entry.unusable for entry in entries):
+        table.add_column("refused: it")
     for entry in entries:
-        cells = (entry.layer, entry.width, None if entry.l0 is None else f"{entry.l0:.0f}")
-        table.add_row(entry.spec, entry.kind, *("" if cell is None else str(cell) for cell in cells))
+        cells = (entry.layer, entry.width, None if entry.l0 is None else f"{entry.l0:.0f}", entry.unusable)
+        table.add_row(entry.spec, entry.kind, *("" if cell is None else str(cell) for cell in cells[: len(table.columns) - 2]))
     Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
     return GO

@@ -42,6 +42,8 @@ class SaeEntry:
     """`sae` if it reconstructs its input, `transcoder` if it predicts another activation."""
     neuronpedia_id: str | None
     """Its id on Neuronpedia, `model/source`. None if it is not there."""
+    unusable: str | None = None
+    """Why it is refused, as a clause on it. None if it is not."""
 
     @property
     def spec(self) -> str:
@@ -63,6 +65,13 @@ _SITES = (
     (r"^gemma-scope-.*-mlp\b", "hook_mlp_out"),
     (r"^gemma-scope-.*-res\b|/resid_post_|^qwen-scope-|^goodfire-|^llama_scope_(?:lxr|r1_distill)", "hook_resid_post"),
 )
+# Why SAEs of these of SAELens' loaders are refused; tests/model/SAE_FILES.md says what becomes of all loaders.
+_UNUSABLE = {
+    "connor_rob_hook_z": "reads heads without the value bias, which transformers adds",
+    "gemma_2_transcoder": "reads a norm before its gain, which transformers does not give",
+    "temporal": "encodes sequences, not tokens",
+}
+_OF_EMBEDDING = "reads the embedding, before the first layer"
 _LAYER = re.compile(r"(?:blocks\.|layer_?|^l)(\d+)")
 _WIDTH = re.compile(r"[-_]w?-?(\d+k|(?<=width_)\d+m)(?![a-z0-9])")  # a bare "-270m" is a model size
 
@@ -96,24 +105,37 @@ def _entry(release: str, fields: dict[str, Any], sae: dict[str, Any]) -> SaeEntr
     transcoder = "transcoder" in f"{release} {fields.get('conversion_func')}"
     in_path = re.search(r"average_l0_(\d+)", str(sae["path"]))  # "canonical" entries state their l0 only there
     l0 = sae.get("l0", in_path[1] if in_path else None)
+    hook_name = None if transcoder else _hook_name(spec, layer)
     return SaeEntry(
         release=release,
         sae_id=sae_id,
         model=_MODEL_CORRECTIONS.get(release, fields["model"]),
-        hook_name=None if transcoder else _hook_name(spec, layer),
+        hook_name=hook_name,
         layer=layer,
         width=width[1] if width else None,
         l0=None if l0 is None else float(l0),
         kind="transcoder" if transcoder else "sae",
         neuronpedia_id=neuronpedia_id,
+        unusable=_OF_EMBEDDING if hook_name == "hook_embed" else _UNUSABLE.get(fields.get("conversion_func", "")),
     )
 
 
 @lru_cache(maxsize=1)
-def _releases() -> dict[str, dict[str, SaeEntry]]:
+def _read() -> tuple[dict[str, dict[str, SaeEntry]], dict[str, SaeEntry]]:
+    """All SAEs by release and id, and by repository and path."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without libyaml
     content = yaml.load(_registry_file().read_text(encoding="utf-8"), Loader=loader)
-    return {release: {sae["id"]: _entry(release, f, sae) for sae in f["saes"]} for release, f in content.items()}
+    by_name: dict[str, dict[str, SaeEntry]] = {release: {} for release in content}
+    by_place: dict[str, SaeEntry] = {}
+    for release, fields in content.items():
+        for sae in fields["saes"]:
+            entry = by_name[release][sae["id"]] = _entry(release, fields, sae)
+            by_place.setdefault(f"{fields['repo_id']}/{sae['path']}", entry)
+    return by_name, by_place
+
+
+def _releases() -> dict[str, dict[str, SaeEntry]]:
+    return _read()[0]
 
 
 def base_name(model_id: str) -> str:
@@ -147,7 +169,7 @@ def find(spec: str) -> SaeEntry | None:
     """Look up one SAE by its exact name.
 
     Args:
-        spec: `release/sae_id`.
+        spec: `release/sae_id`, or the hub repository and the path in it that the registry has for one.
 
     Returns:
         The SAE, or None if the registry does not hold it.
@@ -155,8 +177,9 @@ def find(spec: str) -> SaeEntry | None:
     Raises:
         SaeError: if sae_lens is not installed.
     """
+    by_name, by_place = _read()
     release, _, sae_id = spec.partition("/")
-    return _releases().get(release, {}).get(sae_id)
+    return by_name.get(release, {}).get(sae_id) or by_place.get(spec)
 
 
 def near_names(spec: str, n: int = 5) -> tuple[str, ...]:
@@ -205,7 +228,11 @@ def best_for(model_id: str, n_layers: int) -> SaeEntry:
 
     registered = saes_for(model_id)
     # "_step_" marks SAEs saved in the middle of their own training, the first of them untrained.
-    usable = [s for s in registered if (s.hook_name or "").endswith(".hook_resid_post") and "_step_" not in s.sae_id]
+    usable = [
+        sae
+        for sae in registered
+        if (sae.hook_name or "").endswith(".hook_resid_post") and "_step_" not in sae.sae_id and not sae.unusable
+    ]
     if not usable:
         raise SaeError(
             f'sae: "auto" needs an SAE on the residual stream after a layer of {model_id!r}, and SAELens lists none '
@@ -213,3 +240,12 @@ def best_for(model_id: str, n_layers: int) -> SaeEntry:
             f"what there is with `sts-callback saes --model {model_id}`."
         )
     return min(usable, key=distance)
+
+
+def why_best(entry: SaeEntry, n_layers: int) -> str:
+    """Say in one line why `best_for` chose an SAE for a model of this depth."""
+    width, l0 = entry.width or "not stated", "not stated" if entry.l0 is None else f"{entry.l0:.0f}"
+    return (
+        f'sae: "auto" takes {entry.spec}: an SAE on the residual stream after layer {entry.layer} of {n_layers}, nearest to two '
+        f"thirds of the depth; of that layer's the width nearest to 16k (it is {width}), then the L0 nearest to 50 (it is {l0})."
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -19,13 +20,16 @@ from sts_callback.errors import ConfigError, SaeError
 from sts_callback.model import registry
 from sts_callback.model.hooks import find_layers, model_name
 from sts_callback.model.quality import require_quality
+from sts_callback.model.sae_files import downloaded, place_of, reader_of, remedy, tensors_only
 
 if TYPE_CHECKING:
     from sae_lens import SAE
     from torch import nn
 
 SaeSource: TypeAlias = "str | Path | SAE[Any]"
-"""SAELens `release/sae_id`, a folder in SAELens format, an `SAE` object, or `"auto"`."""
+"""SAELens `release/sae_id`, a folder of a hub repository or of this machine, an `SAE` object, or `"auto"`."""
+
+logger = logging.getLogger(__name__)
 
 
 _LINEAR = {
@@ -36,10 +40,6 @@ _LINEAR = {
 }  # these decode by one product, a bias and the inverse of the input's normalisation
 _SPARSE = 0.05  # above this share of active features the whole product is faster
 _WEIGHTS = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag", "b_dec", "W_dec")
-# Files that identify the SAEs of other libraries.
-_FOREIGN = {"sae.safetensors": "EleutherAI's sparsify", "ae.pt": "dictionary_learning"}
-_WANTED = "must hold cfg.json and sae_weights.safetensors of an SAE saved for inference (save_inference_model)"
-_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".json", ".npz"}
 _METADATA: dict[str, type | tuple[type, ...]] = {  # the metadata of an SAE that is used
     "hf_hook_name": str,
     "hook_name": str,
@@ -123,7 +123,8 @@ class SaeEncoder:
     @property
     def reconstructs(self) -> bool:
         """Whether it reconstructs what it reads. A transcoder predicts another activation."""
-        return "transcoder" not in self.architecture
+        stated = self.sae.cfg.metadata
+        return "transcoder" not in self.architecture and stated.get("hook_name_out") in (None, stated.get("hook_name"))
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor) -> Reconstruction:
@@ -262,7 +263,7 @@ def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:
         _fingerprint(loaded, centred),
         centred,
         None if nominal_l0 is None else float(nominal_l0),
-        stated["model_name"] or (entry.model if entry else None),
+        (entry.model if entry else None) or stated["model_name"],  # SAELens calls the R1 distillation by its base model's name
         stated["neuronpedia_id"] or (entry.neuronpedia_id if entry else None),
     )
 
@@ -275,38 +276,6 @@ def _stated(name: str, metadata: Any) -> dict[str, Any]:
         if value is not None and not isinstance(value, kind):
             raise SaeError(f"sae: {name} has {value!r:.80} as metadata.{key}; correct it in its cfg.json, or leave it out there.")
     return found
-
-
-def place_of(spec: str) -> tuple[str, str] | None:
-    """Find an SAE by its name.
-
-    Args:
-        spec: the name that the user gave.
-
-    Returns:
-        Release or hub repository, and the SAE's name in it. None for a folder, and for `"auto"`, which depends on the model.
-
-    Raises:
-        SaeError: if there is no such SAE (similar names are suggested), or it is a file or a path that does not exist.
-
-    """
-    if spec == "auto" or os.path.isdir(spec):
-        return None
-    if os.path.isfile(spec):
-        raise SaeError(f"sae: {spec} is a file; give its folder, if that is one of an SAE: it {_held_by(Path(spec).parent)}.")
-    if registry.find(spec):
-        release, _, sae_id = spec.partition("/")
-        return release, sae_id
-    if spec.startswith((".", "/", "~")) or "\\" in spec or Path(spec).suffix in _SUFFIXES:
-        raise SaeError(f"sae: {spec} is not there; correct the path. A folder {_WANTED}.")
-    if spec.count("/") >= 2 and not registry.near_names(spec):  # a hub repository and a folder in it
-        owner, repository, sae_id = spec.split("/", 2)
-        return f"{owner}/{repository}", sae_id
-    near = ", ".join(registry.near_names(spec))
-    raise SaeError(
-        f"sae: {spec!r} is no folder and not in SAELens' registry; near are: {near}. "
-        "`sts-callback saes --model ID` lists those of a model."
-    )
 
 
 def _is_per_token(sae: SAE[Any]) -> bool:
@@ -328,49 +297,41 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
     from sae_lens import SAE
 
     if spec == "auto" and not os.path.isdir(spec):
-        spec = registry.best_for(model_id, n_layers).spec
+        best = registry.best_for(model_id, n_layers)
+        logger.warning("%s", registry.why_best(best, n_layers))
+        spec = best.spec
     place = place_of(spec)
     if place is None:
-        require_quality(Path(spec))
-        try:
-            return Path(spec).resolve().name, SAE.load_from_disk(spec, dtype="float32")
-        except (
-            Exception
-        ) as error:  # SAELens, torch, json and safetensors raise these; not all versions of safetensors export theirs
-            raise SaeError(f"sae: the folder {spec} cannot be read as an SAE ({error!r}); it {_held_by(Path(spec))}.") from error
+        return Path(spec).resolve().name, _from_folder(Path(spec))
+    name = "/".join(place)
+    entry = registry.find(name)
+    if entry and entry.unusable:
+        raise SaeError(
+            f"sae: {name} cannot be used: it {entry.unusable}; take another that `sts-callback saes --model {entry.model}` lists."
+        )
     try:
-        return spec, SAE.from_pretrained(*place, dtype="float32")
-    except Exception as error:  # as above, and those of the hub's client
-        raise SaeError(f"sae: {spec} could not be loaded from the hub ({error!r}); {_remedy(error)}.") from error
+        if entry is None:
+            return name, _from_folder(downloaded(*place))
+        with tensors_only():
+            return name, SAE.from_pretrained(*place, dtype="float32")
+    except SaeError:
+        raise
+    except Exception as error:  # SAELens, the hub's client and readers of files raise these, not all of which have a public name
+        raise SaeError(f"sae: {name} could not be loaded from the hub ({error!r}); {remedy(error)}.") from error
 
 
-def _held_by(folder: Path) -> str:
-    """Say what a folder holds in place of an SAE, and what to do about it."""
-    for file, maker in _FOREIGN.items():
-        if found := sorted([*folder.glob(file), *folder.glob(f"*/{file}")]):
-            return (
-                f"holds {found[0].relative_to(folder)}, an SAE as {maker} saves it; put its weights in an SAELens SAE and pass "
-                f"that object, or save it: a folder {_WANTED}"
-            )
-    if inner := sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/cfg.json")):
-        return f"holds several, give one of {', '.join(inner[:3])}; a folder {_WANTED}"
-    return _WANTED
+def _from_folder(folder: Path) -> SAE[Any]:
+    from sae_lens import SAE
 
-
-def _remedy(error: Exception) -> str:
-    """Say what to do about an SAE that could not be loaded: the hub's errors tell a missing SAE from a missing network."""
-    kinds = {cls.__name__ for cls in type(error).__mro__}
-    if "GatedRepoError" in kinds:
-        return "accept its conditions on the hub and log in (`hf auth login`)"
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TimeoutException"}:
-        return "check the connection (it is not in the cache), or give a folder"
-    if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"}:
-        return "the hub has no such repository or file; correct the name"
-    if isinstance(error, (KeyError, NotImplementedError)):
-        return "this SAELens does not know its architecture or format; `pip install --upgrade sae-lens`, or convert it"
-    if isinstance(error, OSError):
-        return "check the connection, or give a folder"
-    return "its files are cut off, damaged, or not in SAELens' format; delete them from the hub's cache and load them again"
+    require_quality(folder)
+    try:
+        if read := reader_of(folder):
+            return SAE.load_from_disk(folder, converter=lambda path, device, cfg_overrides: read(folder))
+        return SAE.load_from_disk(folder, dtype="float32")
+    except SaeError:
+        raise
+    except Exception as error:  # as above
+        raise SaeError(f"sae: the folder {folder} cannot be read as an SAE ({error!r}); {remedy(error, folder)}.") from error
 
 
 def _fingerprint(sae: SAE[Any], centred: bool) -> str:

@@ -431,6 +431,17 @@ def test_saes_of_a_model_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all("spec" in json.loads(line) for line in capsys.readouterr().out.splitlines())
 
 
+def test_saes_that_are_refused_come_last_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["saes", "--model", "gpt2"]) == GO
+    lines = capsys.readouterr().out.splitlines()
+    refused = [line for line in lines if line.endswith("reads heads without the value bias, which transformers adds")]
+    assert refused == lines[-12:]
+    assert all(line.startswith("gpt2-small-hook-z-kk/") for line in refused)
+    assert lines[0].rstrip().endswith("refused: it")
+    assert main(["saes", "--model", "google/gemma-3-270m"]) == GO
+    assert "refused" not in capsys.readouterr().out  # no column where none is
+
+
 def test_a_model_without_saes_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["saes", "--model", "nobody/nothing-7b"]) == WRONG_INPUT
     assert "train_sae.py" in capsys.readouterr().err

@@ -102,6 +102,30 @@ def test_transcoders_are_told_apart() -> None:
     assert kinds["mntss-gemma-2-2b-2.5m-clt-as-per-layer"] == "transcoder"
 
 
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("gpt2-small-hook-z-kk/blocks.6.hook_z", "value bias"),
+        ("gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76", "before its gain"),
+        ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", "sequences"),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "embedding"),
+        ("mwhanna-qwen3-4b-transcoders/layer_18", None),
+        ("gpt2-small-res-jb/blocks.6.hook_resid_pre", None),
+    ],
+)
+def test_what_cannot_be_used_says_why(spec: str, reason: str | None) -> None:
+    entry = registry.find(spec)
+    assert entry is not None
+    assert (entry.unusable is None) == (reason is None)
+    assert reason is None or reason in str(entry.unusable)
+
+
+def test_an_sae_is_found_by_its_place_on_the_hub() -> None:
+    entry = registry.find("google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
+    assert entry is not None
+    assert entry.spec == "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
+
+
 def test_base_and_instruct_models_are_not_confused() -> None:
     base, instruct = registry.saes_for(GEMMA), registry.saes_for(f"{GEMMA}-it")
     assert {"gemma-scope-2-270m-pt-res", "gemma-scope-2-270m-pt-res-all"} <= {e.release for e in base}
@@ -173,6 +197,24 @@ def test_best_is_two_thirds_down_at_16k_and_l0_50(model_id: str, n_layers: int, 
     best = registry.best_for(model_id, n_layers)
     assert best.spec == spec
     assert best == registry.best_for(model_id, n_layers)
+
+
+def test_the_choice_is_explained_in_one_line() -> None:
+    why = registry.why_best(registry.best_for(GEMMA, 18), 18)
+    assert "gemma-scope-2-270m-pt-res/layer_12_width_16k_l0_medium" in why
+    assert "layer 12 of 18" in why
+    assert "16k (it is 16k)" in why
+    assert "50 (it is 60)" in why
+    assert "\n" not in why
+    assert "L0 nearest to 50 (it is not stated)" in registry.why_best(registry.best_for("Qwen/Qwen2.5-7B-Instruct", 28), 28)
+
+
+def test_the_choice_is_never_one_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    temporal = registry.find("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post")
+    assert temporal is not None and temporal.hook_name == "blocks.12.hook_resid_post"
+    monkeypatch.setattr(registry, "saes_for", lambda model_id: (temporal,))
+    with pytest.raises(SaeError, match="among its 1 "):
+        registry.best_for("gemma-2-2b", n_layers=18)
 
 
 def test_best_ignores_saes_saved_during_their_own_training(monkeypatch: pytest.MonkeyPatch) -> None:
