@@ -83,7 +83,7 @@ class STSCallback(TrainerCallback):
         """Choose what to measure and what to do. Nothing is loaded before training begins.
 
         Args:
-            sae: SAELens `release/sae_id`, a folder in SAELens format, a `sae_lens.SAE`, or `"auto"`; or several, of which each
+            sae: SAELens `release/sae_id`, a folder of an SAE, a `sae_lens.SAE`, or `"auto"`; or several, of which each
                 makes a forecast and the first is the one that decides and watches drift. Without any argument at all, settings
                 are read from a file, see `training.arguments.STSArguments.of_environment`.
             protect: names of domains that training must not harm, or names with budgets: what each one's answers may lose, as a

@@ -121,7 +121,8 @@ _CAUSES = (  # the first that fits counts
     _Cause(
         "LocalEntryNotFoundError|OfflineModeIsEnabled|ConnectionError|ConnectError|TimeoutException|Timeout",
         "",
-        "the hub cannot be reached, and it is not in the cache; check the connection and HF_HUB_OFFLINE, or give a folder",
+        "the hub cannot be reached, and it is not in the cache, or SAELens does not look there (for Gemma Scope 2 it always asks "
+        "the hub); check the connection and HF_HUB_OFFLINE, or load it with SAELens elsewhere, save_model, and give that folder",
     ),
     _Cause(
         "RepositoryNotFoundError",

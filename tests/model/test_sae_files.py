@@ -65,6 +65,16 @@ def test_an_sae_is_named_after_its_model_by_the_registry_and_found_by_its_place_
     assert (by_place.name, by_place.fingerprint) == (case.spec, by_name.fingerprint)
 
 
+def test_an_sae_that_was_saved_where_there_is_a_connection_is_the_same(tmp_path: Path) -> None:
+    case = case_of("gemma-scope-2-270m-pt-att")
+    case.write(tmp_path / case.entry.repo_id, case.path)
+    with stand_in(tmp_path):
+        from_hub = load_encoder(case.spec, "any", 4)
+        SAE.from_pretrained(*case.spec.split("/")).save_model(tmp_path / "saved")
+    saved = load_encoder(tmp_path / "saved", "any", 4)
+    assert (saved.fingerprint, saved.hook_name) == (from_hub.fingerprint, from_hub.hook_name)
+
+
 # What is wrong with files
 
 
@@ -138,7 +148,10 @@ def of_the_hub(kind: type[Exception], text: str) -> Exception:
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (LocalEntryNotFoundError("not cached"), "the hub cannot be reached, and it is not in the cache; check the connection"),
+        (
+            LocalEntryNotFoundError("not cached"),
+            "the hub cannot be reached, and it is not in the cache, .*; check the connection",
+        ),
         (OfflineModeIsEnabled("offline"), "check the connection and HF_HUB_OFFLINE"),
         (requests.ConnectionError("no route"), "the hub cannot be reached"),
         (requests.Timeout("too long"), "the hub cannot be reached"),
