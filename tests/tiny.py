@@ -44,6 +44,8 @@ _MORE: dict[str, dict[str, Any]] = {  # what they need beside `_SHAPE`
     "qwen2": {},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
     "olmo2": {},
     "bloom": {"n_head": 4},
     "glm4": {"head_dim": 8},

@@ -69,7 +69,7 @@ def _pass(model: nn.Module, sae_reader: SAEReader, queries: Sequence[Query], bos
             captured = capture.run([q.tokens for q in some], prefix, select=answer_positions(some))
             x[candidates.of(batch)] = candidate_rows(captured.activations[sae_reader.point.name], some)
             targets = torch.tensor([token for q in some for token in q.answer])
-            per_token = nn.functional.cross_entropy(captured.logits, targets, reduction="none")
+            per_token = nn.functional.cross_entropy(captured.read, targets, reduction="none")
             for i, values in zip(batch, per_token.split([len(q.answer) for q in some]), strict=True):
                 tokens[i] = values.tolist()
     return Losses(tokens), x

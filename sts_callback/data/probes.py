@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -329,23 +330,23 @@ def segments(probes: ProbeSet, batch_tokens: int) -> Iterator[range]:
 
 
 def batches(
-    queries: Sequence[Query], members: Sequence[int], batch_tokens: int, vocab_size: int, n_prefix: int
+    queries: Sequence[Query], members: Sequence[int], batch_tokens: int, vocab_size: int | None, n_prefix: int
 ) -> Iterator[list[int]]:
     """Sort queries into batches of similar length, the same ones every time.
 
-    Three limits hold for each batch: `batch_tokens` padded tokens; the logits that fit into 256 MiB of float32 (if one row needs
-    the logits at a position, they are computed for every row); and 16 times `batch_tokens` keys, including those of the prefix,
-    to which every row attends.
+    A batch is full at `batch_tokens` padded tokens, or at 16 times as many keys, with those of the prefix, to which every row
+    attends. Where the model makes logits whole, it is also full at those that fit into 256 MiB of float32: if one row needs the
+    logits at a position, they are computed for every row.
 
     Args:
         queries: the queries of a set.
         members: indices of the queries to batch.
         batch_tokens: see `ProbeConfig`.
-        vocab_size: number of tokens of the model.
+        vocab_size: number of tokens of the model, if it makes logits whole; else None.
         n_prefix: number of tokens before each query.
 
     """
-    most_logits, most_keys = 2**28 // (4 * vocab_size), 16 * batch_tokens
+    most_logits, most_keys = math.inf if vocab_size is None else 2**28 // (4 * vocab_size), 16 * batch_tokens
     order = sorted(members, key=lambda i: (len(queries[i].tokens), i))
     batch: list[int] = []
     for i in order:

@@ -28,7 +28,7 @@ class Answers:
 
     @classmethod
     def of(cls, losses: torch.Tensor, right: torch.Tensor, queries: Sequence[Query]) -> Answers:
-        """Put together what `read_tokens` gives of these queries."""
+        """Put together what a `TokenReader` gives of these queries."""
         n = torch.tensor([len(q.answer) for q in queries])
         owner = torch.repeat_interleave(torch.arange(len(queries)), n)
         place = torch.arange(len(owner)) - (n.cumsum(0) - n)[owner]
@@ -43,28 +43,39 @@ class Answers:
         self.right[places, : some.right.shape[1]] = some.right
 
 
-def read_tokens(logits: torch.Tensor, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
-    """NLL of each answer token, and whether it is the most likely one; in pieces, so that float32 copies of logits stay small.
+class TokenReader:
+    """Reads the logits before the answers' tokens, piece by piece: NLL, and whether each token is the most likely one."""
 
-    Args:
-        logits: at the positions before the answers' tokens, `(n_answer_tokens, vocab)`.
-        queries: whose answers they are.
+    def __init__(self, queries: Sequence[Query], device: torch.device) -> None:
+        """Prepare to read.
 
-    Returns:
-        Nats, and booleans, both `(n_answer_tokens,)`. Of equal logits the first is the most likely one, as in greedy decoding;
-        where logits are not finite, no token is right.
+        Args:
+            queries: whose answers they are.
+            device: of the logits.
 
-    """
-    targets = torch.tensor([token for q in queries for token in q.answer], device=logits.device)
-    pieces = [_read_piece(*piece) for piece in zip(torch.split(logits, 64), torch.split(targets, 64), strict=True)]
-    losses, right = zip(*pieces, strict=True)
-    return torch.cat(losses), torch.cat(right)
+        """
+        self._queries = queries
+        self._targets = torch.tensor([token for q in queries for token in q.answer], device=device)
+        self._right: list[torch.Tensor] = []
 
+    def __call__(self, logits: torch.Tensor, places: slice) -> torch.Tensor:
+        """Give the NLL of tokens in nats, `(n,)`, from the logits before them, `(n, vocab)`; pieces come in order."""
+        wide, targets = logits.float(), self._targets[places].to(logits.device)
+        losses = nn.functional.cross_entropy(wide, targets, reduction="none")
+        self._right.append((wide.detach().argmax(dim=-1) == targets) & losses.detach().isfinite())
+        return losses
 
-def _read_piece(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = logits.float()
-    losses = nn.functional.cross_entropy(wide, targets, reduction="none")
-    return losses, (wide.detach().argmax(dim=-1) == targets) & losses.detach().isfinite()
+    @property
+    def right(self) -> torch.Tensor:
+        """Which tokens so far are the most likely ones, `(n_answer_tokens,)` booleans.
+
+        Of equal logits the first is the most likely one, as in greedy decoding; where logits are not finite, no token is right.
+        """
+        return torch.cat(self._right)
+
+    def answers(self, losses: torch.Tensor) -> Answers:
+        """The answers, from the losses of all tokens, `(n_answer_tokens,)`."""
+        return Answers.of(losses, self.right, self._queries)
 
 
 def _longest(queries: Sequence[Query]) -> int:

@@ -27,9 +27,10 @@ from sts_callback.measure.accumulators import (
     ProbeSums,
     StepZero,
 )
-from sts_callback.measure.answers import Answers, read_tokens
+from sts_callback.measure.answers import Answers, TokenReader
 from sts_callback.measure.sae_reader import Fit, SAEReader
 from sts_callback.model.capture import Capture, Prefix, may_differ
+from sts_callback.model.head import output_embeddings
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, vocab_size
 from sts_callback.model.sae import SaeEncoder
 from sts_callback.model.self_test import Findings, self_test
@@ -91,9 +92,7 @@ class ProbeRunner:
         self.findings = Findings()
         """What the self-test found."""
         self._vocab_size = vocab_size(model) or 2**16  # a guess, for the size of batches
-        self._has_head = any(
-            getattr(m, "get_output_embeddings", lambda: None)() is not None for m in model.modules() if hasattr(m, "config")
-        )
+        self._has_head = output_embeddings(model) is not None
 
     def self_test(self, sets: Sequence[ProbeSet], contexts: Sequence[Sequence[int]]) -> None:
         """Find out whether the model gives each query what it gives it alone, and go without what does not.
@@ -370,29 +369,27 @@ class ProbeRunner:
         queries = probes.queries[segment.start : segment.stop]
         for draw, context in enumerate(draws):
             members = [place for place, i in enumerate(segment) if probes.group(i) % len(draws) == draw]
-            for batch in batches(queries, members, batch_tokens, self._vocab_size, len(context.token_ids)):
+            whole_logits = self._vocab_size if context.with_answers and not self._capture.splits_head else None
+            for batch in batches(queries, members, batch_tokens, whole_logits, len(context.token_ids)):
                 yield batch, context
 
     def _batch(self, queries: Sequence[Query], context: Context) -> tuple[dict[str, torch.Tensor], Answers | None]:
         """One forward: activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and answers."""
-        suffixes = [q.tokens if context.with_answers else q.query for q in queries]
-        select = answer_positions(queries) if context.with_answers else None
-        captured = self._capture.run(suffixes, context.prefix, select=select)
-        x = {name: candidate_rows(acts, queries) for name, acts in captured.activations.items()}
-        return x, None if captured.logits is None else Answers.of(*read_tokens(captured.logits, queries), queries)
+        if not context.with_answers:
+            captured, answers = self._capture.run([q.query for q in queries], context.prefix), None
+        else:
+            read = TokenReader(queries, self._capture.device)
+            captured = self._capture.run([q.tokens for q in queries], context.prefix, select=answer_positions(queries), read=read)
+            assert captured.read is not None
+            answers = read.answers(captured.read)
+        return {name: candidate_rows(acts, queries) for name, acts in captured.activations.items()}, answers
 
     def _differentiated(
         self, queries: Sequence[Query], context: Context, owners: Sequence[int], to_gradients: Sequence[ProbeSums]
     ) -> tuple[dict[str, torch.Tensor], Answers]:
         """The same with one backward, whose gradients go straight into sums."""
-        right: list[torch.Tensor] = []
-
-        def loss(logits: torch.Tensor) -> torch.Tensor:
-            losses, is_right = read_tokens(logits, queries)
-            right.append(is_right)
-            return losses
-
-        found = self._capture.gradient([q.tokens for q in queries], context.prefix, select=answer_positions(queries), loss=loss)
+        read = TokenReader(queries, self._capture.device)
+        found = self._capture.gradient([q.tokens for q in queries], context.prefix, select=answer_positions(queries), read=read)
         real = torch.arange(max(len(q.tokens) for q in queries)) < torch.tensor([[len(q.tokens)] for q in queries])
         owner = torch.tensor(owners).unsqueeze(1).expand(real.shape)[real]
         for sae_reader, sums in zip(self.sae_readers, to_gradients, strict=True):
@@ -400,7 +397,7 @@ class ProbeRunner:
             if sae_reader.encoder.reconstructs:
                 sums.add_gradients(acts[real.to(acts.device)], gradient[real.to(acts.device)], owner)
         x = {name: candidate_rows(acts, queries) for name, acts in found.activations.items()}
-        return x, Answers.of(found.losses, right[0], queries)
+        return x, read.answers(found.losses)
 
 
 def _owner(probes: ProbeSet, segment: range) -> torch.Tensor:

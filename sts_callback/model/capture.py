@@ -1,8 +1,9 @@
 """Run a model up to its hook points.
 
-The forward stops at the deepest hook point (no upper layers, no head, no logits) unless logits are asked for or the model is
-sharded: there an early stop would leave collective state behind. The keys and values of a shared prefix are computed once. Each
-batch of suffixes uses them without a copy.
+The forward stops at the deepest hook point (no upper layers, no head, no logits) or, where logits are asked for, at the head's
+input, from which the head gives them piece by piece. If the model is sharded the forward runs to its end: to stop early would
+leave collective state behind. The keys and values of a shared prefix are computed once. Each batch of suffixes uses them without
+a copy.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
+from sts_callback.model.head import Head, Read, output_embeddings, piece_size, read_in_pieces, tensor_of, whole_logits
 from sts_callback.model.hooks import HookPoint, text_config
 
 
 class _Captured(Exception):  # noqa: N818  # not an error: it ends a forward whose rest is not needed
-    """All hook points have been read."""
+    """All hook points, or the head's input, have been read."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -82,12 +84,12 @@ class _Fork(DynamicCache):
 
 @dataclass(frozen=True)
 class Captured:
-    """Result of one forward: the tensors at the hook points and, if asked for, logits."""
+    """Result of one forward: the tensors at the hook points and, if asked for, what was read of logits."""
 
     activations: dict[str, torch.Tensor]
     """Per hook name, `(n_rows, n_suffix, d)` in the model's dtype."""
-    logits: torch.Tensor | None
-    """Logits at the selected positions, row by row, `(n_selected, vocab)`."""
+    read: torch.Tensor | None
+    """What was read of the logits at the selected positions, row by row, `(n_selected, ...)`: by default these themselves."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Differentiated:
     gradients: dict[str, torch.Tensor]
     """Gradients of the loss with respect to these activations."""
     losses: torch.Tensor
-    """Values that the loss function returned."""
+    """The losses that were differentiated, `(n_selected,)`."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ class _Inputs:
             logits = logits[:, self.columns]
         return logits[self.select[:, self.columns]]
 
+    def selected(self, x: torch.Tensor) -> torch.Tensor:
+        """Select the selected positions, row by row, of a tensor that has them all, `(n_rows, n_positions, d)`."""
+        assert self.select is not None
+        return x[:, -self.n_suffix :][self.select]
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Select the suffix positions of a tensor, `(n_rows, n_suffix, d)`. OPT flattens rows and tokens before its MLP."""
         if x.dim() == 2:
@@ -153,6 +160,11 @@ class Capture:
         """Device of the batches."""
         self.may_cache = True
         """Whether `prefix` may keep keys and values. The self-test decides."""
+        self.splits_head = False
+        """Whether the head is had apart, so that no forward makes logits whole. The self-test decides."""
+        head = output_embeddings(model) if self.may_stop else None  # sharded, each call of a module takes all processes
+        self._head = None if head is None else Head(model, head)
+        self._n_piece = piece_size(model)
         self._takes_selection = _takes_selection(model)
 
     def prefix(self, token_ids: Sequence[int], *, whole: bool) -> Prefix:
@@ -174,7 +186,13 @@ class Capture:
         return Prefix(ids, cache if cache.get_seq_length() == len(ids) else None)
 
     def run(
-        self, suffixes: Sequence[Sequence[int]], prefix: Prefix, *, select: torch.Tensor | None = None, whole: bool = False
+        self,
+        suffixes: Sequence[Sequence[int]],
+        prefix: Prefix,
+        *,
+        select: torch.Tensor | None = None,
+        read: Read = whole_logits,
+        whole: bool = False,
     ) -> Captured:
         """Run suffixes behind a prefix, right-padded: causal rows never see the padding.
 
@@ -182,12 +200,13 @@ class Capture:
             suffixes: token ids of each row, not padded.
             prefix: from `prefix`, with `whole=True` if `select` is given.
             select: the positions whose logits are wanted, `(n_rows, n_suffix)` booleans on the CPU.
+            read: reads them, a piece at a time.
             whole: run all layers, even if no logits are wanted.
 
         """
         inputs = self._inputs(suffixes, prefix, select)
-        found = self._forward(inputs, whole=whole or select is not None)
-        return Captured({name: inputs.rows(x) for name, x in found.activations.items()}, found.logits)
+        found = self._forward(inputs, whole=whole or select is not None, read=read)
+        return Captured({name: inputs.rows(x) for name, x in found.activations.items()}, found.read)
 
     def gradient(
         self,
@@ -195,7 +214,7 @@ class Capture:
         prefix: Prefix,
         *,
         select: torch.Tensor,
-        loss: Callable[[torch.Tensor], torch.Tensor],
+        read: Read,
     ) -> Differentiated:
         """Run one forward, and one backward from a loss to the lowest hook point. No weight gets a gradient.
 
@@ -203,10 +222,11 @@ class Capture:
             suffixes: as for `run`.
             prefix: as for `run`; no gradient flows into it.
             select: as for `run`.
-            loss: function of the logits at the selected positions, `(n_selected, vocab)`; its sum is differentiated.
+            read: gives the loss of each selected position; their sum is differentiated.
 
         """
         inputs, found, handles = self._inputs(suffixes, prefix, select), dict[str, torch.Tensor](), []
+        at_head = list[tuple[torch.Tensor, ...]]()
 
         def cutting(point: HookPoint) -> Callable[..., Any]:
             def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
@@ -220,13 +240,24 @@ class Capture:
 
             return cut
 
+        def differentiate(head: Head, x: torch.Tensor) -> None:
+            selected = inputs.selected(x)
+            at_head.append((selected, *head.differentiated(selected, read)))
+
         try:
             for point in self.points:
                 handles.append(_hooked(point, cutting(point)))
+            if self._head is not None and self.splits_head:
+                handles.append(_stopped_at(self._head, differentiate))
             with torch.no_grad():
-                out = self.model(**self._arguments(inputs))
-                losses = loss(inputs.logits(out))
-                gradients = torch.autograd.grad(losses.sum(), list(found.values()))
+                try:
+                    out = self.model(**self._arguments(inputs))
+                except _Captured:
+                    ((top, losses, gradient),) = at_head
+                else:
+                    top = losses = read_in_pieces(inputs.logits(out), read, self._n_piece)
+                    gradient = torch.ones_like(losses)
+                gradients = torch.autograd.grad(top, list(found.values()), gradient)
         finally:
             for handle in handles:
                 handle.remove()
@@ -250,6 +281,24 @@ class Capture:
             found = self._forward(self._inputs([suffix], Prefix((), None), None), whole=False)
         return _has_parameter(found.activations[name].grad_fn)
 
+    def can_split_head(self, tokens: Sequence[int]) -> bool:
+        """Whether the head, apart, gives the logits that the model's own forward makes of the same inputs, bit by bit.
+
+        Args:
+            tokens: token ids of any text.
+
+        """
+        if self._head is None:
+            return False
+        apart = list[torch.Tensor]()
+        handle = _called_before(self._head, lambda head, x: apart.append(head.logits(x)))
+        try:
+            everywhere = torch.ones(1, len(tokens), dtype=torch.bool)
+            out = self.model(**self._arguments(self._inputs([tokens], Prefix((), None), everywhere)))
+        finally:
+            handle.remove()
+        return len(apart) == 1 and torch.equal(apart[0].to(out.logits), out.logits)
+
     def _inputs(self, suffixes: Sequence[Sequence[int]], prefix: Prefix, select: torch.Tensor | None) -> _Inputs:
         n_rows, n_suffix = len(suffixes), max(map(len, suffixes))
         ids = torch.zeros(n_rows, n_suffix, dtype=torch.long)
@@ -272,19 +321,26 @@ class Capture:
             "past_key_values": inputs.cache,
             "use_cache": inputs.cache is not None,
         }
-        if self._takes_selection:
+        if self._takes_selection and not self.splits_head:
             arguments["logits_to_keep"] = inputs.columns
         return arguments
 
-    def _forward(self, inputs: _Inputs, *, whole: bool) -> Captured:
+    def _forward(self, inputs: _Inputs, *, whole: bool, read: Read = whole_logits) -> Captured:
         if not self.may_stop:  # all processes must run it: one that has failed says so first, or the others hang
             self._ranks.together(lambda: None)
         activations: dict[str, torch.Tensor] = {}
         stop = self.may_stop and not whole
-        handles = []
+        handles, at_head = [], list[torch.Tensor]()
+
+        def keep(head: Head, x: torch.Tensor) -> None:
+            if inputs.select is not None:
+                at_head.append(head.read(inputs.selected(x), read))
+
         for point in self.points:
             reader = _reader(point, activations, len(self.points) if stop else 0)
             handles.append(_hooked(point, reader))
+        if self._head is not None and self.splits_head:
+            handles.append(_stopped_at(self._head, keep))
         try:
             out = self.model(**self._arguments(inputs))
         except _Captured:
@@ -292,7 +348,9 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-        return Captured(activations, None if out is None or inputs.select is None else inputs.logits(out))
+        if out is not None and inputs.select is not None:
+            at_head.append(read_in_pieces(inputs.logits(out), read, self._n_piece))
+        return Captured(activations, at_head[0] if at_head else None)
 
 
 def _hooked(point: HookPoint, hook: Callable[..., Any]) -> RemovableHandle:
@@ -316,6 +374,30 @@ def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> C
             raise _Captured
 
     return read
+
+
+def _called_before(head: Head, use: Callable[[Head, torch.Tensor], object]) -> RemovableHandle:
+    """Before a head runs, use it and its inputs. The head may then be called: this hook waits until it is done."""
+    busy = list[bool]()
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = tensor_of(args, kwargs)
+        if not busy and x is not None:
+            busy.append(True)
+            use(head, x)
+            busy.clear()
+
+    return head.module.register_forward_pre_hook(called, with_kwargs=True)
+
+
+def _stopped_at(head: Head, use: Callable[[Head, torch.Tensor], object]) -> RemovableHandle:
+    """The same, and end the forward there."""
+
+    def stop(head: Head, x: torch.Tensor) -> None:
+        use(head, x)
+        raise _Captured
+
+    return _called_before(head, stop)
 
 
 def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> torch.Tensor:

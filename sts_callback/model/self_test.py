@@ -49,7 +49,7 @@ def self_test(
     with_logits: bool,
     ranks: Ranks,
 ) -> Findings:
-    """Compare queries alone with the same queries in a padded batch, with tokens after them, behind a cache.
+    """Compare queries alone with the same queries in a padded batch, with tokens after them, behind a cache, the head apart.
 
     A comparison fails if it fails for all queries: rounding can send tokens of one query to another expert. Each process makes
     the same number of forwards. Use it inside `undisturbed(model)`.
@@ -68,6 +68,9 @@ def self_test(
     """
     model, n_writes = capture.model, writes_to_weights(capture.model)
     trials = [_Trial(capture, tuple(prefix), query, n_tokens, with_logits) for query in queries]
+    if with_logits:
+        apart = [ok for trial in trials for ok in ranks.gathered(trial.head_is_apart)]
+        capture.splits_head = all(apart)
 
     def holds(error: Callable[[_Trial], float]) -> bool:
         """Whether a comparison holds for some query in all processes."""
@@ -104,6 +107,11 @@ class _Trial:
         self._truth: Captured | None = None
         self._exact = False
 
+    def head_is_apart(self) -> bool:
+        """Whether the head can be had apart; see `Capture.can_split_head`."""
+        self._truth = self._alone()  # by the model's own head, to its end
+        return self._capture.can_split_head(self._query)
+
     def together(self) -> float:
         """Error in a padded batch, with tokens after the query."""
         return self._error([self._followed, self._longer], self._prefix)
@@ -130,8 +138,8 @@ class _Trial:
         found = self._run(rows, prefix, whole=whole)
         pairs = [(x, found.activations[name]) for name, x in truth.activations.items()]
         errors = [_relative(y[0, : len(self._query)], x[0]) for x, y in pairs]
-        if truth.logits is not None and found.logits is not None:
-            errors.append(_relative(found.logits, truth.logits))
+        if truth.read is not None and found.read is not None:
+            errors.append(_relative(found.read, truth.read))
         worst = [float(e.max()) / _EXACT if self._exact else float(e.median()) / _COARSE for e in errors]
         return max((math.inf if math.isnan(e) else e for e in worst), default=0.0)
 
@@ -224,7 +232,7 @@ def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:
             [tokens],
             Prefix((), None),
             select=torch.ones(1, len(tokens), dtype=torch.bool),
-            loss=lambda logits: logits.float().logsumexp(dim=-1),
+            read=lambda logits, places: logits.float().logsumexp(dim=-1),
         )
     except RuntimeError as error:  # nothing differentiable leads down to the hook point
         if not _is_of_the_model(error):

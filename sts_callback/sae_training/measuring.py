@@ -104,10 +104,14 @@ def _next_token_nll(
         select = torch.ones(1, len(piece), dtype=torch.bool)
         select[0, -1] = False
         targets = torch.tensor(piece[1:], device=reader.capture.device)
+
+        def nll(logits: torch.Tensor, places: slice, targets: torch.Tensor = targets) -> torch.Tensor:
+            return cross_entropy(logits.float(), targets[places].to(logits.device), reduction="none")
+
         for i, change in enumerate(changes):
             with replaced(reader.point, changing(change)):
-                logits = reader.capture.run([piece], prefix, select=select).logits
-            assert logits is not None
-            sums[i] += float(cross_entropy(logits.float(), targets.to(logits.device), reduction="sum"))
+                losses = reader.capture.run([piece], prefix, select=select, read=nll).read
+            assert losses is not None
+            sums[i] += float(losses.sum())
         n_tokens += len(targets)
     return [one / max(1, n_tokens) for one in sums]

@@ -375,6 +375,7 @@ def test_batches_bound_the_memory_of_logits(most: int) -> None:
         columns = {column for i in batch for column in range(len(MIXED[i].query) - 1, len(MIXED[i].tokens) - 1)}
         assert len(batch) * len(columns) <= most or len(batch) == 1
     assert len(found) > 1
+    assert list(batches(MIXED, EVERYONE, 10_000, None, n_prefix=1)) == [sorted(EVERYONE, key=lambda i: (len(MIXED[i].tokens), i))]
 
 
 @pytest.mark.parametrize("n_prefix", [100, 700, 5000])

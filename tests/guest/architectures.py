@@ -168,7 +168,7 @@ def plain(model: nn.Module, tokens: tuple[int, ...], n_skip: int) -> tuple[torch
     return kept[-1][0, n_skip:].detach(), gradient[0, n_skip:], logits.detach()
 
 
-def loss(logits: torch.Tensor) -> torch.Tensor:
+def loss(logits: torch.Tensor, places: slice = slice(None)) -> torch.Tensor:
     """NLL of one token everywhere."""
     return -logits.float().log_softmax(dim=-1)[:, 5]
 
@@ -177,12 +177,13 @@ def found(model: nn.Module, tokens: list[tuple[int, ...]], context: tuple[int, .
     """The same of several sequences at once, as a monitor reads them."""
     capture = Capture(model, [resolve(model, HOOK)])
     capture.may_cache = "cache" not in not_right
+    capture.splits_head = capture.can_split_head(tokens[0])
     select = torch.arange(max(map(len, tokens))) < torch.tensor([[len(t)] for t in tokens])
     run = capture.run(tokens, capture.prefix(context, whole=False)).activations[HOOK]
     whole = capture.prefix(context, whole=True)
-    logits = capture.run(tokens, whole, select=select).logits
+    logits = capture.run(tokens, whole, select=select).read
     assert logits is not None
-    gradient = capture.gradient(tokens, whole, select=select, loss=loss).gradients[HOOK]
+    gradient = capture.gradient(tokens, whole, select=select, read=loss).gradients[HOOK]
     each = logits.split([len(t) for t in tokens])
     return [(run[i, : len(t)], gradient[i, : len(t)], each[i]) for i, t in enumerate(tokens)]
 

@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from sts_callback.data.probes import Query
-from sts_callback.measure.answers import Answers, read_tokens
+from sts_callback.measure.answers import Answers, TokenReader
+from sts_callback.model.head import read_in_pieces
 
 
 def query(*answer: int) -> Query:
     return Query((1, 2), answer, (True, True))
+
+
+def read_tokens(logits: torch.Tensor, queries: list[Query]) -> tuple[torch.Tensor, torch.Tensor]:
+    """In pieces of 64 tokens."""
+    read = TokenReader(queries, logits.device)
+    return read_in_pieces(logits, read, 64), read.right
 
 
 LOG_2, LOG_3 = math.log(2), math.log(3)

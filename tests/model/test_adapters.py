@@ -83,8 +83,8 @@ def measured(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         findings = self_test(capture, PREFIX, SUFFIXES, 30, with_logits=True, ranks=Ranks())
         capture.may_cache = findings.cache
         found = capture.run(SUFFIXES, capture.prefix(PREFIX, whole=True), select=select)
-    assert found.logits is not None
-    return found.activations[HOOK], found.logits
+    assert found.read is not None
+    return found.activations[HOOK], found.read
 
 
 def check(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ POST = f"blocks.{LAYER}.hook_resid_post"
 LONG = (1, *range(40, 59))  # more tokens than Gemma's window of 8
 SHORT = (1, 40, 41)
 SUFFIXES = [tuple(range(70, 73)), tuple(range(100, 112)), tuple(range(130, 137))]
+SCALED = ("gemma2", "cohere", "granite")  # a cap, a factor and a divisor behind the head
 PREFIXES = {"empty": (), "BOS": (1,), "short": SHORT, "long": LONG}
 
 
@@ -48,8 +49,13 @@ def truth(architecture: str, tokens: tuple[int, ...]) -> tuple[torch.Tensor, tor
     return out.hidden_states[LAYER + 1][0], out.logits[0]
 
 
-def capture(model: nn.Module, *hook_names: str) -> Capture:
-    return Capture(model, [resolve(model, name) for name in hook_names or (POST,)])
+def capture(model: nn.Module, *hook_names: str, apart: bool = False) -> Capture:
+    """A reader, with the head apart or in the model's forward."""
+    reader = Capture(model, [resolve(model, name) for name in hook_names or (POST,)])
+    if apart:
+        assert reader.can_split_head(SUFFIXES[1])
+        reader.splits_head = True
+    return reader
 
 
 def made_prefix(reader: Capture, tokens: tuple[int, ...], *, cached: bool, whole: bool) -> Prefix:
@@ -106,7 +112,7 @@ def test_activations_are_those_of_each_sequence_alone(architecture: str, cached:
         reader = capture(model)
         kept = made_prefix(reader, tokens, cached=cached, whole=False)
         found = reader.run(SUFFIXES, kept)
-    assert found.logits is None
+    assert found.read is None
     assert_rows_are_true(architecture, found.activations[POST], tokens)
 
 
@@ -126,21 +132,22 @@ def test_prefix_can_be_used_again_and_again(architecture: str, whole: bool) -> N
     assert prefix.cache.get_seq_length() == len(LONG)
     assert_rows_are_true(architecture, second.activations[POST], LONG)
     if whole:
-        assert first.logits is not None and second.logits is not None
-        assert torch.equal(first.logits, second.logits)
+        assert first.read is not None and second.read is not None
+        assert torch.equal(first.read, second.read)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_neox", "opt"])
-def test_selected_logits_are_those_of_each_sequence_alone(architecture: str, cached: bool, prefix: str) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_neox", "opt", *SCALED])
+def test_selected_logits_are_those_of_each_sequence_alone(architecture: str, apart: bool, cached: bool, prefix: str) -> None:
     model, tokens = subject(architecture), PREFIXES[prefix]
     positions = [(0, 2), (1, 5, 11), (6,)]
     select = torch.zeros(3, 12, dtype=torch.bool)
     for row, chosen in enumerate(positions):
         select[row, list(chosen)] = True
     with undisturbed(model):
-        reader = capture(model)
+        reader = capture(model, apart=apart)
         kept = made_prefix(reader, tokens, cached=cached, whole=True)
         found = reader.run(SUFFIXES, kept, select=select)
     expected = [
@@ -148,8 +155,8 @@ def test_selected_logits_are_those_of_each_sequence_alone(architecture: str, cac
         for suffix, chosen in zip(SUFFIXES, positions, strict=True)
         for position in chosen
     ]
-    assert found.logits is not None
-    assert_close(found.logits, torch.stack(expected))
+    assert found.read is not None
+    assert_close(found.read, torch.stack(expected))
     assert_rows_are_true(architecture, found.activations[POST], tokens)
 
 
@@ -171,8 +178,8 @@ def test_model_that_cannot_select_logits_gives_the_same() -> None:
     model = WithoutSelection()
     with undisturbed(model):
         found = capture(model).run(SUFFIXES, Prefix(SHORT, None), select=select)
-    assert found.logits is not None
-    assert_close(found.logits, torch.stack([truth("llama", SHORT + s)[1][len(SHORT) + 1] for s in SUFFIXES]))
+    assert found.read is not None
+    assert_close(found.read, torch.stack([truth("llama", SHORT + s)[1][len(SHORT) + 1] for s in SUFFIXES]))
 
 
 def test_the_positions_of_logits_are_asked_for_by_one_row_of_places() -> None:
@@ -199,7 +206,7 @@ def test_virtual_tokens_of_a_wrapper_are_cut_off(kind: str, cached: bool) -> Non
         reader = capture(model)
         kept = reader.prefix(LONG, whole=True) if cached else Prefix(LONG, None)
         found = reader.run(SUFFIXES, kept, select=chosen())
-        gradient = reader.gradient(SUFFIXES, kept, select=chosen(), loss=score)
+        gradient = reader.gradient(SUFFIXES, kept, select=chosen(), read=score)
     layer, states = resolve(model, POST).module, list[torch.Tensor]()
     handle = layer.register_forward_hook(lambda module, args, output: states.append(output))
     logits = []
@@ -209,8 +216,8 @@ def test_virtual_tokens_of_a_wrapper_are_cut_off(kind: str, cached: bool) -> Non
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -len(suffix) :]
             logits.append(out[list(positions)])
     handle.remove()
-    assert found.logits is not None
-    assert_close(found.logits, torch.cat(logits))
+    assert found.read is not None
+    assert_close(found.read, torch.cat(logits))
     for row, suffix, state in zip(found.activations[POST], SUFFIXES, states, strict=True):
         assert_close(row[: len(suffix)], state[0, -len(suffix) :])
     assert_close(gradient.activations[POST], found.activations[POST])
@@ -223,7 +230,7 @@ def test_blocks_that_return_several_things_are_read_and_differentiated(kept_as: 
     find_layers(model)[LAYER].register_forward_hook(lambda module, args, output: kept_as([output, None]))
     find_layers(model)[LAYER + 1].register_forward_pre_hook(lambda module, args: (args[0][0], *args[1:]))
     with undisturbed(model):
-        found = capture(model).gradient(SUFFIXES, Prefix(LONG, None), select=chosen(), loss=score)
+        found = capture(model).gradient(SUFFIXES, Prefix(LONG, None), select=chosen(), read=score)
     wanted = gradient_of(subject("llama"), POST, cached=False)
     assert_close(found.activations[POST], wanted[0])
     assert_close(found.gradients[POST], wanted[1])
@@ -277,27 +284,28 @@ def chosen() -> torch.Tensor:
     return select
 
 
-def score(logits: torch.Tensor) -> torch.Tensor:
+def score(logits: torch.Tensor, places: slice = slice(None)) -> torch.Tensor:
     """A loss that bends: NLL of one token at every selected position."""
     return -logits.log_softmax(dim=-1)[:, 5]
 
 
 def gradient_of(
-    model: nn.Module, name: str, prefix: tuple[int, ...] = LONG, *, cached: bool = True, loss: Any = score
+    model: nn.Module, name: str, prefix: tuple[int, ...] = LONG, *, cached: bool = True, loss: Any = score, apart: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with undisturbed(model):
-        reader = capture(model, name)
+        reader = capture(model, name, apart=apart)
         kept = made_prefix(reader, prefix, cached=cached, whole=True)
-        found = reader.gradient(SUFFIXES, kept, select=chosen(), loss=loss)
+        found = reader.gradient(SUFFIXES, kept, select=chosen(), read=loss)
     return found.activations[name], found.gradients[name]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "opt"])
-def test_gradients_are_those_of_each_sequence_alone(architecture: str, cached: bool, prefix: str) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "opt", *SCALED])
+def test_gradients_are_those_of_each_sequence_alone(architecture: str, apart: bool, cached: bool, prefix: str) -> None:
     tokens = PREFIXES[prefix]
-    acts, found = gradient_of(subject(architecture), POST, tokens, cached=cached)
+    acts, found = gradient_of(subject(architecture), POST, tokens, cached=cached, apart=apart)
     assert_rows_are_true(architecture, acts, tokens)
     assert found.shape == acts.shape
     for row, suffix, positions in zip(found, SUFFIXES, POSITIONS, strict=True):
@@ -370,9 +378,9 @@ def test_a_backward_pass_does_not_spoil_the_prefix() -> None:
     with undisturbed(model):
         reader = capture(model)
         prefix = reader.prefix(LONG, whole=True)
-        first = reader.gradient(SUFFIXES, prefix, select=chosen(), loss=score)
+        first = reader.gradient(SUFFIXES, prefix, select=chosen(), read=score)
         plain = reader.run(SUFFIXES, prefix)
-        second = reader.gradient(SUFFIXES, prefix, select=chosen(), loss=score)
+        second = reader.gradient(SUFFIXES, prefix, select=chosen(), read=score)
     for name in ("activations", "gradients"):
         assert torch.equal(getattr(first, name)[POST], getattr(second, name)[POST])
     assert torch.equal(first.losses, second.losses)
@@ -388,7 +396,7 @@ def test_a_graph_is_recorded_only_above_the_hook_point() -> None:
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda *args: recording.append(torch.is_grad_enabled()))
     with undisturbed(model):
-        capture(model, "blocks.1.hook_resid_post").gradient(SUFFIXES, Prefix((), None), select=chosen(), loss=score)
+        capture(model, "blocks.1.hook_resid_post").gradient(SUFFIXES, Prefix((), None), select=chosen(), read=score)
     assert recording == [False, False, True, True]
 
 
@@ -413,7 +421,7 @@ def test_a_backward_pass_leaves_no_trace(make: Callable[[], nn.Module], site: st
     before = n_hooks(model)
     with undisturbed(model):
         reader = capture(model, f"blocks.{LAYER}.{site}")
-        found = reader.gradient(SUFFIXES, reader.prefix(LONG, whole=True), select=chosen(), loss=score)
+        found = reader.gradient(SUFFIXES, reader.prefix(LONG, whole=True), select=chosen(), read=score)
         assert not torch.is_grad_enabled()
     (acts,), (gradient,) = found.activations.values(), found.gradients.values()
     assert not any(x.requires_grad for x in (acts, gradient, found.losses))
@@ -449,7 +457,7 @@ def test_an_error_in_a_backward_pass_leaves_no_trace(where: str, site: str) -> N
     with undisturbed(model):
         with pytest.raises(RuntimeError, match="out of luck"):
             capture(model, f"blocks.{LAYER}.{site}").gradient(
-                SUFFIXES, Prefix((), None), select=chosen(), loss=fail if where == "loss" else score
+                SUFFIXES, Prefix((), None), select=chosen(), read=fail if where == "loss" else score
             )
         assert not torch.is_grad_enabled()
     assert n_hooks(model) == before
@@ -532,7 +540,7 @@ def test_sharded_model_runs_to_the_end(mark: str) -> None:
         reader = capture(model)
         found = reader.run(SUFFIXES, reader.prefix(LONG, whole=False))
         assert runs.n == [2] * N_LAYERS
-    assert found.logits is None
+    assert found.read is None
     assert_rows_are_true("llama", found.activations[POST], LONG)
 
 
@@ -621,7 +629,7 @@ def test_switches_of_a_configuration_do_not_reach_our_forward_and_stay() -> None
     def read() -> torch.Tensor:
         with undisturbed(model):
             reader = capture(model)
-            logits = reader.run(SUFFIXES, reader.prefix(LONG, whole=True), select=chosen()).logits
+            logits = reader.run(SUFFIXES, reader.prefix(LONG, whole=True), select=chosen()).read
         assert logits is not None
         return logits
 

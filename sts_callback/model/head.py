@@ -1,0 +1,92 @@
+"""The language-model head apart from the forward: logits of chosen positions only, a piece at a time.
+
+At a vocabulary of 262,144 tokens the logits of 1,024 positions take 1 GiB in float32, and their gradient as much again. What is
+wanted of them is a number or two a token, so they are made, read and dropped piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from sts_callback.model.hooks import text_config, vocab_size
+
+Read: TypeAlias = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Reads logits of some of the selected positions, `(n, vocab)`, and is told which of them these are. Gives one row for each."""
+
+_PIECE_ELEMENTS = 2**26  # 256 MiB of float32; always the same, since another size may be rounded otherwise
+
+
+def whole_logits(logits: torch.Tensor, places: slice) -> torch.Tensor:
+    """Keep logits as they are: a `Read`."""
+    return logits
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Find the module that gives the logits, whatever wraps the model; None without a language-model head."""
+    asked = (getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules() if hasattr(m, "config"))
+    return next((head for head in asked if head is not None), None)
+
+
+class Head:
+    """A model's own head, and what its forward does to logits afterwards as far as its configuration says so.
+
+    No list says for which architectures this is all: `Capture.can_split_head` compares it with the model's own logits.
+    """
+
+    def __init__(self, model: nn.Module, module: nn.Module) -> None:
+        self.module = module
+        config = text_config(model)
+        self._divisor, self._factor, self._cap = (  # of Granite, of Cohere, of Gemma
+            getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        )
+        self._n_piece = piece_size(model)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply it to its inputs, by the same operations as the model's forward, `(..., d)` to `(..., vocab)`."""
+        logits: torch.Tensor = self.module(x)
+        if self._divisor is not None:
+            logits = logits / self._divisor
+        if self._factor is not None:
+            logits = logits * self._factor
+        if self._cap is not None:
+            logits = torch.tanh(logits / self._cap) * self._cap
+        return logits
+
+    def read(self, x: torch.Tensor, read: Read) -> torch.Tensor:
+        """Read the logits of its inputs, `(n_selected, d)`, piece by piece."""
+        return torch.cat([read(self.logits(x[piece]), piece) for piece in pieces(len(x), self._n_piece)])
+
+    def differentiated(self, x: torch.Tensor, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, with the gradient of the sum of what was read, `(n_selected, d)`: no graph holds more than a piece."""
+        found, gradients = list[torch.Tensor](), list[torch.Tensor]()
+        for piece in pieces(len(x), self._n_piece):
+            part = x[piece].detach().requires_grad_()
+            losses = read(self.logits(part), piece)
+            found.append(losses.detach())
+            gradients += torch.autograd.grad(losses.sum(), part)
+        return torch.cat(found), torch.cat(gradients)
+
+
+def piece_size(model: nn.Module) -> int:
+    """Number of positions whose logits are made, or at least widened, at once."""
+    return max(1, _PIECE_ELEMENTS // (vocab_size(model) or 2**16))
+
+
+def pieces(n: int, size: int) -> Iterator[slice]:
+    """Slices of `n` positions, at least one even if there are none."""
+    return (slice(start, min(n, start + size)) for start in range(0, max(1, n), size))
+
+
+def read_in_pieces(logits: torch.Tensor, read: Read, size: int) -> torch.Tensor:
+    """Read logits that the model made whole, `(n_selected, vocab)`: float32 copies stay small."""
+    return torch.cat([read(logits[piece], piece) for piece in pieces(len(logits), size)])
+
+
+def tensor_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The tensor that a head was called with, `(n_rows, n_positions, d)`; None if it was called otherwise."""
+    x = args[0] if len(args) == 1 else None
+    return x if not kwargs and isinstance(x, torch.Tensor) and x.dim() == 3 else None
