@@ -27,6 +27,7 @@ from sts_callback.data.pairs import Pair, Row, TextPair
 from sts_callback.data.reader import STREAM_ROWS, Example, RowReader, StreamSample
 from sts_callback.data.tokens import added_bytes, bos_tokens, pair_ids, text_ids, without_bos
 from sts_callback.errors import DataError
+from sts_callback.metrics.copies import sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -389,7 +390,8 @@ def candidate_rows(acts: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor
     """
     rows = torch.tensor([row for row, q in enumerate(queries) for counts in q.counts if counts])
     columns = torch.tensor([column for q in queries for column, counts in enumerate(q.counts) if counts])
-    return acts[rows.to(acts.device), columns.to(acts.device)]
+    places = sent(torch.stack([rows, columns]), acts.device)
+    return acts[places[0], places[1]]
 
 
 def answer_positions(queries: Sequence[Query]) -> torch.Tensor:

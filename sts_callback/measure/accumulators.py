@@ -15,6 +15,7 @@ import torch
 
 from sts_callback.measure.answers import Answers
 from sts_callback.measure.sae_reader import SAEReader
+from sts_callback.metrics.copies import sent
 from sts_callback.metrics.sums import SKETCH_WIDTH, QuerySums, SparseActs, sketch
 from sts_callback.model.sae import Reconstruction
 
@@ -57,6 +58,12 @@ def _differences(one: Reconstruction, other: Reconstruction) -> tuple[torch.Tens
         (one.x - other.x).square().sum(dim=1),
         (one.left - other.left).square().sum(dim=1),
     )
+
+
+def _only(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Set the rows of tokens that do not count to 0, in place, whatever is in them."""
+    rows = ~counts.to(values.device)
+    return values.masked_fill_(rows.unsqueeze(1) if values.dim() == 2 else rows, 0.0)
 
 
 class _NotFinite:
@@ -140,18 +147,19 @@ class ProbeSums:
 
         """
         self._n_not_finite.add(found[ZERO_SHOT])
-        not_outlier = torch.stack([self._sae_reader.not_outlier(x) for x in found.values()]).all(dim=0)
-        self._counted.append(not_outlier.cpu())
-        self._owner.append(owner[self._counted[-1]])
-        found = {name: x[not_outlier] for name, x in found.items()}
-        for chunk in self._sae_reader.chunks(len(self._owner[-1])):
-            to = self._owner[-1][chunk].to(self._sae_reader.encoder.sae.device)
+        counted = torch.stack([self._sae_reader.not_outlier(x) for x in found.values()]).all(dim=0).cpu()
+        self._counted.append(counted)
+        self._owner.append(owner[counted])
+        places = counted.nonzero()[:, 0]
+        found = {name: x[sent(places, x.device)] for name, x in found.items()}
+        for chunk in self._sae_reader.chunks(len(places)):
+            to = self._owner[-1][chunk]
             here = self._sae_reader.encoder.reconstruct(found[ZERO_SHOT][chunk])
             sq_norms = torch.stack([torch.linalg.vector_norm(v, dim=1).square() for v in (here.acts, here.x)], dim=1)
             for sums, values in ((self._activity, here.acts), (self._raw, here.x), (self._sq_norms, sq_norms)):
                 sums.add(values, to)
             self._acts.append(SparseActs.of(here.acts))
-            self._sketches.append(torch.stack([sketch(here.x), sketch(here.left)], dim=1).cpu())
+            self._sketches.append(torch.stack([sketch(here.x), sketch(here.left)], dim=1))
             for name, shift in self._shifts.items():
                 shift.add(_differences(self._sae_reader.encoder.reconstruct(found[name][chunk]), here), to)
 
@@ -166,10 +174,9 @@ class ProbeSums:
         """
         assert self._gradients is not None
         not_outlier = self._sae_reader.not_outlier(x)
-        x, gradient, owner = x[not_outlier], gradient[not_outlier], owner.to(x.device)[not_outlier]
         for chunk in self._sae_reader.chunks(len(x)):
             by_feature = self._sae_reader.encoder.feature_gradient(x[chunk], gradient[chunk])
-            self._gradients.add(by_feature, owner[chunk].to(by_feature.device))
+            self._gradients.add(_only(by_feature, not_outlier[chunk]), owner[chunk])
 
     def result(self, answers: Mapping[str, Answers], n_answer: torch.Tensor) -> ProbeStats:
         """All of it, with the answers by context and their lengths."""
@@ -189,7 +196,7 @@ class ProbeSums:
             gradients=None if self._gradients is None else self._gradients.result,
             counted=counted,
             acts=SparseActs.cat(self._acts),
-            sketches=torch.cat(self._sketches) if self._sketches else torch.zeros(0, 2, SKETCH_WIDTH),
+            sketches=torch.cat(self._sketches).cpu() if self._sketches else torch.zeros(0, 2, SKETCH_WIDTH),
         )
 
 
@@ -233,8 +240,8 @@ class DriftSums:
     def __init__(self, sae_reader: SAEReader, n_queries: int, step_zero: StepZero) -> None:
         self._sae_reader, self._step_zero = sae_reader, step_zero
         self._shift = _ShiftSums(n_queries, sae_reader.encoder.d_sae, sae_reader.encoder.sae.device)
-        self._n_tokens = torch.zeros(n_queries, dtype=torch.int64)
-        self._n_masked, self._n_candidates, self._n_counted = 0, 0, 0
+        self._n_tokens = QuerySums(n_queries, 1, sae_reader.encoder.sae.device)
+        self._n_candidates, self._n_counted = 0, 0
         self._n_not_finite = _NotFinite()
 
     def add(self, x: torch.Tensor, owner: torch.Tensor) -> None:
@@ -249,30 +256,29 @@ class DriftSums:
         self._n_candidates += len(x)
         if not counted.any():
             return
-        x, owner = x[counted.to(x.device)], owner[counted]
+        x, owner = x[sent(counted.nonzero()[:, 0], x.device)], owner[counted]
         self._n_not_finite.add(x)
-        not_outlier = self._sae_reader.not_outlier_now(x).cpu()
-        self._n_masked += int((~not_outlier).sum())
-        self._n_tokens += torch.bincount(owner[not_outlier], minlength=len(self._n_tokens))
         device, d_sae, start = self._sae_reader.encoder.sae.device, self._sae_reader.encoder.d_sae, self._n_counted
+        not_outlier = self._sae_reader.not_outlier_now(x).to(device)
+        self._n_tokens.add(not_outlier.unsqueeze(1), owner)
         self._n_counted += len(x)
         for chunk in self._sae_reader.chunks(len(x)):
             now = self._sae_reader.encoder.reconstruct(x[chunk])
             rows = slice(start + chunk.start, start + chunk.start + len(now.x))
-            then, then_left = self._step_zero.sketches[rows].to(device).unbind(dim=1)
+            then, then_left = sent(self._step_zero.sketches[rows], device).unbind(dim=1)
             differences = (
                 now.acts.sub_(self._step_zero.acts.dense(rows.start, rows.stop, d_sae, device)).square_(),
                 (sketch(now.x) - then).square().sum(dim=1),
                 (sketch(now.left) - then_left).square().sum(dim=1),
             )
-            for one in differences:
-                one[~not_outlier[chunk].to(device)] = 0.0
-            self._shift.add(differences, owner[chunk].to(device))
+            self._shift.add(tuple(_only(one, not_outlier[chunk]) for one in differences), owner[chunk])
 
     def result(self, answers: Answers | None) -> DriftStats:
         """All of it, with the answers."""
         nll, right = (None, None) if answers is None else (answers.nll, answers.right)
-        return DriftStats(self._n_tokens, self._n_masked, self._shift.result, nll, right, self._n_not_finite.result)
+        n_tokens = self._n_tokens.result[:, 0].long()
+        n_masked = self._n_counted - int(n_tokens.sum())
+        return DriftStats(n_tokens, n_masked, self._shift.result, nll, right, self._n_not_finite.result)
 
 
 class ActivitySums:
@@ -281,7 +287,7 @@ class ActivitySums:
     def __init__(self, sae_reader: SAEReader, n_queries: int) -> None:
         self._sae_reader = sae_reader
         self._activity = QuerySums(n_queries, sae_reader.encoder.d_sae, sae_reader.encoder.sae.device)
-        self._n_tokens = torch.zeros(n_queries, dtype=torch.int64)
+        self._n_tokens = QuerySums(n_queries, 1, sae_reader.encoder.sae.device)
 
     def add(self, x: torch.Tensor, owner: torch.Tensor) -> None:
         """Add tokens of some queries, those that are no sinks now.
@@ -293,16 +299,15 @@ class ActivitySums:
         """
         if len(x) == 0:
             return
-        not_outlier = self._sae_reader.not_outlier_now(x)
-        x, owner = x[not_outlier], owner[not_outlier.cpu()]
-        self._n_tokens += torch.bincount(owner, minlength=len(self._n_tokens))
+        not_outlier = self._sae_reader.not_outlier_now(x).to(self._sae_reader.encoder.sae.device)
+        self._n_tokens.add(not_outlier.unsqueeze(1), owner)
         for chunk in self._sae_reader.chunks(len(x)):
-            self._activity.add(self._sae_reader.encoder.encode(x[chunk]), owner[chunk].to(self._sae_reader.encoder.sae.device))
+            self._activity.add(_only(self._sae_reader.encoder.encode(x[chunk]), not_outlier[chunk]), owner[chunk])
 
     @property
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums, `(n_queries, d_sae)`, and tokens that count, `(n_queries,)`."""
-        return self._activity.result, self._n_tokens
+        return self._activity.result, self._n_tokens.result[:, 0].long()
 
 
 @dataclass(frozen=True)
@@ -338,16 +343,15 @@ class MaxActivationSums:
 
         """
         place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
-        not_outlier = self._sae_reader.not_outlier(x)
-        x, owner, place = x[not_outlier], owner[not_outlier.cpu()], place[not_outlier.cpu()]
+        counted = self._sae_reader.not_outlier(x).cpu().nonzero()[:, 0]
+        x, owner, place = x[sent(counted, x.device)], owner[counted], sent(place[counted], self._sae_reader.encoder.sae.device)
         self._n_tokens += torch.bincount(owner, minlength=len(self._n_tokens))
-        device = self._sae_reader.encoder.sae.device
         for chunk in self._sae_reader.chunks(len(x)):
             acts = self._sae_reader.encoder.encode(x[chunk])[:, self._features]
-            self._activity.add(acts, owner[chunk].to(device))
+            self._activity.add(acts, owner[chunk])
             for text, n_tokens in Counter(owner[chunk].tolist()).items():
                 ours, acts = acts[:n_tokens], acts[n_tokens:]
-                places, place = place[:n_tokens].to(device), place[n_tokens:]
+                places, place = place[:n_tokens], place[n_tokens:]
                 highest, at = ours.max(dim=0)
                 self._place[text] = torch.where(highest > self._highest[text], places[at], self._place[text])
                 self._highest[text] = torch.maximum(highest, self._highest[text])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sts_callback.data.probes import Query
+from sts_callback.metrics.copies import sent
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,15 @@ class Answers:
         owner = torch.repeat_interleave(torch.arange(len(queries)), n)
         place = torch.arange(len(owner)) - (n.cumsum(0) - n)[owner]
         made = cls.unread(queries)
-        made.nll.index_add_(0, owner, losses.cpu())
-        made.right[owner, place] = right.cpu()
+        made.nll.index_add_(0, owner, losses)
+        made.right[owner, place] = right
         return made
+
+    @classmethod
+    def each(cls, found: Sequence[torch.Tensor], queries: Sequence[Sequence[Query]]) -> list[Answers]:
+        """The answers of several batches, by one copy of what `TokenReader.found` gives of each."""
+        parts = torch.split(torch.cat(list(found), dim=1).cpu(), [part.shape[1] for part in found], dim=1)
+        return [cls.of(part[0], part[1] > 0, some) for part, some in zip(parts, queries, strict=True)]
 
     def put(self, places: Sequence[int] | slice, some: Answers) -> None:
         """Write those of some of the queries to their places."""
@@ -55,7 +62,7 @@ class TokenReader:
 
         """
         self._queries = queries
-        self._targets = torch.tensor([token for q in queries for token in q.answer], device=device)
+        self._targets = sent(torch.tensor([token for q in queries for token in q.answer]), device)
         self._right: list[torch.Tensor] = []
 
     def __call__(self, logits: torch.Tensor, places: slice) -> torch.Tensor:
@@ -73,9 +80,9 @@ class TokenReader:
         """
         return torch.cat(self._right)
 
-    def answers(self, losses: torch.Tensor) -> Answers:
-        """The answers, from the losses of all tokens, `(n_answer_tokens,)`."""
-        return Answers.of(losses, self.right, self._queries)
+    def found(self, losses: torch.Tensor) -> torch.Tensor:
+        """What `Answers.each` needs of these queries, still on the device: losses and which tokens are right, `(2, n_tokens)`."""
+        return torch.stack([losses, self.right])
 
 
 def _longest(queries: Sequence[Query]) -> int:

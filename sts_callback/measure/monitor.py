@@ -220,30 +220,30 @@ class Monitor:
             can_move = self._runner.can_move(self.train)
             with clock("noise floor"):
                 noise_floors = self._noise_floors(baselines[TRAIN])
-        first = {name: of_each[0] for name, of_each in baselines.items()}
-        self.step_zero = StepZeroReference(
-            self._fingerprint, self._runner.sae_readers[0].reference, first, {probes.name: probes for probes in self._sets}
-        )
-        seconds = time.monotonic() - started
-        forecasts = []
-        for i, (scorer, sae_reader) in enumerate(zip(scorers, self._runner.sae_readers, strict=True)):
-            domains = {name: of_each[i] for name, of_each in found.items()}
-            forecasts.append(
-                Forecast(
-                    identity=self._identities[i],
-                    features=scorer.features,
-                    features_share=scores.shift_share(scorer.mean_shift, scorer.features),
-                    median_norm=sae_reader.reference.median_norm,
-                    fvu=self.fits[i].fvu,
-                    checks=checks[i],
-                    noise_floor=noise_floors[i],
-                    train=domains.pop(TRAIN),
-                    domains=scorer.ranked(domains),
-                    seconds=seconds,
-                    seconds_by_part=dict(clock.seconds),
-                    can_move=can_move,
-                )
+            first = {name: of_each[0] for name, of_each in baselines.items()}
+            self.step_zero = StepZeroReference(
+                self._fingerprint, self._runner.sae_readers[0].reference, first, {probes.name: probes for probes in self._sets}
             )
+            seconds = time.monotonic() - started
+            forecasts = []
+            for i, (scorer, sae_reader) in enumerate(zip(scorers, self._runner.sae_readers, strict=True)):
+                domains = {name: of_each[i] for name, of_each in found.items()}
+                forecasts.append(
+                    Forecast(
+                        identity=self._identities[i],
+                        features=scorer.features,
+                        features_share=scores.shift_share(scorer.mean_shift, scorer.features),
+                        median_norm=sae_reader.reference.median_norm,
+                        fvu=self.fits[i].fvu,
+                        checks=checks[i],
+                        noise_floor=noise_floors[i],
+                        train=domains.pop(TRAIN),
+                        domains=scorer.ranked(domains),
+                        seconds=seconds,
+                        seconds_by_part=dict(clock.seconds),
+                        can_move=can_move,
+                    )
+                )
         self._forecast = forecasts[0]
         return tuple(forecasts)
 
@@ -293,8 +293,8 @@ class Monitor:
             }
             output_drift = self._output_drift(*rollouts, batch_tokens)
             can_move = self._runner.can_move(self.train)
-        features, n_features = forecast.features, self.config.n_features
-        realised, drifts = scoring.domain_drifts(self._sets, readings, step_zero, features, n_features)
+            features, n_features = forecast.features, self.config.n_features
+            realised, drifts = scoring.domain_drifts(self._sets, readings, step_zero, features, n_features)
         return DriftSnapshot(
             step=step,
             realised_features=realised,

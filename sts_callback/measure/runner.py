@@ -29,6 +29,7 @@ from sts_callback.measure.accumulators import (
 )
 from sts_callback.measure.answers import Answers, TokenReader
 from sts_callback.measure.sae_reader import Fit, SAEReader
+from sts_callback.metrics.copies import sent
 from sts_callback.model.capture import Capture, Prefix, may_differ
 from sts_callback.model.head import output_embeddings
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, vocab_size
@@ -40,7 +41,7 @@ _N_CALIBRATION = 4  # queries of each set that set the median norm
 OnBatch = Callable[[int], object]
 """Told the number of queries done, for progress."""
 _Ran = tuple[list[int], dict[str, torch.Tensor], Answers | None]
-"""A batch, as places in its segment, with what `ProbeRunner._batch` gave."""
+"""A batch, as places in its segment, with its activations and answers, for other processes."""
 T = TypeVar("T")
 
 
@@ -323,14 +324,13 @@ class ProbeRunner:
             for name, x in acts.items():
                 if name not in everything:
                     everything[name] = x.new_empty(len(candidates.owner), x.shape[1])
-                everything[name][candidates.of(batch).to(x.device)] = x
+                everything[name][sent(candidates.of(batch), x.device)] = x
             if answers is not None and some is not None:
                 answers.put(batch, some)
-            on_batch(len(batch))
 
         def share() -> list[_Ran]:
-            """What this process runs, for the others."""
-            ran: list[_Ran] = []
+            """What this process runs, for the others. Answers are waited for once, when all has been launched."""
+            ran, losses = list[tuple[list[int], dict[str, torch.Tensor]]](), list[torch.Tensor]()
             for batch, context in own:
                 some = [queries[i] for i in batch]
                 acts, read = (
@@ -338,17 +338,23 @@ class ProbeRunner:
                     if to_gradients
                     else self._batch(some, context)
                 )
-                keep(batch, acts, read)
-                if self._n_shares > 1:
-                    ran.append((batch, {name: x.cpu() for name, x in acts.items()}, read))
+                keep(batch, acts, None)
+                on_batch(len(batch))
+                ran.append((batch, {name: x.cpu() for name, x in acts.items()} if self._n_shares > 1 else {}))
+                losses += [] if read is None else [read]
             for batch, context in idle:
                 self._batch([queries[i] for i in batch], context)
-            return ran
+            found = Answers.each(losses, [[queries[i] for i in batch] for batch, _ in ran]) if losses else [None] * len(ran)
+            done = [(batch, acts, answers_of) for (batch, acts), answers_of in zip(ran, found, strict=True)]
+            for batch, _, answers_of in done:
+                keep(batch, {}, answers_of)
+            return done
 
         own, idle = self._own(list(self._layout(probes, segment, draws, batch_tokens or self._config.batch_tokens)))
         for rank, ran in enumerate(self._ranks.gathered(share)):
             for batch, acts, read in ran if rank != self._ranks.index else ():
-                keep(batch, {name: x.to(self._capture.device) for name, x in acts.items()}, read)
+                keep(batch, {name: sent(x, self._capture.device) for name, x in acts.items()}, read)
+                on_batch(len(batch))
         return everything, answers
 
     def _own(self, layout: list[T]) -> tuple[list[T], list[T]]:
@@ -373,20 +379,20 @@ class ProbeRunner:
             for batch in batches(queries, members, batch_tokens, whole_logits, len(context.token_ids)):
                 yield batch, context
 
-    def _batch(self, queries: Sequence[Query], context: Context) -> tuple[dict[str, torch.Tensor], Answers | None]:
-        """One forward: activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and answers."""
+    def _batch(self, queries: Sequence[Query], context: Context) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """One forward: activations of the candidate tokens, by hook point `(n_candidates, d_in)`, and losses."""
         if not context.with_answers:
-            captured, answers = self._capture.run([q.query for q in queries], context.prefix), None
+            captured, tokens = self._capture.run([q.query for q in queries], context.prefix), None
         else:
             read = TokenReader(queries, self._capture.device)
             captured = self._capture.run([q.tokens for q in queries], context.prefix, select=answer_positions(queries), read=read)
             assert captured.read is not None
-            answers = read.answers(captured.read)
-        return {name: candidate_rows(acts, queries) for name, acts in captured.activations.items()}, answers
+            tokens = read.found(captured.read)
+        return {name: candidate_rows(acts, queries) for name, acts in captured.activations.items()}, tokens
 
     def _differentiated(
         self, queries: Sequence[Query], context: Context, owners: Sequence[int], to_gradients: Sequence[ProbeSums]
-    ) -> tuple[dict[str, torch.Tensor], Answers]:
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The same with one backward, whose gradients go straight into sums."""
         read = TokenReader(queries, self._capture.device)
         found = self._capture.gradient([q.tokens for q in queries], context.prefix, select=answer_positions(queries), read=read)
@@ -395,9 +401,10 @@ class ProbeRunner:
         for sae_reader, sums in zip(self.sae_readers, to_gradients, strict=True):
             acts, gradient = found.activations[sae_reader.point.name], found.gradients[sae_reader.point.name]
             if sae_reader.encoder.reconstructs:
-                sums.add_gradients(acts[real.to(acts.device)], gradient[real.to(acts.device)], owner)
+                at = sent(real.flatten().nonzero()[:, 0], acts.device)
+                sums.add_gradients(acts.flatten(0, 1)[at], gradient.flatten(0, 1)[at], owner)
         x = {name: candidate_rows(acts, queries) for name, acts in found.activations.items()}
-        return x, read.answers(found.losses)
+        return x, read.found(found.losses)
 
 
 def _owner(probes: ProbeSet, segment: range) -> torch.Tensor:

@@ -88,7 +88,7 @@ class SAEReader:
 
     def not_outlier_now(self, x: torch.Tensor) -> torch.Tensor:
         """The same after training, by current norms: training may rescale the whole residual stream."""
-        return self._is_below(x, max(self.reference.median_norm, x.float().norm(dim=1).median().item()))
+        return self._is_below(x, x.float().norm(dim=1).median().clamp_min(self.reference.median_norm))
 
     def chunks(self, n_tokens: int) -> Iterator[slice]:
         """Slices of tokens to encode at once."""
@@ -100,8 +100,10 @@ class SAEReader:
         median_norm = x.norm(dim=1).median().item()
         return x[self._is_below(x, median_norm)], median_norm
 
-    def _is_below(self, x: torch.Tensor, median_norm: float) -> torch.Tensor:
-        return is_not_outlier(x.float().norm(dim=1), median_norm, self._max_norm_multiple)
+    def _is_below(self, x: torch.Tensor, median_norm: float | torch.Tensor) -> torch.Tensor:
+        norms = x.float().norm(dim=1)
+        of_reference = median_norm if isinstance(median_norm, torch.Tensor) else norms.new_full((), median_norm)
+        return is_not_outlier(norms, of_reference, self._max_norm_multiple)  # rounded alike, whatever the median is from
 
     def _fit(self, x: torch.Tensor) -> Fit:
         left, n_active = 0.0, 0
@@ -109,14 +111,19 @@ class SAEReader:
         for chunk in self.chunks(len(x)):
             found = self.encoder.reconstruct(x[chunk])
             active = found.acts != 0
-            left += float(found.left.double().square().sum())
+            left += _sum_of_squares(found.left)
             n_active += int(active.sum())
             ever |= active.any(dim=0)
             seen.append(found.x)
         whole = torch.cat(seen)
         return Fit(
             n_tokens=len(x),
-            fvu=left / float((whole - whole.mean(dim=0)).double().square().sum()),
+            fvu=left / _sum_of_squares(whole - whole.mean(dim=0)),
             l0=n_active / len(x),
-            dead_fraction=float((~ever).double().mean()),
+            dead_fraction=int((~ever).sum()) / len(ever),
         )
+
+
+def _sum_of_squares(x: torch.Tensor) -> float:
+    """Of the rows in float32 on their device, of all in float64 on the CPU: Apple's GPU has none."""
+    return float(x.square().sum(dim=1).cpu().double().sum())

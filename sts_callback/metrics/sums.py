@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
+
+from sts_callback.metrics.copies import sent
 
 SKETCH_WIDTH = 64
 """Length of a sketch. It gives the squared length of one vector to sqrt(2 / 64), 18 %, and of a sum of many more exactly."""
 _SEED = 20260302  # any seed, but always the same: a resumed run must project as the first session did
 
 
-def is_not_outlier(norms: torch.Tensor, median_norm: float, multiple: float) -> torch.Tensor:
+def is_not_outlier(norms: torch.Tensor, median_norm: torch.Tensor | float, multiple: float) -> torch.Tensor:
     """Mark the tokens that are no attention sinks, by the norm of their residual stream.
 
     About 1 % of tokens have massive activations, 5 to 100 times the median norm, without content. If they count, every text
@@ -30,7 +33,11 @@ def is_not_outlier(norms: torch.Tensor, median_norm: float, multiple: float) -> 
 
 
 class QuerySums:
-    """Adds up token rows by query, on their device. Only reading the sums waits for a GPU."""
+    """Adds up token rows by query, on their device. Only reading the sums waits for a GPU.
+
+    The order of additions is always the same: `index_add_` leaves it to chance on a GPU, and a product with a matrix of ones and
+    zeros may be rounded to fewer bits.
+    """
 
     def __init__(self, n_queries: int, n_columns: int, device: torch.device) -> None:
         self._sums = torch.zeros(n_queries, n_columns, device=device)
@@ -40,10 +47,12 @@ class QuerySums:
 
         Args:
             values: `(n_tokens, n_columns)`, cast to float32.
-            query_index: the query of each token, `(n_tokens,)`.
+            query_index: the query of each token, `(n_tokens,)` on the CPU. Neighbours of one query are added at once.
 
         """
-        self._sums.index_add_(0, query_index, values.float())
+        queries, lengths = torch.unique_consecutive(query_index, return_counts=True)
+        for query, rows in zip(queries.tolist(), torch.split(values, lengths.tolist()), strict=True):
+            self._sums[query] += rows.float().sum(dim=0)
 
     @property
     def result(self) -> torch.Tensor:
@@ -78,20 +87,19 @@ class SparseActs:
 
     @classmethod
     def of(cls, acts: torch.Tensor) -> SparseActs:
-        """Keep the non-zero entries of `(n_tokens, d_sae)`, on the CPU."""
+        """Keep the non-zero entries of `(n_tokens, d_sae)`, on their device, whose number a GPU is waited for once."""
         rows, features = acts.nonzero(as_tuple=True)
-        n_active = torch.bincount(rows, minlength=len(acts))
-        return cls(n_active.int().cpu(), features.int().cpu(), acts[rows, features].float().cpu())
+        return cls((acts != 0).sum(dim=1).int(), features.int(), acts[rows, features].float())
 
     @classmethod
     def cat(cls, parts: list[SparseActs]) -> SparseActs:
-        """Join several parts in order. Without parts there are no tokens."""
+        """Join several parts in order, on the CPU. Without parts there are no tokens."""
         if not parts:
             return cls(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
         return cls(
-            torch.cat([p.n_active for p in parts]),
-            torch.cat([p.features for p in parts]),
-            torch.cat([p.values for p in parts]),
+            torch.cat([p.n_active for p in parts]).cpu(),
+            torch.cat([p.features for p in parts]).cpu(),
+            torch.cat([p.values for p in parts]).cpu(),
         )
 
     def dense(self, start: int, stop: int, d_sae: int, device: torch.device) -> torch.Tensor:
@@ -100,9 +108,9 @@ class SparseActs:
         first = int(ends[start - 1]) if start else 0
         last = int(ends[stop - 1]) if stop else 0
         rows = torch.repeat_interleave(torch.arange(stop - start), self.n_active[start:stop].long())
-        out = torch.zeros(stop - start, d_sae, device=device)
-        out[rows.to(device), self.features[first:last].long().to(device)] = self.values[first:last].to(device)
-        return out
+        out = torch.zeros((stop - start) * d_sae, device=device)
+        out[sent(rows * d_sae + self.features[first:last].long(), device)] = sent(self.values[first:last], device)
+        return out.view(stop - start, d_sae)
 
 
 def sketch(x: torch.Tensor) -> torch.Tensor:
@@ -118,7 +126,13 @@ def sketch(x: torch.Tensor) -> torch.Tensor:
     Source: W. B. Johnson and J. Lindenstrauss, 1984; here with Gaussian entries.
 
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    projection = torch.randn(x.shape[1], SKETCH_WIDTH, generator=generator) / SKETCH_WIDTH**0.5
-    projected: torch.Tensor = x.float() @ projection.to(x.device)
-    return projected
+    with torch.autocast(x.device.type, enabled=False):
+        return x.float() @ _projection(x.shape[1], x.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _projection(d: int, device: torch.device) -> torch.Tensor:
+    """The same of a width at every visit, `(d, SKETCH_WIDTH)`."""
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    drawn = torch.randn(d, SKETCH_WIDTH, generator=generator, device="cpu", dtype=torch.float32)
+    return sent(drawn / SKETCH_WIDTH**0.5, device)

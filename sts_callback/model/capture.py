@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
+from sts_callback.metrics.copies import sent
 from sts_callback.model.head import Head, Read, output_embeddings, piece_size, read_in_pieces, tensor_of, whole_logits
 from sts_callback.model.hooks import HookPoint, text_config
 
@@ -129,15 +130,15 @@ class _Inputs:
     def logits(self, out: Any) -> torch.Tensor:
         """Select the logits at the selected positions, row by row. Some forwards compute the logits of all positions."""
         assert self.select is not None
-        logits: torch.Tensor = out.logits
-        if logits.shape[1] != len(self.columns):
-            logits = logits[:, self.columns]
-        return logits[self.select[:, self.columns]]
+        logits, columns = out.logits, self.columns
+        if logits.shape[1] == len(columns):
+            return _taken(logits, self.select[:, columns])
+        return self.selected(logits)
 
     def selected(self, x: torch.Tensor) -> torch.Tensor:
         """Select the selected positions, row by row, of a tensor that has them all, `(n_rows, n_positions, d)`."""
         assert self.select is not None
-        return x[:, -self.n_suffix :][self.select]
+        return _taken(x[:, -self.n_suffix :], self.select)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Select the suffix positions of a tensor, `(n_rows, n_suffix, d)`. OPT flattens rows and tokens before its MLP."""
@@ -156,8 +157,6 @@ class Capture:
         self.points = tuple(points)
         self.may_stop = not is_sharded(model)
         """Whether a forward may end early. If not, only whole forwards are safe, and no backward."""
-        self.device = next(model.parameters()).device
-        """Device of the batches."""
         self.may_cache = True
         """Whether `prefix` may keep keys and values. The self-test decides."""
         self.splits_head = False
@@ -166,6 +165,12 @@ class Capture:
         self._head = None if head is None else Head(model, head)
         self._n_piece = piece_size(model)
         self._takes_selection = _takes_selection(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the batches, where the model is by now. What was offloaded is on none."""
+        places = (p.device for p in self.model.parameters())
+        return next((place for place in places if place.type != "meta"), torch.device("cpu"))
 
     def prefix(self, token_ids: Sequence[int], *, whole: bool) -> Prefix:
         """Run a prefix once and keep its keys and values.
@@ -181,7 +186,7 @@ class Capture:
         cache = DynamicCache(config=text_config(self.model))  # type: ignore[arg-type]
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             return Prefix(ids, None)  # recurrent or chunked state cannot be shared by expanding it
-        row = torch.tensor([ids], device=self.device)
+        row = sent(torch.tensor([ids]), self.device)
         self._forward(_Inputs(row, torch.ones_like(row), cache, None, len(ids)), whole=whole)
         return Prefix(ids, cache if cache.get_seq_length() == len(ids) else None)
 
@@ -311,7 +316,7 @@ class Capture:
         cache = None if prefix.cache is None else prefix.fork(n_rows)
         if cache is None:
             ids = torch.cat([head, ids], dim=1)
-        return _Inputs(ids.to(self.device), mask.to(self.device), cache, select, n_suffix)
+        return _Inputs(sent(ids, self.device), sent(mask, self.device), cache, select, n_suffix)
 
     def _arguments(self, inputs: _Inputs) -> dict[str, Any]:
         """Arguments for the model's forward."""
@@ -322,7 +327,7 @@ class Capture:
             "use_cache": inputs.cache is not None,
         }
         if self._takes_selection and not self.splits_head:
-            arguments["logits_to_keep"] = inputs.columns
+            arguments["logits_to_keep"] = sent(inputs.columns, inputs.ids.device)
         return arguments
 
     def _forward(self, inputs: _Inputs, *, whole: bool, read: Read = whole_logits) -> Captured:
@@ -351,6 +356,12 @@ class Capture:
         if out is not None and inputs.select is not None:
             at_head.append(read_in_pieces(inputs.logits(out), read, self._n_piece))
         return Captured(activations, at_head[0] if at_head else None)
+
+
+def _taken(x: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
+    """Select positions, row by row, by booleans on the CPU, `(n_rows, n_positions)`."""
+    places = sent(select.nonzero().T.contiguous(), x.device)
+    return x[places[0], places[1]]
 
 
 def _hooked(point: HookPoint, hook: Callable[..., Any]) -> RemovableHandle:

@@ -28,6 +28,7 @@ _EXACT = 1e-4
 _COARSE = 0.1
 """The same for the median token, in lower precision."""
 _MOST_TOKENS, _N_AFTER = 32, 4
+_N_HEAD = 8  # tokens whose logits are compared bit by bit
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class _Trial:
     def head_is_apart(self) -> bool:
         """Whether the head can be had apart; see `Capture.can_split_head`."""
         self._truth = self._alone()  # by the model's own head, to its end
-        return self._capture.can_split_head(self._query)
+        return self._capture.can_split_head(self._query[:_N_HEAD])
 
     def together(self) -> float:
         """Error in a padded batch, with tokens after the query."""

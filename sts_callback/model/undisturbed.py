@@ -33,12 +33,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, _ in flags:
                 module.training = False
             torch.set_default_dtype(torch.float32)  # sums take no less, whatever the user's new tensors are
-            with _state_aside(model), _logits_alone(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with _on_cpu(), _state_aside(model), _logits_alone(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             for module, flag in flags:
                 module.training = flag
             torch.set_default_dtype(default_dtype)
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Make new tensors on the CPU unless their device is said, whatever the user's default is."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 @contextlib.contextmanager
