@@ -27,6 +27,7 @@ sts_n_queries: 8
 sts_n_features: 16
 sts_max_tokens: 64
 sts_max_overhead: null
+sts_rehearse: true
 """
 
 
@@ -73,18 +74,26 @@ def make() -> None:
     Path("sts.yaml").write_text(SETTINGS)
 
 
+def last_adapter(run: Path) -> Path:
+    """Some frameworks write it beside the checkpoints, some only into them."""
+    return max(run.rglob("adapter_model.safetensors"), key=lambda file: file.stat().st_mtime)
+
+
 def check(plain: Path, watched: Path) -> None:
     """Print what was seen, and fail where it is not as it must be."""
     made = watched / "sts" / "forecast.json"
     forecast = json.loads(made.read_text())["forecast"]
     train = forecast["train"]
+    rehearsal = json.loads((watched / "sts" / "rehearsal.json").read_text())["rehearsal"]
+    rehearsed = [f"{dose['n_steps']} steps at {dose['multiple']:g} times the rate" for dose in rehearsal["doses"]]
     steps = [json.loads(line)["snapshot"]["step"] for line in (watched / "sts" / "drift.jsonl").read_text().splitlines()]
     first_checkpoint = min(watched.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
-    hashes = [hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest() for run in (plain, watched)]
+    hashes = [hashlib.sha256(last_adapter(run).read_bytes()).hexdigest() for run in (plain, watched)]
     seen = {
         "the forecast is older than the first checkpoint": made.stat().st_mtime < first_checkpoint.stat().st_mtime,
         f"{train['n_queries']} training queries, {train['n_answer_tokens']} tokens of answers, {ANSWER_TOKENS[0]} or "
         f"{ANSWER_TOKENS[1]} each": train["n_answer_tokens"] in {n * train["n_queries"] for n in ANSWER_TOKENS},
+        f"rehearsed: {', '.join(rehearsed) or rehearsal['skipped']}": bool(rehearsed or rehearsal["skipped"]),
         f"checks after steps {steps}": {2, 4} <= set(steps),
         "report.html is there": (watched / "sts" / "report.html").exists(),
         "no faults.jsonl": not (watched / "sts" / "faults.jsonl").exists(),
