@@ -2,8 +2,12 @@
 # LLaMA-Factory's own command, `llamafactory-cli train`, which takes no callbacks: LoRA and packing on a CPU, with and without ours.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 environment torch==2.13.0 llamafactory==0.9.5
-python -m pip uninstall -q -y torchvision torchaudio # nothing here sees or hears, and they fail beside a torch built otherwise
+# Nothing here sees or hears, and what pip finds fails beside a torch for CPUs. torchaudio is imported all the same, so an empty
+# module stands in for it.
+python -m pip uninstall -q -y torchvision torchaudio
 workplace
+touch torchaudio.py
+export PYTHONPATH=.
 
 cat >dataset_info.json <<'JSON'
 {

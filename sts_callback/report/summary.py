@@ -92,7 +92,7 @@ def of_rehearsal(rehearsal: Rehearsal, verdict: Verdict, budgets: Mapping[str, P
     """
     own = rehearsal.doses[0]
     basis = (
-        f"By {own.n_steps} of {rehearsal.steps_planned} steps at a rate of {own.learning_rate:.2g}, put back; "
+        f"By {own.n_steps} steps at a rate of {own.learning_rate:.2g}, put back; {rehearsal.steps_planned} are planned; "
         f"{_queries(own.check.domains.values())}; {seconds(rehearsal.seconds)}."
     )
     legend = _CHANGE + (" Expected: by past runs of a model of this size." if rehearsal.expected else "")

@@ -156,7 +156,7 @@ def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() 
     assert rows(text)["code"] == "0.00 [0.00, 0.00] 1.0% within 0.10"
     assert [*rows(text)] == ["law", "code", "train"]
     flat = " ".join(text.split())
-    assert "By 5 of 60 steps at a rate of 0.001, put back; 32 queries a domain; 12 s." in flat
+    assert "By 5 steps at a rate of 0.001, put back; 60 are planned; 32 queries a domain; 12 s." in flat
     assert "named 2 of the 3 features that these steps moved most, and said by examples in context: go." in flat
     assert "Go back to" not in text  # nothing has happened yet
     assert "expected at the end" not in told_rehearsal()
