@@ -146,10 +146,12 @@ def _count_moments(moments: list[str], kill_at: int | None) -> None:
     watch(LlamaForCausalLM, "forward", lambda model, *args: None if model.training else "probe")
     # The report is written when training has ended; a run that is resumed then, transformers trains a step further.
     watch(
-        os, "fsync", lambda descriptor: None if _is_report(_open_file(descriptor)) else f"half of {_open_file(descriptor).name}"
+        os,
+        "fsync",
+        lambda descriptor: None if _is_of_the_end(_open_file(descriptor)) else f"half of {_open_file(descriptor).name}",
     )
-    watch(os, "fsync", lambda descriptor: None if _is_report(_open_file(descriptor)) else "written, not synced")
-    watch(os, "replace", lambda source, target: None if _is_report(Path(target)) else "replacing a file")
+    watch(os, "fsync", lambda descriptor: None if _is_of_the_end(_open_file(descriptor)) else "written, not synced")
+    watch(os, "replace", lambda source, target: None if _is_of_the_end(Path(target)) else "replacing a file")
     watch(Trainer, "_save_optimizer_and_scheduler", lambda *args: "saving")
     watch(TrainerState, "save_to_json", lambda *args: "saving the state")
     watch(STSCallback, "on_save", lambda *args: "saved, not checked")
@@ -159,5 +161,6 @@ def _open_file(descriptor: int) -> Path:
     return Path(f"/proc/self/fd/{descriptor}").readlink()
 
 
-def _is_report(file: Path) -> bool:
-    return file.stem == "report"
+def _is_of_the_end(file: Path) -> bool:
+    """Whether it is written when all else of the run is."""
+    return file.stem in ("report", "ended")

@@ -867,7 +867,7 @@ FAULTS = [
         "standard output closed",
         lambda s: (closed("stdout")(s), setattr(s, "train", quietly)),
         "tables are not shown, all else goes on",
-        recorded=tuple((i, "screen", "closed file") for i in (0, 0, 1, 2, 3, 3)),
+        recorded=tuple((i, "screen", "closed file") for i in (0, 1, 2, 3, 3)),
         raises=ValueError,
     ),
     Fault("standard error closed", lambda s: (closed("stderr")(s), s.args.update(disable_tqdm=False)), "no progress is shown"),
