@@ -305,6 +305,7 @@ NAMES = [
         "layer_12_width_16k_l0_smal",
         "layer_12_width_16k_l0_small",
     ),
+    told("an SAE that is refused", "forecast --sae gpt2-small-hook-z-kk/blocks.2.hook_z", "sae", "hook_z", "take another"),
     told("an SAE of nothing", "forecast --sae nothing", "sae", "'nothing'", "sts-callback saes --model"),
     told("an unset variable as SAE", "forecast --sae ''", "--sae", "''", "empty"),
     told("an unset variable as model", "forecast --model ''", "--model", "''", "empty"),

@@ -304,13 +304,8 @@ def _load(spec: str, model_id: str, n_layers: int) -> tuple[str, SAE[Any]]:
     if place is None:
         return Path(spec).resolve().name, _from_folder(Path(spec))
     name = "/".join(place)
-    entry = registry.find(name)
-    if entry and entry.unusable:
-        raise SaeError(
-            f"sae: {name} cannot be used: it {entry.unusable}; take another that `sts-callback saes --model {entry.model}` lists."
-        )
     try:
-        if entry is None:
+        if registry.find(name) is None:
             return name, _from_folder(downloaded(*place))
         with tensors_only():
             return name, SAE.from_pretrained(*place, dtype="float32")

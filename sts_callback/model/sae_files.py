@@ -34,7 +34,8 @@ def place_of(spec: str) -> tuple[str, str] | None:
         Release or hub repository, and the SAE's name in it. None for a folder, and for `"auto"`, which depends on the model.
 
     Raises:
-        SaeError: if there is no such SAE (similar names are suggested), or it is a file or a path that does not exist.
+        SaeError: if there is no such SAE (similar names are suggested), if it cannot be used, or if it is a file or a path that
+            does not exist.
 
     """
     if spec == "auto" or os.path.isdir(spec):
@@ -42,6 +43,10 @@ def place_of(spec: str) -> tuple[str, str] | None:
     if os.path.isfile(spec):
         raise SaeError(f"sae: {spec} is a file; give its folder, if that is one of an SAE: it {_held_by(Path(spec).parent)}.")
     if entry := registry.find(spec):
+        if entry.unusable:
+            raise SaeError(
+                f"sae: {spec} cannot be used: it {entry.unusable}; take another of `sts-callback saes --model {entry.model}`."
+            )
         return entry.release, entry.sae_id
     if spec.startswith((".", "/", "~")) or "\\" in spec or Path(spec).suffix in _SUFFIXES:
         raise SaeError(f"sae: {spec} is not there; correct the path. A folder {_WANTED}.")

@@ -185,7 +185,7 @@ def test_what_went_wrong_on_the_way_is_told_apart(
 @pytest.mark.parametrize("spec", [case.spec for case in CASES if case.write is sae_files.of_nothing])
 def test_nothing_is_loaded_of_an_sae_that_is_refused(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(SAE, "from_pretrained")
-    with pytest.raises(SaeError, match=r"cannot be used: it (reads|encodes) .*take another that `sts-callback saes --model"):
+    with pytest.raises(SaeError, match=r"cannot be used: it (reads|encodes) .*take another of `sts-callback saes --model"):
         load_encoder(spec, "any", 26)
 
 
