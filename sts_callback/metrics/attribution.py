@@ -15,6 +15,9 @@ LEAST_LIKENESS = 0.5
 of another kind is not enough. Our choice."""
 
 
+_ROUNDING = 1e-5  # of the average row's length: what float32 sums differ by if they are added up in another order
+
+
 def roots(activity: torch.Tensor) -> torch.Tensor:
     """Square roots of activations, in float64. Negative activations, which few kinds of SAE have, count as 0."""
     return activity.double().clamp_min(0).sqrt()
@@ -36,9 +39,14 @@ def contributions(mean_activity: torch.Tensor, domain_activity: torch.Tensor, av
         the domain does not differ from an average row.
 
     """
-    texts, domain = (roots(activity) - average for activity in (mean_activity, domain_activity))
+    texts, domain = (_beyond_rounding(roots(activity) - average, average) for activity in (mean_activity, domain_activity))
     lengths = texts.norm(dim=1, keepdim=True) * domain.norm()
     return texts * domain / torch.where((lengths == 0) & (domain.norm() > 0), 1.0, lengths)
+
+
+def _beyond_rounding(difference: torch.Tensor, average: torch.Tensor) -> torch.Tensor:
+    """A difference from the average, exactly 0 where it may be one of rounding."""
+    return difference * (difference.norm(dim=-1, keepdim=True) > _ROUNDING * average.norm())
 
 
 def limit_of_scores(scores: torch.Tensor, own_score: float) -> float:

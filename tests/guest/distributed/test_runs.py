@@ -171,7 +171,9 @@ def test_all_ranks_decide_alike_and_run_as_many_forwards(mode: str, lora: bool, 
 def test_only_the_first_rank_writes(mode: str, runs: Runs) -> None:
     one, other = seen(runs(mode, "plain"), "with")
     read = ("baseline.safetensors", "drift.jsonl", "features.jsonl", "forecast.json")
-    assert one["ours"] == [f"sts/{name}" for name in (*read, "rehearsal.json", "report.html", "report.json", "settings.json")]
+    assert one["ours"] == [
+        f"sts/{name}" for name in sorted([*read, "ended.json", "rehearsal.json", "report.html", "report.json", "settings.json"])
+    ]
     assert other["ours"] == []
 
 
