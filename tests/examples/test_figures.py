@@ -196,3 +196,14 @@ def test_features_that_forecasts_share() -> None:
     one = found("overlap")
     assert f"| {one['gsm8k_forecast_and_realised']['n_shared']} of 100 |" in TOLD
     assert f"| **{one['forecast_code_and_law_shared']} of 100** |" in TOLD
+
+
+def test_the_second_round() -> None:
+    made = page("examples/validation/second/RESULTS.md")
+    section = page("docs/how-it-was-validated.md").split("## The second round")[1].split("\n## ")[0]
+    cells = re.findall(r"\d+ of \d+ \([\d.]+%\)|\d\.\d\d \[-?\d\.\d\d, \d\.\d\d\]", section)
+    assert len(cells) > 10
+    assert [cell for cell in cells if cell not in made] == []
+    (named,) = re.findall(r"\| harmed domains named before step 1 \(over\) .*", made)
+    counts = re.findall(r"(\d+) of (\d+) ", named)[1:]
+    assert "named {} of {} domains that harsh runs harmed, and {} of {}".format(*counts[0], *counts[1]) in README
