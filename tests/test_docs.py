@@ -171,8 +171,11 @@ def test_the_first_run_runs(here: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     printed, shown = capsys.readouterr().out, "".join(blocks(readme, "text"))
     assert (here / "runs" / "first" / "sts" / "report.html").is_file()
     assert names["callback"].rehearsal.doses
-    assert len(starts(shown)) >= 3
-    assert starts(shown) <= starts(printed)
+    told = {
+        start for start in starts(shown) if not start.startswith("domain ")
+    }  # past runs, which no tiny model has, add a column
+    assert len(told) >= 3
+    assert told <= starts(printed)
 
 
 def test_a_domain_of_ones_own(here: Path) -> None:
