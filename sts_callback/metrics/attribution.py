@@ -46,7 +46,8 @@ def contributions(mean_activity: torch.Tensor, domain_activity: torch.Tensor, av
 
 def _beyond_rounding(difference: torch.Tensor, average: torch.Tensor) -> torch.Tensor:
     """A difference from the average, exactly 0 where it may be one of rounding."""
-    return difference * (difference.norm(dim=-1, keepdim=True) > _ROUNDING * average.norm())
+    differs = difference.norm(dim=-1, keepdim=True) > _ROUNDING * average.norm()
+    return torch.where(differs, difference, 0.0)
 
 
 def limit_of_scores(scores: torch.Tensor, own_score: float) -> float:
