@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
 from sts_callback.metrics.copies import sent
-from sts_callback.model.head import Head, Read, output_embeddings, piece_size, read_in_pieces, tensor_of, whole_logits
+from sts_callback.model.head import Head, Read, output_embeddings, piece_size, read_in_pieces, whole_logits
 from sts_callback.model.hooks import HookPoint, text_config
 
 
@@ -296,7 +296,7 @@ class Capture:
         if self._head is None:
             return False
         apart = list[torch.Tensor]()
-        handle = _called_before(self._head, lambda head, x: apart.append(head.logits(x)))
+        handle = self._head.called_before(lambda head, x: apart.append(head.logits(x)))
         try:
             everywhere = torch.ones(1, len(tokens), dtype=torch.bool)
             out = self.model(**self._arguments(self._inputs([tokens], Prefix((), None), everywhere)))
@@ -387,28 +387,14 @@ def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> C
     return read
 
 
-def _called_before(head: Head, use: Callable[[Head, torch.Tensor], object]) -> RemovableHandle:
-    """Before a head runs, use it and its inputs. The head may then be called: this hook waits until it is done."""
-    busy = list[bool]()
-
-    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = tensor_of(args, kwargs)
-        if not busy and x is not None:
-            busy.append(True)
-            use(head, x)
-            busy.clear()
-
-    return head.module.register_forward_pre_hook(called, with_kwargs=True)
-
-
 def _stopped_at(head: Head, use: Callable[[Head, torch.Tensor], object]) -> RemovableHandle:
-    """The same, and end the forward there."""
+    """Use a head and its inputs before it runs, and end the forward there."""
 
     def stop(head: Head, x: torch.Tensor) -> None:
         use(head, x)
         raise _Captured
 
-    return _called_before(head, stop)
+    return head.called_before(stop)
 
 
 def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sts_callback.model.hooks import text_config, vocab_size
 
@@ -56,6 +57,19 @@ class Head:
             logits = torch.tanh(logits / self._cap) * self._cap
         return logits
 
+    def called_before(self, use: Callable[[Head, torch.Tensor], object]) -> RemovableHandle:
+        """Before it runs, use it and its inputs. It may then be called: this hook waits until that is done."""
+        busy = list[bool]()
+
+        def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _tensor_of(args, kwargs)
+            if not busy and x is not None:
+                busy.append(True)
+                use(self, x)
+                busy.clear()
+
+        return self.module.register_forward_pre_hook(called, with_kwargs=True)
+
     def read(self, x: torch.Tensor, read: Read) -> torch.Tensor:
         """Read the logits of its inputs, `(n_selected, d)`, piece by piece."""
         return torch.cat([read(self.logits(x[piece]), piece) for piece in pieces(len(x), self._n_piece)])
@@ -86,7 +100,7 @@ def read_in_pieces(logits: torch.Tensor, read: Read, size: int) -> torch.Tensor:
     return torch.cat([read(logits[piece], piece) for piece in pieces(len(logits), size)])
 
 
-def tensor_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+def _tensor_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """The tensor that a head was called with, `(n_rows, n_positions, d)`; None if it was called otherwise."""
     x = args[0] if len(args) == 1 else None
     return x if not kwargs and isinstance(x, torch.Tensor) and x.dim() == 3 else None

@@ -19,5 +19,6 @@ from sts_callback.records.results import TokenAccuracy as TokenAccuracy
 from sts_callback.records.results import TopActivatingExamples as TopActivatingExamples
 from sts_callback.records.results import TrainSource as TrainSource
 from sts_callback.records.results import Verdict as Verdict
+from sts_callback.records.results import downwards as downwards
 from sts_callback.records.results import harm_in as harm_in
 from sts_callback.records.results import in_capitals as in_capitals

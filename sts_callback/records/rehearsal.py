@@ -45,6 +45,11 @@ class Rehearsal(Record):
     """Change of each domain's NLL at the end of the run, in nats per token, with the interval for a single domain; empty where no
     past runs of a model of this size tell."""
 
+    @property
+    def learning_rate(self) -> float:
+        """The run's highest; NaN without doses."""
+        return self.doses[0].learning_rate if self.doses else math.nan
+
     def _repr_html_(self) -> str:
         """For a notebook."""
         steps = [f"{dose.n_steps} steps at {dose.learning_rate:.2g}" for dose in self.doses]

@@ -20,6 +20,11 @@ TrainSource = Literal["reference answers", "own rollouts"]
 _POINTS = 100  # of a share
 
 
+def downwards(number: float) -> tuple[bool, float]:
+    """Sort key: the largest first and NaN last."""
+    return math.isnan(number), -number
+
+
 @dataclass(frozen=True)
 class Identity(Record):
     """What a measurement was made with; two can be compared only if these agree."""
@@ -193,7 +198,7 @@ class Forecast(Record):
         """For a notebook."""
         rows = [
             (d.name, notebook.percent(d.transfer.value), notebook.change(d.nll_change), str(d.n_queries))
-            for d in sorted(self.domains.values(), key=lambda d: (math.isnan(d.nll_change.value), -d.nll_change.value))
+            for d in sorted(self.domains.values(), key=lambda d: downwards(d.nll_change.value))
         ]
         return notebook.table(
             f"Forecast by {self.identity.sae_name} at {self.identity.hook_name}",
@@ -322,7 +327,7 @@ class DriftSnapshot(Record):
 
     def _repr_html_(self) -> str:
         """For a notebook."""
-        ordered = sorted(self.domains.values(), key=lambda d: (math.isnan(d.nll_change.value), -d.nll_change.value))
+        ordered = sorted(self.domains.values(), key=lambda d: downwards(d.nll_change.value))
         rows = [
             (d.name, notebook.change(d.nll_change), notebook.percent(d.relative_drift.value, 1), str(d.n_queries))
             for d in (*ordered, self.train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class Looks(Record):
         """All planned steps, in order; the last one is among them."""
         own = range(self.every, self.last_step, self.every) if self.every else ()
         return tuple(sorted({*self.between, *(s for s in own if s > self.after), self.last_step}))
+
+    def next_after(self, step: int) -> int:
+        """The first planned step after one; 0 if none is left."""
+        return next((planned for planned in self.steps if planned > step), 0)
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,11 @@ class Logged(Record):
     def verdict_before(self) -> Verdict | None:
         """Before the first step: the rehearsal's, else the forecast's."""
         return self.rehearsal_verdict or self.forecast_verdict
+
+    @property
+    def learning_rate(self) -> float:
+        """The run's highest, by its rehearsal; NaN without one."""
+        return self.rehearsal.learning_rate if self.rehearsal else math.nan
 
     @property
     def is_empty(self) -> bool:

@@ -185,11 +185,10 @@ def build(logged: Logged, output_dir: Path = Path("OUTPUT_DIR")) -> ReportData:
 
 
 def _advice(logged: Logged, output_dir: Path) -> list[Advice]:
-    verdict, doses = logged.verdict, logged.rehearsal.doses if logged.rehearsal else ()
+    verdict = logged.verdict
     if verdict is None or verdict.decision != "no-go":
         return []
-    learning_rate = doses[0].learning_rate if doses else _NAN
-    return advice_on(verdict.threatened, output_dir, logged.best_checkpoint, learning_rate, verdict.step)
+    return advice_on(verdict.threatened, output_dir, logged.best_checkpoint, logged.learning_rate, verdict.step)
 
 
 def _budgets(logged: Logged) -> dict[str, PlainBudget]:

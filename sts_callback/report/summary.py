@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sts_callback.config import Budget, PlainBudget, PolicyConfig
 from sts_callback.policy import judge_domains
-from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, Record, Verdict
+from sts_callback.records import (
+    Decision,
+    DomainDrift,
+    DomainForecast,
+    DriftSnapshot,
+    Estimate,
+    Forecast,
+    Record,
+    Verdict,
+    downwards,
+)
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import Logged
 from sts_callback.report.formatting import budget, counted, harm_form, interval, nats, percent, percent_1, seconds
@@ -140,18 +149,13 @@ def next_check(logged: Logged) -> int:
     """The step of the next planned check of a run; 0 if there is none, or the plan is not known."""
     done = max([check.snapshot.step for check in logged.checks] + [skipped.step for skipped in logged.postponed], default=0)
     looks = logged.settings.looks if logged.settings else None
-    return next((step for step in looks.steps if step > done), 0) if looks else 0
+    return looks.next_after(done) if looks else 0
 
 
 def standing_of(state: str) -> Standing:
     """A state at a check, as a person is told it; any other text as none."""
     found: dict[str, Standing] = {"within": "within", "on course": "on course", "over": "over", "inconclusive": "cannot tell"}
     return found.get(state, "")
-
-
-def downwards(number: float) -> tuple[bool, float]:
-    """Sort key: the largest first and NaN last."""
-    return math.isnan(number), -number
 
 
 def _of_snapshot(

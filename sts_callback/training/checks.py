@@ -13,6 +13,7 @@ from sts_callback.distributed import Ranks
 from sts_callback.errors import CannotTell
 from sts_callback.measure.monitor import Monitor
 from sts_callback.records import DriftSnapshot, Verdict
+from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import Looks, TimeSpent
 from sts_callback.report.headline import alarms_since
 from sts_callback.runs.directory import RunDirectory
@@ -68,6 +69,7 @@ class Checks:
         self._overhead: Overhead
         self._write_step_zero: Callable[[], object]
         self._first_step = self._batch_tokens = 0
+        self._rehearsal: Rehearsal | None = None
         self._always: tuple[int, ...] = ()
         self._last_check = self._last_try = 0
         self._is_postponed = self._owes_checkpoint = False
@@ -107,7 +109,7 @@ class Checks:
         expected_s: float,
         *,
         batch_tokens: int,
-        is_rehearsed: bool,
+        rehearsal: Rehearsal | None,
         write_step_zero: Callable[[], object],
     ) -> None:
         """Begin to watch; from now on time is counted.
@@ -117,13 +119,14 @@ class Checks:
             state: the trainer's.
             expected_s: what a check is expected to take, in seconds, until one was made.
             batch_tokens: tokens in a batch, as of step zero.
-            is_rehearsed: whether a rehearsal has told what the first steps do.
+            rehearsal: of the run, if any. With doses it has told what the first steps do.
             write_step_zero: writes what checks are compared with, where it is no longer in the run's folder.
 
         """
         self._monitor, self._batch_tokens, self._write_step_zero = monitor, batch_tokens, write_step_zero
         self._overhead, self._first_step = Overhead(self._run.settings.max_overhead, expected_s), state.global_step
-        self._always = (state.max_steps,) if is_rehearsed else (*looks.FIRST, state.max_steps)
+        self._rehearsal = rehearsal
+        self._always = (state.max_steps,) if rehearsal and rehearsal.doses else (*looks.FIRST, state.max_steps)
 
     def stop(self) -> None:
         """Let the model go: what comes now, such as an evaluation of other weights, is none of this run's."""
@@ -225,7 +228,7 @@ class Checks:
         }
         sinks = [
             Sink("run log", lambda: self._write(monitor, snapshot, verdict)),
-            Sink("screen", lambda: run.recorder.show_check(snapshot, verdict, self._alarms, self.history.looks)),
+            Sink("screen", lambda: self._show(snapshot, verdict)),
             Sink("trainer's log", lambda: trainer_log.write(numbers, run.trainer(), state, control), first_only=False),
         ]
         if is_new:
@@ -242,6 +245,10 @@ class Checks:
             self._write_step_zero()
         time = TimeSpent(self._overhead.spent_s, self._overhead.training_s)
         self._run.recorder.write_check(monitor, snapshot, verdict, time)
+
+    def _show(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
+        next_step = self.history.looks.next_after(snapshot.step)
+        self._run.recorder.show_check(snapshot, verdict, self._rehearsal, self._alarms, next_step)
 
     def _act(self, verdict: Verdict, control: TrainerControl) -> None:
         action = self._run.settings.action

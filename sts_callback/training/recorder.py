@@ -106,26 +106,28 @@ class RunRecorder:
         self._directory.append_top_examples(monitor.top_activating_examples(snapshot.train.top_features))
         self._directory.append_check(snapshot, verdict, time)
 
-    def show_check(self, snapshot: DriftSnapshot, verdict: Verdict, since: Mapping[str, int], looks: Looks) -> None:
+    def show_check(
+        self, snapshot: DriftSnapshot, verdict: Verdict, rehearsal: Rehearsal | None, since: Mapping[str, int], next_step: int
+    ) -> None:
         """Print a check.
 
         Args:
             snapshot: the check.
             verdict: on it.
+            rehearsal: of the run, if any.
             since: of alarms that stand, the steps of the checks that began them.
-            looks: the planned checks.
+            next_step: of the next planned check; 0 if none is left.
 
         """
-        rehearsal = self._directory.read_rehearsal()  # it is there after a resume too
         shown = check_view(
             snapshot,
             verdict,
             self._settings.policy.budgets,
             since=since,
             expected=rehearsal.expected if rehearsal else {},
-            next_step=next((step for step in looks.steps if step > snapshot.step), 0),
+            next_step=next_step,
             output_dir=self._directory.folder.parent,
-            learning_rate=rehearsal.doses[0].learning_rate if rehearsal and rehearsal.doses else math.nan,
+            learning_rate=rehearsal.learning_rate if rehearsal else math.nan,
         )
         tqdm.write(shown)
 

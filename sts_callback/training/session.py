@@ -198,7 +198,7 @@ class Session:
             state,
             expected_s,
             batch_tokens=self._batch_tokens,
-            is_rehearsed=self.rehearsal is not None and bool(self.rehearsal.doses),
+            rehearsal=self.rehearsal,
             write_step_zero=lambda: self._write_step_zero(monitor),
         )
         if settings.check_on == "save" and not self._is_new:

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sts_callback.config import PolicyConfig
-from sts_callback.records import Check, Estimate, Forecast, Status, TopActivatingExamples, Verdict
-from sts_callback.report.summary import downwards, of_forecast
+from sts_callback.records import Check, Estimate, Forecast, Status, TopActivatingExamples, Verdict, downwards
+from sts_callback.report.summary import of_forecast
 from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered, wrapped
 from sts_callback.report.terminal.verdict import (
     COLOURS,

@@ -39,9 +39,8 @@ def watch_view(logged: Logged, output_dir: Path, silent_s: float = math.nan, *, 
         budgets = logged.settings.policy.budgets if logged.settings else {}
         parts += beside_lines(logged.checks[-1].snapshot, logged.checks[-1].verdict, budgets)
     if verdict is not None:
-        doses = logged.rehearsal.doses if logged.rehearsal else ()
         parts += open_reasons(verdict)
-        parts += advice_lines(verdict, output_dir, doses[0].learning_rate if doses else math.nan)
+        parts += advice_lines(verdict, output_dir, logged.learning_rate)
     parts += wrapped(ended_notes(verdicts))
     parts += wrapped(logged.unreadable, "yellow")
     parts += wrapped(
