@@ -268,3 +268,27 @@ def test_the_protocol_was_written_for_these_settings() -> None:
     assert all(f"`{name}`" in text for name in SETTINGS["fine_tunes"])
     assert ", ".join(DOMAINS[:11]) in " ".join(text.split())
     assert all(line["fine_tune"] in SETTINGS["fine_tunes"] for line in stored(plan.RUNS))
+
+
+def long_run(fine_tune: str, expected: dict[str, float], change: dict[str, float]) -> Told:
+    key = f"{fine_tune}/long"
+    rehearsed = Rehearsed.of(rehearsal(key, everywhere(28, 0.0, **expected), everywhere(28, 0.0)), ZERO, ONE, ONE)
+    return Told(Happened.of(run(key, {300: change}), ZERO), rehearsed, {})
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"),
+    [
+        ({"law": 0.3, "web": 0.2, "math": 0.0}, "Of these 2 of 2 (100.0%) are harmed"),
+        ({"law": 0.3, "web": 0.2, "math": 0.3}, "Of these 2 of 3 (66.7%) are harmed"),
+        ({}, "it names 0 of 4 (0.0%)"),
+    ],
+)
+def test_the_expected_change_decides_where_what_it_names_is_harmed_and_not_too_little_is_named(
+    expected: dict[str, float], said: str
+) -> None:
+    harm = {"law": 0.3, "web": 0.2}
+    later = [long_run(pages.LATER[0], expected, harm), long_run(pages.LATER[1], {}, harm)]
+    text = pages.decision(later, 0.134)
+    assert said in text
+    assert ("does not decide" in text) == (expected != {"law": 0.3, "web": 0.2, "math": 0.0})

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from sts_callback.metrics.calibration import Pair, fit
-from validation.alarms import Table
+from validation.alarms import Table, share
 from validation.pages import table, wrapped
 from validation.plan import stored
 from validation.scores import Scores, spearman, student
@@ -20,6 +20,10 @@ from validation.second.calibration import SHIPPED
 from validation.second.outcomes import DOMAINS, Happened, Rehearsed
 from validation.second.plan import ANSWERED, CALIBRATION, FORECASTS, HERE, REHEARSALS, RUNS, SETTINGS, STEP_ZERO
 from validation.second.tables import Runs, Told
+
+LATER = ("aqua-rat", "logiqa-zh")
+"""Fine-tunes that were run after the others had been opened; they judge whether the expected change decides."""
+_FEWEST_RIGHT, _FEWEST_NAMED = 0.9, 0.5  # of the domains named, the harmed ones; of the harmed ones, the domains named
 
 
 def write_report(*, opened: bool) -> None:
@@ -115,7 +119,30 @@ def sections(told: Runs, threshold: float) -> list[str]:
     ]
     for title, rows in found:
         lines += ["", f"## {title}", "", *table(rows)]
+    judges = [t for t in by_setting.get("long", ()) if t.run.fine_tune in LATER]
+    if {t.run.fine_tune for t in judges} == set(LATER):
+        lines += ["", "## Does the expected change decide?", "", *wrapped(decision(judges, threshold))]
     return lines
+
+
+def decision(runs: Runs, threshold: float) -> str:
+    """Whether the fitted rule may decide, by runs that it was not chosen on.
+
+    Args:
+        runs: long runs of the later fine-tunes.
+        threshold: of the fitted rule, nats a token.
+
+    """
+    harmed = np.concatenate([t.run.harmed for t in runs])
+    hit = np.concatenate([t.rehearsed.expected >= threshold for t in runs])
+    n_right, n_hit, n_harmed = int((hit & harmed).sum()), int(hit.sum()), int(harmed.sum())
+    decides = n_hit > 0 and n_right >= _FEWEST_RIGHT * n_hit and n_right >= _FEWEST_NAMED * n_harmed
+    return (
+        f"In the long runs of {' and '.join(LATER)}, made after the others had been opened, rule 2 names "
+        f"{share(n_hit, harmed.size)} of the domains. Of these {share(n_right, n_hit)} are harmed (at least {_FEWEST_RIGHT:.0%} "
+        f"were asked for); of the harmed ones it names {share(n_right, n_harmed)} (at least {_FEWEST_NAMED:.0%}). So by the rule "
+        f"set beforehand the expected change {'decides' if decides else 'does not decide'} where a rehearsal has a tenfold dose."
+    )
 
 
 def targets(parts: Mapping[str, Runs]) -> Table:
