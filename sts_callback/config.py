@@ -281,7 +281,7 @@ class PolicyConfig:
 class SaeConfig:
     """What SAE to train, and on how much."""
 
-    batch: ClassVar[int] = 2048
+    batch: ClassVar[int] = 512
     """Tokens in a step of training."""
 
     hook_name: str | None = None

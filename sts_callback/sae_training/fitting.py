@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, LoggingConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
+from torch.nn.functional import normalize
 
 from sts_callback.runs.files import write_whole
 from sts_callback.sae_training.activations import Usual
@@ -37,11 +38,13 @@ class Schedule:
     seed: int
 
 
-def new_sae(d_in: int, d_sae: int, l0: float, device: torch.device, seed: int) -> BatchTopKTrainingSAE:
-    """A random BatchTopK SAE, as SAELens makes it.
+def new_sae(data: torch.Tensor, d_sae: int, l0: float, device: torch.device, seed: int) -> BatchTopKTrainingSAE:
+    """A BatchTopK SAE to begin with: SAELens' own, but its features point where tokens do.
+
+    Random directions take many steps until they are of use, and some never are.
 
     Args:
-        d_in: width of the activations.
+        data: centred activations that it will be trained on, `(n_tokens, d_in)`.
         d_sae: number of features.
         l0: mean number of active features a token.
         device: to train on.
@@ -49,9 +52,15 @@ def new_sae(d_in: int, d_sae: int, l0: float, device: torch.device, seed: int) -
 
     """
     kind = SparseBatchTopK if device.type == "cpu" else BatchTopKTrainingSAE
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
-        return kind(BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=l0, apply_b_dec_to_input=True, device=str(device)))
+        config = BatchTopKTrainingSAEConfig(d_in=data.shape[1], d_sae=d_sae, k=l0, apply_b_dec_to_input=True, device=str(device))
+        sae = kind(config)
+        drawn = data[torch.randperm(len(data))[:d_sae]].float()
+        directions = normalize(drawn[drawn.any(dim=1)].unique(dim=0), dim=1)  # two that are alike would stay so
+        sae.W_dec[: len(directions)] = directions.to(device) * sae.W_dec.norm(dim=1).mean()  # any others stay random
+        sae.W_enc[:, : len(directions)] = sae.W_dec[: len(directions)].T
+        return sae
 
 
 def fit(sae: BatchTopKTrainingSAE, data: torch.Tensor, schedule: Schedule, folder: Path) -> BatchTopKTrainingSAE:

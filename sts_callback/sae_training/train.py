@@ -92,7 +92,7 @@ def train_sae(
             f"train: {len(data):,} tokens of text can be read, but a step of training takes {config.batch:,}; give more."
         )
     schedule = Schedule(int(config.n_passes * len(data)), config.batch, _LR, config.seed)
-    sae = fit(new_sae(d_in, d_sae, config.l0, reader.capture.device, config.seed), data, schedule, unfinished)
+    sae = fit(new_sae(data, d_sae, config.l0, reader.capture.device, config.seed), data, schedule, unfinished)
     made = unfinished / "sae"
     name = Path(model_name(model)).name if Path(model_name(model)).is_dir() else model_name(model)
     save(sae, data, reader.usual, made, model_name=name, hook_name=hook_name, context_size=CONTEXT, prepend_bos=bool(pieces.bos))

@@ -25,12 +25,23 @@ def data() -> torch.Tensor:
 
 
 def sae() -> BatchTopKTrainingSAE:
-    return new_sae(D_IN, D_SAE, 2.0, torch.device("cpu"), seed=0)
+    return new_sae(data(), D_SAE, 2.0, torch.device("cpu"), seed=0)
 
 
 def trained(folder: Path, n_steps: int = 100) -> BatchTopKTrainingSAE:
     folder.mkdir(exist_ok=True)
     return fit(sae(), data(), Schedule(n_steps * BATCH, BATCH, 1e-2, 0), folder)
+
+
+def test_features_begin_where_tokens_point_each_elsewhere() -> None:
+    made, tokens = sae(), torch.nn.functional.normalize(data().float(), dim=1)
+    features = torch.nn.functional.normalize(made.W_dec.detach(), dim=1)
+    found = ((features @ tokens.T).max(dim=1).values > 1 - 1e-5).sum()
+    assert 0.5 * D_SAE < found < D_SAE  # one token in five is nothing, and points nowhere
+    assert torch.equal(made.W_enc, made.W_dec.T)
+    assert torch.allclose(made.W_dec.norm(dim=1), made.W_dec.norm(dim=1).mean().expand(D_SAE))
+    few = new_sae(data()[:5].repeat(3, 1), D_SAE, 2.0, torch.device("cpu"), seed=0)
+    assert few.W_dec.isfinite().all() and len(few.W_dec.detach().unique(dim=0)) == D_SAE
 
 
 @pytest.mark.parametrize("n_steps", [3, 37, 99])

@@ -188,8 +188,8 @@ def test_what_does_not_fit_the_model_is_refused(config: SaeConfig, error: Any, t
 
 
 def test_texts_that_are_too_few_for_a_step_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"train: \d+ tokens .*a step of training takes 2,048"):
-        made(tmp_path / "sae", sources={"train": rows(20)})
+    with pytest.raises(DataError, match=r"train: \d+ tokens .*a step of training takes 512"):
+        made(tmp_path / "sae", sources={"train": rows(8)})
 
 
 @pytest.mark.parametrize(
