@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sts_callback.cli.options import NUMBERS
+from sts_callback.cli.options import chosen_probes
 
 if TYPE_CHECKING:
     from sts_callback.config import PolicyConfig, ProbeConfig
@@ -34,8 +34,14 @@ def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], Pol
 
     files = named(args.domain, "--domain", "NAME=FILE")
     domains, budgets = choose_domains(budgets_in(args.protect, "--protect"), files)
-    chosen = {name: getattr(args, name) for name in (*NUMBERS, "chat_template") if hasattr(args, name)}
-    policy, config = PolicyConfig(budgets=budgets), ProbeConfig(**chosen)
+    policy, config = PolicyConfig(budgets=budgets), chosen_probes(args)
+    if args.quick:
+        usual = ProbeConfig()
+        print(
+            f"Quick look: {config.n_queries} queries a domain of at most {config.max_tokens} tokens, usually {usual.n_queries} "
+            f"of {usual.max_tokens}. Intervals are wider, and small harm is not found.",
+            file=sys.stderr,
+        )
     rows = {name: read_rows(source, f"domains[{name!r}]") for name, source in domains.items()}
 
     from sts_callback.model.sae_files import place_of

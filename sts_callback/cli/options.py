@@ -9,6 +9,8 @@ from sts_callback.config import CHAT_TEMPLATE, ProbeConfig
 
 NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
 """Fields of `ProbeConfig` that have an option."""
+QUICK = {"n_queries": 8, "n_draws": 2, "max_tokens": 64}
+"""What `--quick` sets of them. Our choice: enough to see which features move, too little to be sure of small harm."""
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -44,6 +46,12 @@ def add_run_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_dir", metavar="RUN_DIR", help="the trainer's output_dir, or the folder sts in it")
 
 
+def chosen_probes(args: argparse.Namespace) -> ProbeConfig:
+    """The probes that the options of `add_measurement` ask for."""
+    given = {name: getattr(args, name, None) for name in (*NUMBERS, "chat_template")}
+    return ProbeConfig(**(QUICK if args.quick else {}) | {name: value for name, value in given.items() if value is not None})
+
+
 def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Sequence[str] = NUMBERS) -> None:
     """Add the options of all commands that measure.
 
@@ -66,10 +74,11 @@ def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, num
     add_protect(command)
     add_json(command)
     command.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
+    command.add_argument("--quick", action="store_true", help="a first look: few, short queries, unless you set their numbers")
     defaults = ProbeConfig()
     for name in numbers:
-        option = f"--{name.replace('_', '-')}"
-        command.add_argument(option, type=int, default=getattr(defaults, name), help=f"default {getattr(defaults, name)}")
+        quick = f", with --quick {QUICK[name]}" if name in QUICK else ""
+        command.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(defaults, name)}{quick}")
     command.add_argument(
         "--chat-template",
         choices=CHAT_TEMPLATE,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -20,6 +21,7 @@ from past import lawful_runs
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
 from sts_callback.cli import PIPE_CLOSED, main
 from sts_callback.cli.common import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT
+from sts_callback.cli.options import QUICK
 from sts_callback.policy import Judgement
 from sts_callback.records import Check, Forecast, Verdict
 from sts_callback.records.rehearsal import Trials
@@ -150,6 +152,25 @@ def test_the_number_of_draws_can_be_chosen(files: Path, capsys: pytest.CaptureFi
             assert main(command(files, "--n-draws", n_draws, name="doctor")) == GO
         assert len(seen[0].train.demo_sets) == made
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("more", [(), ("--n-queries", "6"), ("--max-tokens", "16", "--n-draws", "3")])
+def test_a_quick_look_asks_less_unless_its_numbers_are_given(
+    more: tuple[str, ...], files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    given = [str(part) for name in ("model", "sae") for part in (f"--{name}", files / name)]
+    domain = ("--domain", f"poems={files / 'poems.jsonl'}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sts_callback.measure.monitor.Monitor.examine", lambda monitor, policy: seen.append(monitor.config) or ())
+        assert (
+            main(["doctor", *given, "--train", str(files / "train.jsonl"), "--n-features", "8", "--quick", *domain, *more]) == GO
+        )
+    named = dict(zip([name[2:].replace("-", "_") for name in more[::2]], map(int, more[1::2]), strict=True))
+    (config,) = seen
+    assert {name: getattr(config, name) for name in QUICK} == QUICK | named
+    told = capsys.readouterr().err
+    assert f"Quick look: {config.n_queries} queries a domain of at most {config.max_tokens} tokens" in told
 
 
 def test_the_doctor_passes_what_can_be_answered(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
