@@ -160,6 +160,7 @@ def rehearsal(*checks: DriftSnapshot, **changes: Any) -> Rehearsal:
         "steps_planned": 60,
         "rate_sum": 0.0625,
         "seconds": 12.5,
+        "step_s": 0.25,
     }
     return Rehearsal(**(fields | changes))
 

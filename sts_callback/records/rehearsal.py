@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sts_callback.config import Budget, PlainBudget, limits_of
-from sts_callback.records import Decision, DomainDrift, DriftSnapshot, Estimate, Identity, Record, Verdict, notebook
+from sts_callback.config import Budget, PlainBudget, Unit, limits_of
+from sts_callback.records import UNKNOWN, Decision, DomainDrift, DriftSnapshot, Estimate, Identity, Record, Verdict, notebook
 from sts_callback.records.remedies import BudgetFinding, mildest
+
+TENFOLD = 10.0
+"""Multiple of the run's own rate at which a second dose tells what a long run comes to; past runs have this one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Rehearsal(Record):
     """Learning rates of all steps of the run, added up; NaN where the schedule does not say beforehand."""
     seconds: float
     """Wall-clock time, checks included."""
+    step_s: float = math.nan
+    """Wall-clock time of one rehearsed step; NaN in records of earlier versions."""
     skipped: str = ""
     """Why the run was not rehearsed, in a sentence; empty if it was."""
     n_parameters: int = 0
@@ -49,6 +54,26 @@ class Rehearsal(Record):
     def learning_rate(self) -> float:
         """The run's highest; NaN without doses."""
         return self.doses[0].learning_rate if self.doses else math.nan
+
+    @property
+    def steps_of_a_check(self) -> float:
+        """How many steps of training take as long as a check; NaN if that is not known."""
+        return self.doses[0].check.seconds / self.step_s if self.doses and self.step_s > 0 else math.nan
+
+    @property
+    def tenfold(self) -> DriftSnapshot | None:
+        """The check after steps at ten times the run's own rate; None if there were none."""
+        return next((dose.check for dose in self.doses if dose.multiple == TENFOLD), None)
+
+    def expected_in(self, unit: Unit, name: str) -> Estimate:
+        """What a domain is expected to have lost at the end of the run, in a budget's unit, above 0 is worse; else unknown."""
+        found, own = self.expected.get(name, UNKNOWN), self.doses[0].check.domains[name]
+        if unit == "nats/token":
+            return found
+        if unit == "points" or not own.query_answer_bytes:
+            return UNKNOWN
+        factor = sum(own.query_answer_tokens) / sum(own.query_answer_bytes) / math.log(2)
+        return Estimate(*(factor * end for end in vars(found).values()))
 
     def _repr_html_(self) -> str:
         """For a notebook."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -99,10 +100,13 @@ def of_rehearsal(rehearsal: Rehearsal, verdict: Verdict, budgets: Mapping[str, P
         budgets: of the protected domains.
 
     """
-    own = rehearsal.doses[0]
+    own, *further = rehearsal.doses
+    then = "".join(f", then {dose.n_steps} at {dose.learning_rate:.2g}" for dose in further)
+    cost = rehearsal.steps_of_a_check
     basis = (
-        f"By {own.n_steps} steps at a rate of {own.learning_rate:.2g}, put back; {rehearsal.steps_planned} are planned; "
+        f"By {own.n_steps} steps at a rate of {own.learning_rate:.2g}{then}, put back; {rehearsal.steps_planned} are planned; "
         f"{_queries(own.check.domains.values())}; {seconds(rehearsal.seconds)}."
+        + (f" A check takes as long as {cost:.2g} steps of training." if math.isfinite(cost) else "")
     )
     legend = _CHANGE + (" Expected: by past runs of a model of this size." if rehearsal.expected else "")
     return _of_snapshot(own.check, verdict, budgets, rehearsal.expected, f"after {own.n_steps} steps", (basis, legend))

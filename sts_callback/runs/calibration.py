@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sts_callback.metrics.calibration import Pair, fit
 from sts_callback.records import DriftSnapshot, Estimate
-from sts_callback.records.rehearsal import Rehearsal
+from sts_callback.records.rehearsal import TENFOLD, Rehearsal
 from sts_callback.runs.ledger import Entry
 
 SHIPPED = Path(__file__).with_name("rehearsed.json")
@@ -20,8 +20,6 @@ SHIPPED = Path(__file__).with_name("rehearsed.json")
 _SAME_SIZE = 1.1
 """Largest ratio of the numbers of parameters, adapters among them, of models of one size. Our choice: models come in
 larger steps."""
-_MULTIPLE = 10.0
-"""Of the run's own rate, at which the second dose was calibrated."""
 
 
 def expected_changes(rehearsal: Rehearsal, entries: Sequence[Entry]) -> Mapping[str, Estimate]:
@@ -38,8 +36,7 @@ def expected_changes(rehearsal: Rehearsal, entries: Sequence[Entry]) -> Mapping[
     """
     if not rehearsal.doses:
         return {}
-    own, *further = rehearsal.doses
-    at_multiple = next((dose.check for dose in further if dose.multiple == _MULTIPLE), None)
+    own, at_multiple = rehearsal.doses[0], rehearsal.tenfold
     pairs = [*_shipped(rehearsal.n_parameters), *_of_ledger(entries, rehearsal.n_parameters)]
     calibration = fit(pairs, two_doses=at_multiple is not None)
     if calibration is None:
@@ -66,7 +63,7 @@ def _of_ledger(entries: Sequence[Entry], n_parameters: int) -> list[Pair]:
             continue
         for domain in entry.domains.values():
             by_multiple = dict(zip(entry.multiples, domain.rehearsed, strict=False))
-            own, multiple = by_multiple.get(1.0, math.nan), by_multiple.get(_MULTIPLE, math.nan)
+            own, multiple = by_multiple.get(1.0, math.nan), by_multiple.get(TENFOLD, math.nan)
             pairs.append(Pair(entry.identity.probes, own, multiple, domain.nll_change.value))
     return pairs
 

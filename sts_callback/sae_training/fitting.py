@@ -57,7 +57,7 @@ def new_sae(data: torch.Tensor, d_sae: int, l0: float, device: torch.device, see
         config = BatchTopKTrainingSAEConfig(d_in=data.shape[1], d_sae=d_sae, k=l0, apply_b_dec_to_input=True, device=str(device))
         sae = kind(config)
         drawn = data[torch.randperm(len(data))[:d_sae]].float()
-        directions = normalize(drawn[drawn.any(dim=1)].unique(dim=0), dim=1)  # two that are alike would stay so
+        directions = normalize(torch.unique(drawn[drawn.any(dim=1)], dim=0), dim=1)  # two that are alike would stay so
         sae.W_dec[: len(directions)] = directions.to(device) * sae.W_dec.norm(dim=1).mean()  # any others stay random
         sae.W_enc[:, : len(directions)] = sae.W_dec[: len(directions)].T
         return sae

@@ -26,8 +26,9 @@ from sts_callback.distributed import Ranks
 from sts_callback.errors import StsError
 from sts_callback.model.capture import is_sharded
 from sts_callback.records import DriftSnapshot
-from sts_callback.records.rehearsal import Dose, Rehearsal
+from sts_callback.records.rehearsal import TENFOLD, Dose, Rehearsal
 from sts_callback.training.fence import put_back
+from sts_callback.training.overhead import now
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -41,7 +42,7 @@ FEWEST_PLANNED = 2 * N_STEPS
 AUTO_SHARE = 0.1
 """Of the training's time, what a rehearsal may take unasked, if `max_overhead` is no more. Our choice: like the
 forecast it comes once, before training, and what it may save is the whole run."""
-_LARGEST, _SMALLEST = 10.0, 2.0  # multiples of the peak rate in the second dose; it is not made for less
+_SMALLEST = 2.0  # multiple of the peak rate in the second dose, `TENFOLD` at most; it is not made for less
 _ALL_THE_SAME = "rehearse=True rehearses all the same."
 
 
@@ -133,7 +134,7 @@ def _rehearsed(
     peaks, rate_sum = planned_rates(trainer, n_planned)
     multiples = [1.0]
     if rate_sum > _SMALLEST * N_STEPS * peaks[0]:
-        multiples.append(min(_LARGEST, rate_sum / (N_STEPS * peaks[0])))
+        multiples.append(min(TENFOLD, rate_sum / (N_STEPS * peaks[0])))
     doses: list[Dose] = []
     n_steps = N_STEPS * len(multiples)
     bar = tqdm(total=n_steps, desc="Rehearsal", unit="step", leave=False, disable=not progress)
@@ -156,7 +157,8 @@ def _rehearsed(
             steps.set_rates([multiple * peak for peak in peaks])
             take_up_to(N_STEPS * (len(doses) + 1))
             doses.append(Dose(multiple, multiple * peaks[0], N_STEPS, check(steps.n_taken)))
-    return Rehearsal(tuple(doses), n_planned, rate_sum, time.monotonic() - started, n_parameters=_n_parameters(trainer))
+    seconds = time.monotonic() - started
+    return Rehearsal(tuple(doses), n_planned, rate_sum, seconds, step_s=steps.mean_s, n_parameters=_n_parameters(trainer))
 
 
 def rehearse_at(trainer: Trainer, loader: Any, check: Callable[[int], DriftSnapshot], rate: float) -> Rehearsal:
@@ -184,7 +186,8 @@ def rehearse_at(trainer: Trainer, loader: Any, check: Callable[[int], DriftSnaps
             steps.take()
         dose = Dose(1.0, rate, N_STEPS, check(N_STEPS))
     seconds = time.monotonic() - started
-    return Rehearsal((dose,), n_planned, rate_sum * rate / peaks[0], seconds, n_parameters=_n_parameters(trainer))
+    total = rate_sum * rate / peaks[0]
+    return Rehearsal((dose,), n_planned, total, seconds, step_s=steps.mean_s, n_parameters=_n_parameters(trainer))
 
 
 @contextlib.contextmanager
@@ -242,7 +245,7 @@ class _Steps:
         trainer.optimizer = self._optimizer
         self._n_batches = trainer.args.gradient_accumulation_steps
         self._batches = _batches(trainer, loader, ranks, n_steps * self._n_batches)
-        self.n_taken, self.seconds = 0, 0.0
+        self.n_taken, self.seconds, self._first_s = 0, 0.0, 0.0
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Set the learning rate of each group of parameters; NaN leaves it to the optimizer."""
@@ -252,7 +255,7 @@ class _Steps:
 
     def take(self) -> None:
         """Take one."""
-        started, optimizer = time.monotonic(), self._optimizer
+        started, optimizer = now(), self._optimizer
         scaler, max_norm = self._trainer.accelerator.scaler, self._trainer.args.max_grad_norm
         # Meetings: a process that fails between them tells the others at the next one.
         batches = self._ranks.together(lambda: list(itertools.islice(self._batches, self._n_batches)))
@@ -269,9 +272,13 @@ class _Steps:
             optimizer.step()
         self._model.zero_grad()
         self.n_taken += 1
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self.seconds += time.monotonic() - started
+        self.seconds += now() - started
+        self._first_s = self._first_s or self.seconds
+
+    @property
+    def mean_s(self) -> float:
+        """Seconds a step, without the first: what a model does only once would count."""
+        return (self.seconds - self._first_s) / max(1, self.n_taken - 1)
 
     def _backward(self, batches: list[Any]) -> None:
         """As `Trainer._run_epoch` does, but on the model as it is without DDP, whose first backward orders its buckets."""

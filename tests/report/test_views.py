@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from samples import answers, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
+from samples import GO, answers, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
 from sts_callback.cli import parser
 from sts_callback.config import PolicyConfig
 from sts_callback.policy import judge_drift, judge_forecast, judge_rehearsal
@@ -159,7 +160,17 @@ def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() 
     assert "By 5 steps at a rate of 0.001, put back; 60 are planned; 32 queries a domain; 12 s." in flat
     assert "named 2 of the 3 features that these steps moved most, and said by examples in context: go." in flat
     assert "Go back to" not in text  # nothing has happened yet
+    assert "A check takes as long as 10 steps of training." in flat  # 2.5 s against 0.25 s
     assert "expected at the end" not in told_rehearsal()
+
+
+def test_a_rehearsal_says_at_which_rates_and_leaves_out_a_cost_that_is_not_known() -> None:
+    check = harmed(step=5)
+    found = rehearsal(check, check, step_s=math.nan)
+    made = rehearsal_view(found, GO, forecast(domain_forecast("law")), GO, POLICY.budgets, colour=False)
+    flat = " ".join(made.split())
+    assert "By 5 steps at a rate of 0.001, then 5 at 0.004, put back; 60 are planned" in flat
+    assert "A check takes" not in flat
 
 
 def test_why_there_is_no_rehearsal_is_told_in_a_line() -> None:

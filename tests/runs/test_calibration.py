@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from samples import domain_drift, domain_forecast, forecast, rehearsal, snapshot
+from sts_callback.records import Estimate
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.runs.calibration import SHIPPED, expected_changes
 from sts_callback.runs.ledger import Entry
@@ -66,3 +67,14 @@ def test_runs_that_were_not_rehearsed_tell_nothing() -> None:
     assert expected_changes(rehearsed(0.3, 10**9), plain) == {}
     assert expected_changes(rehearsal(skipped="its model is sharded."), plain) == {}
     assert math.isnan(rehearsal().rate_sum) is False
+
+
+def test_what_is_expected_is_told_in_a_budgets_unit() -> None:
+    answered = {"query_changes": (0.0, 0.0), "query_answer_tokens": (10, 10), "query_answer_bytes": (40, 40)}
+    made = rehearsal(snapshot(5, domain_drift("law", **answered)), expected={"law": Estimate(math.log(2), 0.0, math.log(4))})
+    assert made.expected_in("nats/token", "law") == made.expected["law"]
+    assert vars(made.expected_in("bits/byte", "law")) == pytest.approx({"value": 0.25, "low": 0.0, "high": 0.5})
+    assert math.isnan(made.expected_in("points", "law").value)
+    without = rehearsal(snapshot(5, domain_drift("law")))
+    assert math.isnan(without.expected_in("nats/token", "law").value)
+    assert math.isnan(without.expected_in("bits/byte", "law").value)
