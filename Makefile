@@ -19,7 +19,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-lowest check format bench
+.PHONY: help demo test test-all test-lowest check format bench wheel
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,13 @@ check: $(INSTALLED)  ## check format, lint and types, then test
 format: $(INSTALLED)  ## format the code and repair what the linter can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+wheel:  ## build the wheel and the source archive into dist/ and check them, in .venv-wheel
+	@test -x .venv-wheel/bin/pip || $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install -q build twine
+	rm -f dist/sts_callback-*
+	.venv-wheel/bin/python -m build
+	.venv-wheel/bin/twine check --strict dist/sts_callback-*
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

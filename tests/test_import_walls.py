@@ -237,8 +237,9 @@ def heavy_modules_loaded_by(modules: list[str], root: Path) -> set[str]:
     return HEAVY & set(done.stdout.split())
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    assert heavy_modules_loaded_by(["sts_callback"], ROOT) == set()
+@pytest.mark.parametrize("name", ["sts_callback", "sts_callback.cli"])
+def test_importing_the_package_or_its_commands_loads_nothing_heavy(name: str) -> None:
+    assert heavy_modules_loaded_by([name], ROOT) == set()
 
 
 def test_torch_free_modules_load_nothing_heavy_by_a_detour() -> None:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from sts_callback.cli import blame, card, dial, doctor, forecast, launch, ledger, mix, rehearse, report, sae, saes, watch
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
 from sts_callback.errors import CannotTell, ConfigError, StsError
-from sts_callback.versions import require_versions
 
 PIPE_CLOSED = 141  # the code that shells give to programs ended by this signal
 COMMANDS = {
@@ -66,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
+    from sts_callback.versions import require_versions  # here: --help does without what it imports
+
     try:
         require_versions()
         _require_no_empty(argv[: len(argv) - len(getattr(args, "command", ()))])  # what follows is for another program
