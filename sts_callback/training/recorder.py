@@ -62,6 +62,10 @@ class RunRecorder:
         assert monitor.step_zero is not None
         monitor.step_zero.save(self._directory.baseline_file)
 
+    def show_rehearsing(self, forecast: Forecast, n_steps: int) -> None:
+        """Say that the forecast is made, which is shown when the rehearsal has ended, and how long that is."""
+        tqdm.write(f"STS: forecast made in {forecast.seconds:.0f} s; rehearsing {n_steps} steps ...")
+
     def show_before(
         self, monitor: Monitor, forecasts: Sequence[Forecast], rehearsal: Rehearsal | None, verdict: Verdict | None
     ) -> None:

@@ -59,6 +59,7 @@ def rehearsal_of(
     check_s: float,
     ranks: Ranks,
     progress: bool,
+    begun: Callable[[int], None],
 ) -> Rehearsal:
     """Rehearse a run: steps at its schedule's peak rate, then at a multiple of it that reaches what the run adds up to.
 
@@ -70,6 +71,7 @@ def rehearsal_of(
         check_s: seconds that a check is expected to take.
         ranks: the processes of the run; all rehearse together.
         progress: whether to show a progress bar.
+        begun: told, once it is sure that there will be doses, how many steps they take.
 
     Returns:
         Its doses, or why there are none. All that it has touched is put back, also where it fails.
@@ -84,7 +86,7 @@ def rehearsal_of(
             raise NotRehearsed(f"it has {n_planned} steps, and unasked runs of {FEWEST_PLANNED} are. {_ALL_THE_SAME}")
         if share is not None and share * n_planned < N_STEPS:
             raise NotRehearsed(_too_dear(n_planned, share))
-        return _rehearsed(trainer, loader, check, share, check_s, ranks, progress)
+        return _rehearsed(trainer, loader, check, share, check_s, ranks, progress, begun)
     except NotRehearsed as reason:
         return Rehearsal((), 0 if trainer is None else trainer.state.max_steps, math.nan, 0.0, skipped=str(reason))
 
@@ -129,6 +131,7 @@ def _rehearsed(
     check_s: float,
     ranks: Ranks,
     progress: bool,
+    begun: Callable[[int], None],
 ) -> Rehearsal:
     started, n_planned = time.monotonic(), trainer.state.max_steps
     peaks, rate_sum = planned_rates(trainer, n_planned)
@@ -153,6 +156,7 @@ def _rehearsed(
             multiples = [multiple for n, multiple in enumerate(multiples, 1) if n <= n_affordable]
         if not multiples:
             raise NotRehearsed(_too_dear(n_planned, share))
+        begun(N_STEPS * len(multiples))
         for multiple in multiples:
             steps.set_rates([multiple * peak for peak in peaks])
             take_up_to(N_STEPS * (len(doses) + 1))

@@ -276,8 +276,9 @@ class Session:
         """Take a few steps of the run before its first, unless that is not wanted, cannot be or does not pay."""
         settings, trainer = self._settings, self._trainer()
         if settings.rehearse is False:
-            self._guard.tell(state, Sink("screen", lambda: self._recorder.show_before(monitor, self._forecasts, None, None)))
+            self._show_before(monitor, state)
             return
+        whole = self._batch_tokens
         share = max(settings.max_overhead, AUTO_SHARE) if settings.max_overhead < 1 else math.inf
 
         def measured(batch_tokens: int) -> Rehearsal:
@@ -287,6 +288,11 @@ class Session:
                 check = functools.partial(monitor.check, step, batch_tokens=batch_tokens, title="Rehearsed step")
                 return self._ranks.gathered(check)[0]
 
+            def begun(n_steps: int) -> None:
+                if batch_tokens == whole:  # not again where memory asks for smaller ones
+                    forecast = self._forecasts[0]
+                    self._guard.tell(state, Sink("screen", lambda: self._recorder.show_rehearsing(forecast, n_steps)))
+
             found = rehearsal_of(
                 trainer,
                 train_dataloader,
@@ -295,28 +301,30 @@ class Session:
                 check_s=check_s,
                 ranks=self._ranks,
                 progress=self._bars,
+                begun=begun,
             )
             return self._ranks.from_first(lambda: self._recorder.with_expected(found))
 
         reraise = () if args.auto_find_batch_size else self._refusals  # the batch may be too large, and training finds another
-        made = self._guard.measure(
-            state,
-            "rehearsal",
-            measured,
-            self._batch_tokens,
-            reraise=reraise,
-            way_out="STSCallback(rehearse=False) trains without a rehearsal.",
-        )
+        way_out = "STSCallback(rehearse=False) trains without a rehearsal."
+        try:
+            made = self._guard.measure(state, "rehearsal", measured, whole, reraise=reraise, way_out=way_out)
+        except Exception:  # of all processes: the forecast, which waited for it, is known all the same
+            self._show_before(monitor, state)
+            raise
         if made is None:
             made = Rehearsal((), state.max_steps, math.nan, 0.0, skipped="it failed; faults.jsonl has the reason.")
         self.rehearsal = made
         verdict = self._ranks.from_first(self._judged_rehearsal)
         self._verdict = verdict or self._verdict
-        self._guard.tell(
-            state,
-            Sink("run log", lambda: self._directory.write_rehearsal(made, verdict)),
-            Sink("screen", lambda: self._recorder.show_before(monitor, self._forecasts, made, verdict)),
-        )
+        self._guard.tell(state, Sink("run log", lambda: self._directory.write_rehearsal(made, verdict)))
+        self._show_before(monitor, state, made, verdict)
+
+    def _show_before(
+        self, monitor: Monitor, state: TrainerState, rehearsal: Rehearsal | None = None, verdict: Verdict | None = None
+    ) -> None:
+        show = functools.partial(self._recorder.show_before, monitor, self._forecasts, rehearsal, verdict)
+        self._guard.tell(state, Sink("screen", show))
 
     def _judged_rehearsal(self) -> Verdict | None:
         """What follows from a rehearsal; None where there was none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,6 +216,7 @@ def test_what_is_found_is_the_verdict_before_the_first_step(
     assert json.loads((tmp_path / "sts" / "forecast.json").read_text())["verdict"]["decision"] != "no-go"
     shown = capsys.readouterr().out
     assert "STS rehearsal: NO-GO, training is expected to make far worse\n" in shown
+    assert shown.index("STS: forecast made in ") < shown.index("STS rehearsal: ")
     assert "STS forecast" not in shown  # the rehearsal has the last word, and says what it said
     assert "after 5 steps" in shown and "said by examples in context: " in " ".join(shown.split())
     page = (tmp_path / "sts" / "report.html").read_text()
@@ -298,13 +300,19 @@ def broken(self: Monitor, step: int, **kwargs: Any) -> Any:
 CHECK = Monitor.check
 
 
-def test_a_failure_ends_as_others_before_the_first_step(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_ends_as_others_before_the_first_step(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(Monitor, "check", broken)
     ours = shelf.callback(rehearse=True)
     trainer = made_trainer("SFT", shelf, tmp_path / "raise", [ours])
     ours.attach(trainer)
     with pytest.raises(CannotTell, match=r"rehearsal: it failed before the first step .*rehearse=False"):
         trainer.train()
+    shown = capsys.readouterr().out
+    assert re.search(r"^STS: forecast made in \d+ s; rehearsing 5 steps \.\.\.$", shown, re.MULTILINE)
+    assert shown.count("STS forecast: ") == 1  # what it had cost is not lost
+    assert "STS rehearsal: " not in shown
 
     ours = shelf.callback(rehearse=True, on_forecast_error="train unwatched")
     trainer = made_trainer("SFT", shelf, tmp_path / "go on", [ours])
@@ -313,6 +321,7 @@ def test_a_failure_ends_as_others_before_the_first_step(shelf: Shelf, tmp_path: 
     assert ours.rehearsal is not None
     assert ours.rehearsal.skipped == "it failed; faults.jsonl has the reason."
     assert "injected into the rehearsal" in (tmp_path / "go on" / "sts" / "faults.jsonl").read_text()
+    assert capsys.readouterr().out.count("STS forecast: ") == 1
     assert checked_steps(tmp_path / "go on") == [1, 2, 3]
 
 
