@@ -126,7 +126,12 @@ def _plain_numbers(settings: Any) -> None:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How texts become probes and what is counted in them."""
+    """How texts become probes and what is counted in them.
+
+    Raises:
+        ConfigError: if a value cannot be measured with.
+
+    """
 
     n_queries: int = 32
     """Queries drawn from the training data and from each domain."""
@@ -141,7 +146,7 @@ class ProbeConfig:
     max_tokens: int = 512
     """Longest query and longest answer, in tokens each; what is longer is cut, and the cut counted."""
     max_norm_multiple: float = 3.0
-    """Tokens count if their activation norm is below this multiple of the median (see `metrics.tokens`)."""
+    """Tokens count if their activation norm is below this multiple of the median (see `metrics.sums`)."""
     batch_tokens: int = 1024
     """Tokens in one forward, padding included."""
     seed: int = 0
@@ -239,7 +244,12 @@ good as new rows: Muennighoff et al., NeurIPS 2023, arXiv 2305.16264)."""
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """When movement becomes a verdict."""
+    """When movement becomes a verdict.
+
+    Raises:
+        ConfigError: if a budget cannot be read, or a threshold could never, or would always, be met.
+
+    """
 
     budgets: Mapping[str, PlainBudget] = field(default_factory=dict)
     """Protected domains, and what each one's answers may lose: a number of nats a token, or a text with its unit."""

@@ -52,8 +52,15 @@ def judge_forecast(forecast: Forecast, policy: PolicyConfig) -> Verdict:
     A protected domain is threatened if the training demonstrations take from its answers what is beyond its budget. They are a
     weaker push than training and know nothing of its rate and length: a forecast without harm is no promise of none.
 
+    Args:
+        forecast: of a model that has not been trained yet.
+        policy: thresholds, and budgets of domains that were measured.
+
     Returns:
         The gravest of the domains' decisions: `no-go`, `cannot tell`, `go`.
+
+    Raises:
+        ConfigError: if a protected domain was not measured.
 
     """
     return _verdict(judge_domains(forecast, policy), step=0)

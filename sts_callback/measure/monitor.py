@@ -142,7 +142,12 @@ class Monitor:
         return tuple(s.read for s in self._sets if s.read is not None)
 
     def watches(self, model: nn.Module) -> bool:
-        """Whether this is the measured model."""
+        """Whether this is the measured model.
+
+        Args:
+            model: any.
+
+        """
         return model is self._model
 
     def weights(self) -> Weights:
@@ -249,6 +254,10 @@ class Monitor:
 
     def restore(self, baseline_file: Path, forecast: Forecast) -> None:
         """Load step 0 from an earlier session of the same run.
+
+        Args:
+            baseline_file: written by `step_zero.save` in that session.
+            forecast: of that session.
 
         Raises:
             CannotTell: if the baseline is missing or damaged, or has another model, SAE or probes.

@@ -142,6 +142,9 @@ class STSArguments:
     def from_yaml(cls, file: str | Path) -> STSArguments:
         """Read a file; keys that do not begin with `sts_` are somebody else's.
 
+        Args:
+            file: YAML.
+
         Raises:
             ConfigError: if it cannot be read or has an unknown key of ours.
 
