@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-_UNKNOWN = "\N{EN DASH}"
+from sts_callback.records.numbers import UNKNOWN, nats, with_ends
 
-
-class _Interval(Protocol):
-    """A number with its interval."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
+if TYPE_CHECKING:
+    from sts_callback.records.results import Estimate
 
 
 def table(caption: str, titles: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> str:
@@ -40,14 +31,6 @@ def table(caption: str, titles: Sequence[str], rows: Iterable[Sequence[str]], no
     return f"{made}<p>{html.escape(note)}</p>"
 
 
-def change(found: _Interval | None) -> str:
+def change(found: Estimate | None) -> str:
     """A change of NLL with its interval."""
-    if found is None or math.isnan(found.value):
-        return _UNKNOWN
-    ends = "" if math.isnan(found.low) else f" [{found.low:+.2f}, {found.high:+.2f}]"
-    return f"{found.value:+.2f}{ends}"
-
-
-def percent(share: float, digits: int = 0) -> str:
-    """A share as a percentage."""
-    return _UNKNOWN if math.isnan(share) else f"{share:.{digits}%}"
+    return UNKNOWN if found is None else with_ends(found, nats)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from sts_callback.config import Budget, PlainBudget, Unit, limits_of
 from sts_callback.records import UNKNOWN, Decision, DomainDrift, DriftSnapshot, Estimate, Identity, Record, Verdict, notebook
+from sts_callback.records.numbers import percent
 from sts_callback.records.remedies import BudgetFinding, mildest
 
 TENFOLD = 10.0
@@ -84,7 +85,7 @@ class Rehearsal(Record):
                 name,
                 notebook.change(self.expected.get(name)),
                 *(notebook.change(dose.check.domains[name].nll_change) for dose in self.doses),
-                notebook.percent(self.doses[0].check.domains[name].relative_drift.value, 1),
+                percent(self.doses[0].check.domains[name].relative_drift.value, 1),
             )
             for name in names
         ]

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from sts_callback.config import TRAIN as TRAIN  # what records call the training data, beside the domains
 from sts_callback.config import Budget, Unit
 from sts_callback.records import notebook
+from sts_callback.records.numbers import percent
 from sts_callback.records.record import Record, StoredAs
 
 Decision = Literal["go", "watch", "no-go", "not covered", "cannot tell"]
@@ -197,7 +198,7 @@ class Forecast(Record):
     def _repr_html_(self) -> str:
         """For a notebook."""
         rows = [
-            (d.name, notebook.percent(d.transfer.value), notebook.change(d.nll_change), str(d.n_queries))
+            (d.name, percent(d.transfer.value), notebook.change(d.nll_change), str(d.n_queries))
             for d in sorted(self.domains.values(), key=lambda d: downwards(d.nll_change.value))
         ]
         return notebook.table(
@@ -329,7 +330,7 @@ class DriftSnapshot(Record):
         """For a notebook."""
         ordered = sorted(self.domains.values(), key=lambda d: downwards(d.nll_change.value))
         rows = [
-            (d.name, notebook.change(d.nll_change), notebook.percent(d.relative_drift.value, 1), str(d.n_queries))
+            (d.name, notebook.change(d.nll_change), percent(d.relative_drift.value, 1), str(d.n_queries))
             for d in (*ordered, self.train)
         ]
         return notebook.table(

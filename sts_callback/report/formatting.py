@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sts_callback.config import DIGITS, PlainBudget, Unit
 from sts_callback.records import Estimate, TokenAccuracy
-
-UNKNOWN = "\N{EN DASH}"
-
-Form = Callable[[float], str]
-"""A function that formats a number."""
-
-
-def percent(share: float, digits: int = 0) -> str:
-    """Format a share as a percentage."""
-    return f"{share:.{digits}%}" if math.isfinite(share) else UNKNOWN
+from sts_callback.records.numbers import UNKNOWN as UNKNOWN
+from sts_callback.records.numbers import Form as Form
+from sts_callback.records.numbers import nats as nats
+from sts_callback.records.numbers import percent as percent
+from sts_callback.records.numbers import with_ends as with_ends
 
 
 def percent_1(share: float) -> str:
     """Format a share as a percentage with one decimal."""
     return percent(share, 1)
-
-
-def nats(change: float) -> str:
-    """Format a change of NLL, with its sign if it is not 0."""
-    if not math.isfinite(change):
-        return UNKNOWN
-    return f"{change:+.2f}" if abs(change) >= 0.005 else "0.00"
 
 
 def budget(given: PlainBudget) -> str:

@@ -22,7 +22,7 @@ from sts_callback.records import (
 )
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import Logged
-from sts_callback.report.formatting import budget, counted, harm_form, interval, nats, percent, percent_1, seconds
+from sts_callback.report.formatting import budget, counted, harm_form, nats, percent, percent_1, seconds, with_ends
 
 Standing = Literal["", "within", "on course", "over", "cannot tell"]
 """Of a protected domain, how it stands against its budget; empty for others and where nothing was judged."""
@@ -223,16 +223,11 @@ def _harm(measured: DomainForecast | DomainDrift, given: PlainBudget | None) -> 
     limit = None if given is None else Budget.of(given)
     if limit is None or limit.unit == "nats/token":
         return _change(measured.nll_change)
-    harm, form = measured.harm_in(limit.unit), harm_form(limit.unit)
-    return _with_ends(form(harm.value), interval(harm, form))
+    return with_ends(measured.harm_in(limit.unit), harm_form(limit.unit))
 
 
 def _change(estimate: Estimate | None) -> str:
-    return "" if estimate is None else _with_ends(nats(estimate.value), interval(estimate, nats))
-
-
-def _with_ends(value: str, ends: str) -> str:
-    return f"{value} [{ends.replace(' to ', ', ')}]" if ends else value
+    return "" if estimate is None else with_ends(estimate, nats)
 
 
 def _queries(domains: Iterable[DomainForecast | DomainDrift]) -> str:

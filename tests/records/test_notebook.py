@@ -41,8 +41,8 @@ def test_it_is_a_table_of_plain_escaped_html(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("forecast", "law 12% +0.50 [+0.40, +0.60] 8 code \N{EN DASH} +0.00"),
-        ("check", "law +0.50 [+0.40, +0.60] 1.0% 8 code \N{EN DASH} 1.0% 8 train +0.00"),
+        ("forecast", "law 12% +0.50 [+0.40, +0.60] 8 code \N{EN DASH} 0.00"),
+        ("check", "law +0.50 [+0.40, +0.60] 1.0% 8 code \N{EN DASH} 1.0% 8 train 0.00"),
         ("rehearsal", "law +0.70 [+0.20, +1.20] +0.50 [+0.40, +0.60] 1.0%"),
         ("trials", "25% law 0.001 beyond +0.50"),
         ("verdict", "ALARM domain state why law why law is no-go. Threatened: law."),
