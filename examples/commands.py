@@ -1,8 +1,9 @@
-"""Every command on Gemma 3 270M, run one after the other as a new user would, with what it says.
+"""The commands on Gemma 3 270M, run one after the other as a new user would, with what they say.
 
     python examples/commands.py [--work-dir DIR]
 
-Takes about a quarter of an hour on two CPU cores; `COMMANDS.md` beside this file is what it wrote.
+DIR is to be a new folder: what is there would be told too. `COMMANDS.md` beside this file is what it wrote. Not here are
+`launch`, which says what the callback says, and `sae train`, which takes an hour.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path("runs/commands"))
     folder = parser.parse_args(argv).work_dir.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        parser.error(f"--work-dir: {folder} is there already; give a new folder")
+    folder.mkdir(parents=True)
     for name, target in (("gemma-3-270m", Path(cached_gemma())), ("sae", SAE_FOLDER.resolve())):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(target)
+        (folder / name).symlink_to(target)
     problems, law = word_problems(400), _starter("law")
     _write(folder / "train.jsonl", problems)
     _write(folder / "general.jsonl", [row for name in GENERAL for row in _starter(name)])
@@ -54,6 +56,10 @@ def main(argv: list[str]) -> None:
         (
             "The same with other settings than those that were locked.",
             ["forecast", *MEASURED, *train, *PROTECTED, "--n-queries", "16", "--max-tokens", "64", "--lock", "sts.lock"],
+        ),
+        (
+            "Which of two learning rates keeps law and code within their budgets?",
+            ["rehearse", *MEASURED, *train, *PROTECTED, *SMALL, "--learning-rate", "1e-4", "2e-3", "--steps-planned", "40"],
         ),
         (
             f"Which rows are to blame? Here {N_PLANTED} rows of law stand among the word problems, every 26th.",
@@ -78,9 +84,10 @@ def main(argv: list[str]) -> None:
             ["dial", *MEASURED, "--adapter", "run", "--protect", "law", *SMALL, "--scales", "0.05", "0.1", "0.25", "1"],
         ),
         (
-            "Which of 100 of its rows fire what law lives on? In the run's report, too.",
+            "Which of 100 of its rows activate law's features? In the run's report, too.",
             ["blame", *MEASURED, *train, "--protect", "law", *SMALL, "--rows", "100", "--top", "5", "--run-dir", "run"],
         ),
+        ("How does the run fare? While it trains, `watch` goes on; here it has ended.", ["watch", "run"]),
         ("The run as a page.", ["report", "run"]),
         ("The run as a section of a model card.", ["card", "run"]),
         ("How good were the forecasts of all runs so far?", ["ledger"]),
@@ -113,12 +120,12 @@ def _run(folder: Path, title: str, argv: Sequence[str]) -> list[str]:
 
 
 def _trained(folder: Path, title: str, *options: str) -> list[str]:
-    """A run of the demo, whose forecast is left out: it is like the one above, of more domains."""
+    """A run of the demo, from the first line that is ours."""
     print(f"demo.py {options[-1]} ...", flush=True)
     done = _done(folder, [sys.executable, str(HERE / "demo.py"), *options])
-    start = max(0, done.stdout.find("STS step"))
+    start = max(0, done.stdout.find("STS: "))
     end = subprocess.CompletedProcess(done.args, done.returncode, done.stdout[start:], "")
-    return _told(title, f"python examples/demo.py {shlex.join(options)}", end)
+    return _told(title, f"python examples/demo.py {shlex.join(options)}", end, most=3 * MOST_LINES)
 
 
 def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -131,11 +138,11 @@ def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]
     return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def _told(title: str, command: str, done: subprocess.CompletedProcess[str]) -> list[str]:
-    noise = ("Warning", "warnings.warn", "it/s]")  # of other libraries
+def _told(title: str, command: str, done: subprocess.CompletedProcess[str], most: int = MOST_LINES) -> list[str]:
+    noise = ("Warning", "warnings.warn", "it/s]", "examples/s]")  # of other libraries
     lines = [*done.stdout.splitlines(), *(s for s in done.stderr.splitlines() if s and not any(one in s for one in noise))]
-    if len(lines) > MOST_LINES:
-        lines = [*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES} lines more"]
+    if len(lines) > most:
+        lines = [*lines[:most], f"... and {len(lines) - most} lines more"]
     return ["", f"## {title}", "", "```console", f"$ {command}", *lines, f"# exit code {done.returncode}", "```"]
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from sts_callback.report.headline import alarms_since
 from sts_callback.report.terminal.check import check_view
 from sts_callback.report.terminal.forecast import forecast_view
+from sts_callback.report.terminal.rehearsal import rehearsal_view
 from sts_callback.runs.directory import RunDirectory
 
 # Rich's own template would fetch a font from outside.
@@ -30,16 +31,31 @@ line-height: {line_height}px; }} {styles}</style>
 
 
 def records(run: Path) -> str:
-    """Forecast and checks of a run, with colours."""
+    """What is known before the first step, and the checks of a run, with colours."""
     logged = RunDirectory(run / "sts").read_all()
     if logged.forecast is None or logged.forecast_verdict is None or logged.settings is None:
         raise SystemExit(f"{run} holds no forecast that can be read.")
-    policy = logged.settings.policy
-    parts = [forecast_view(logged.forecast, logged.forecast_verdict, policy, colour=True)]
+    policy, looks, rehearsal = logged.settings.policy, logged.settings.looks, logged.rehearsal
+    forecast, in_context = logged.forecast, logged.forecast_verdict
+    if rehearsal is not None and logged.rehearsal_verdict is not None:
+        parts = [rehearsal_view(rehearsal, logged.rehearsal_verdict, forecast, in_context, policy.budgets, colour=True)]
+    else:
+        parts = [forecast_view(forecast, in_context, policy, colour=True)]
     verdicts = [check.verdict for check in logged.checks]
     for i, check in enumerate(logged.checks, 1):
-        since = alarms_since(verdicts[:i])
-        parts.append(check_view(check.snapshot, check.verdict, policy.budgets, since=since, output_dir=run, colour=True))
+        parts.append(
+            check_view(
+                check.snapshot,
+                check.verdict,
+                policy.budgets,
+                since=alarms_since(verdicts[:i]),
+                expected=rehearsal.expected if rehearsal else {},
+                next_step=looks.next_after(check.snapshot.step) if looks else 0,
+                output_dir=run,
+                learning_rate=logged.learning_rate,
+                colour=True,
+            )
+        )
     return "\n\n".join(parts)
 
 
