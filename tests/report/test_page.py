@@ -183,11 +183,23 @@ def test_the_top_is_in_the_order_of_the_terminal_and_says_what_to_do_about_an_al
     assert "What to do" not in made(whole_run(checks=(check(10),))).text
 
 
+def test_what_a_keyboard_reaches_says_what_it_is() -> None:
+    """Boxes that scroll; links and what unfolds have their text."""
+    source = made(whole_run()).source
+    reached = re.findall(r"<(\w+)[^>]* tabindex=\"0\"([^>]*)>", source)
+    assert {name for name, _ in reached} == {"div", "pre"}
+    assert {attributes for _, attributes in reached} == {
+        ' role="group" aria-label="table"',
+        ' role="group" aria-label="traceback"',
+    }
+
+
 def test_each_check_has_a_mark_against_the_budget() -> None:
     drift = made(whole_run(checks=standing("over", "within")))
     tracks = re.findall(r'<div class="track".*?</div>', drift.source)
     assert [re.findall("[\u25cb\u25d0\u25cf?]", track) for track in tracks] == [["\u25cb", "\u25d0", "\u25cf"], ["\u25cb"] * 3]
     assert 'aria-label="law: step 10 within, step 20 on course, step 30 over"' in tracks[0]
+    assert " step 10 20 30 " in drift.section("drift")
     assert "Each check against the budget" not in made(whole_run()).text  # a run from before there were states
 
 

@@ -71,7 +71,12 @@ def table(
     head = tag("tr", *(tag("th", title, scope="col") for title in titles))
     body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
     made = tag("table", tag("thead", *([over] if groups else []), head), tag("tbody", *body), class_=cls)
-    return tag("div", made, class_="scroll", tabindex="0")
+    return tag("div", made, class_="scroll", **scrolled("table"))
+
+
+def scrolled(what: str) -> dict[str, str]:
+    """Attributes of a box that scrolls, so that a keyboard reaches it and a screen reader says what it is."""
+    return {"tabindex": "0", "role": "group", "aria_label": what}
 
 
 def meanings(*pairs: tuple[str, str]) -> Html:

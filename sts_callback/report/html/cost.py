@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from sts_callback.report import formatting
 from sts_callback.report.data import ReportData
-from sts_callback.report.html.components import domain, more, say, section, table
+from sts_callback.report.html.components import domain, more, say, scrolled, section, table
 from sts_callback.report.html.markup import Html, join, shortened, tag
 
 _MOST_ROWS = 12  # rows for skipped checks or failures; the log has them all
@@ -72,7 +72,7 @@ def faults_section(story: ReportData) -> Html:
     for told in story.faults[:_MOST_ROWS]:
         fault = told.first
         when = f"step {fault.step}" if told.n_times == 1 else f"{told.n_times} times, from step {fault.step} to {told.last_step}"
-        trace = more("Where", tag("pre", fault.trace[-_LONGEST_TRACE:])) if fault.trace else join()
+        trace = more("Where", tag("pre", fault.trace[-_LONGEST_TRACE:], **scrolled("traceback"))) if fault.trace else join()
         shown.append(tag("li", tag("b", fault.what), f", {when}: ", tag("code", shortened(fault.error, _LONGEST_ERROR)), trace))
     left = len(story.faults) - len(shown)
     return section(

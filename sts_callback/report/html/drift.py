@@ -30,6 +30,7 @@ from sts_callback.report.summary import standing_of
 _MOST_CARDS = 8  # unfolded; further domains are folded away
 _MOST_STRETCHES = 8  # likewise
 _MOST_STEPS = 4  # named one by one
+_DIGIT, _GAP = 3.5, 2.0  # percent of the timeline that a digit takes on a narrow page, and between two numbers
 _NAN = math.nan
 
 
@@ -134,7 +135,9 @@ def _timeline(story: ReportData, drift: Drift) -> Html:
         told = ", ".join(f"step {step} {standing}" for step, standing in found)
         track = tag("div", *marks, class_="track", role="img", aria_label=f"{name}: {told}")
         lines.append(tag("div", domain(name), track, class_="line"))
-    marked = [step for step in drift.steps if str(step)[0] in "125" and not str(step)[1:].strip("0")] or [last]
+    round_steps = (step for step in drift.steps if str(step)[0] in "125" and not str(step)[1:].strip("0"))
+    room = 100 - _GAP - _DIGIT * len(str(last))  # beside the number of the last step
+    marked = [*(step for step in round_steps if place(step) < room), last]
     ticks = tag("div", *(tag("span", str(step), style=f"left:{place(step)}%") for step in marked), class_="ticks")
     lines.append(tag("div", tag("span", "step"), ticks, class_="line", aria_hidden="true"))
     key = [
