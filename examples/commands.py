@@ -3,7 +3,7 @@
     python examples/commands.py [--work-dir DIR]
 
 DIR is to be a new folder: what is there would be told too. `COMMANDS.md` beside this file is what it wrote. Not here are
-`launch`, which says what the callback says, and `sae train`, which takes an hour.
+`launch`, which says what the callback says, and `sae train`, which takes longer than all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draw what the terminal showed of a run, as an SVG for documents.
+"""Draw what the terminal showed before the first step of a run and at its end, as an SVG for documents.
 
 python examples/picture.py runs/demo examples/demo.svg
 """
@@ -31,32 +31,27 @@ line-height: {line_height}px; }} {styles}</style>
 
 
 def records(run: Path) -> str:
-    """What is known before the first step, and the checks of a run, with colours."""
+    """What was known before the first step, and the last check, with colours."""
     logged = RunDirectory(run / "sts").read_all()
-    if logged.forecast is None or logged.forecast_verdict is None or logged.settings is None:
-        raise SystemExit(f"{run} holds no forecast that can be read.")
-    policy, looks, rehearsal = logged.settings.policy, logged.settings.looks, logged.rehearsal
+    if logged.forecast is None or logged.forecast_verdict is None or logged.settings is None or not logged.checks:
+        raise SystemExit(f"{run} holds no forecast, or no check, that can be read.")
+    policy, rehearsal, last = logged.settings.policy, logged.rehearsal, logged.checks[-1]
     forecast, in_context = logged.forecast, logged.forecast_verdict
     if rehearsal is not None and logged.rehearsal_verdict is not None:
-        parts = [rehearsal_view(rehearsal, logged.rehearsal_verdict, forecast, in_context, policy.budgets, colour=True)]
+        before = rehearsal_view(rehearsal, logged.rehearsal_verdict, forecast, in_context, policy.budgets, colour=True)
     else:
-        parts = [forecast_view(forecast, in_context, policy, colour=True)]
-    verdicts = [check.verdict for check in logged.checks]
-    for i, check in enumerate(logged.checks, 1):
-        parts.append(
-            check_view(
-                check.snapshot,
-                check.verdict,
-                policy.budgets,
-                since=alarms_since(verdicts[:i]),
-                expected=rehearsal.expected if rehearsal else {},
-                next_step=looks.next_after(check.snapshot.step) if looks else 0,
-                output_dir=run,
-                learning_rate=logged.learning_rate,
-                colour=True,
-            )
-        )
-    return "\n\n".join(parts)
+        before = forecast_view(forecast, in_context, policy, colour=True)
+    check = check_view(
+        last.snapshot,
+        last.verdict,
+        policy.budgets,
+        since=alarms_since([check.verdict for check in logged.checks]),
+        expected=rehearsal.expected if rehearsal else {},
+        output_dir=run,
+        learning_rate=logged.learning_rate,
+        colour=True,
+    )
+    return f"{before}\n\n{check}"
 
 
 def main(run: str, picture: str) -> None:
