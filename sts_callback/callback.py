@@ -17,7 +17,7 @@ from sts_callback.data.reader import Source, held
 from sts_callback.data.starter import choose_domains
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError
-from sts_callback.model.sae import require_saes
+from sts_callback.model.sae import require_layer, require_saes
 from sts_callback.records import TRAIN, Forecast, Verdict
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.training import trainer_log
@@ -77,15 +77,17 @@ class STSCallback(TrainerCallback):
         rehearse: Rehearse = "auto",
         max_overhead: float | None = 0.01,
         ledger: str | Path | None = None,
+        layer: int | None = None,
         probes: ProbeConfig | None = None,
         policy: PolicyConfig | None = None,
     ) -> None:
         """Choose what to measure and what to do. Nothing is loaded before training begins.
 
         Args:
-            sae: SAELens `release/sae_id`, a folder of an SAE, a `sae_lens.SAE`, or `"auto"`; or several, of which each
-                makes a forecast and the first is the one that decides and watches drift. Without any argument at all, settings
-                are read from a file, see `training.arguments.STSArguments.of_environment`.
+            sae: SAELens `release/sae_id`, a folder of an SAE, a `sae_lens.SAE`, `"auto"`, or `"none"` to read raw activations
+                without an SAE; or several, of which each makes a forecast and the first is the one that decides and watches
+                drift. Without any argument at all, settings are read from a file, see
+                `training.arguments.STSArguments.of_environment`.
             protect: names of domains that training must not harm, or names with budgets: what each one's answers may lose, as a
                 number of nats a token (default 0.1), or as a text in another unit: `"0.05 bits/byte"`, which does not depend on
                 the tokenizer, or `"2 points"` of token accuracy.
@@ -110,6 +112,8 @@ class STSCallback(TrainerCallback):
                 rehearsed. None checks whenever asked.
             ledger: a file that keeps how forecasts came out, from which later ones learn; by default the one that the environment
                 variable `STS_LEDGER` names, if any.
+            layer: with `sae="none"`, the layer after which activations are read, from 0; by default the one nearest to two thirds
+                of the depth, as `"auto"` has it.
             probes: how texts become probes.
             policy: thresholds of the verdict; its budgets are those of `protect`.
 
@@ -133,7 +137,7 @@ class STSCallback(TrainerCallback):
             allowed = "a share above 0, up to 1, or None for no limit"
             max_overhead = finite(max_overhead, "max_overhead", allowed)
             require(0 < max_overhead <= 1, "max_overhead", max_overhead, allowed)
-        saes = require_saes(sae)
+        saes = require_layer(require_saes(sae), layer)
         chosen, budgets = choose_domains(protect, domains)
         rows = None if train_data is None else held(train_data, "train_data")
         require(ledger is None or isinstance(ledger, (str, Path)), "ledger", ledger, "the name of a file, or None")

@@ -20,6 +20,9 @@ Unit = Literal["nats/token", "bits/byte", "points"]
 PlainBudget: TypeAlias = float | str
 """A number of nats a token, or a text with another unit."""
 
+NO_SAE = "none"
+"""As `sae=`: raw activations are read, without an SAE. As `Identity.sae`: they were."""
+
 TRAIN = "train"
 """Name of the training data's probe set, which no domain may have."""
 _TOO_LONG = 300  # characters of a value that are shown in full

@@ -5,6 +5,11 @@ Each is an `StsError` and also the built-in error that a caller would expect: `V
 received, the allowed values and the remedy.
 """
 
+NEEDS_SAE = (
+    "This needs an SAE, and raw activations have none: sts-callback sae train --model ID --train FILE --out DIR trains one."
+)
+"""What stands where features are missing."""
+
 
 class StsError(Exception):
     """Base class of all errors that this package raises on purpose."""

@@ -41,8 +41,8 @@ class Judgement(NamedTuple):
 
 _DIVERGED = Judgement("cannot tell", "the model gives NaN or infinite numbers: training has diverged.")
 _CANNOT_MOVE = (
-    "no weight at or below the SAE's layer is trained, so nothing can drift there; take an SAE of a layer above the lowest one "
-    "that is trained"
+    "no weight at or below the layer that is read is trained, so nothing can drift there; read one above the lowest that is "
+    "trained"
 )
 
 

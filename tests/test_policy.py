@@ -187,7 +187,7 @@ def test_what_was_hardly_seen_of_the_layer_qualifies_what_is_said_of_movement_al
         assert f"within its budget of 0.25; drift unknown: {doubt}." in found.reason
     assert "drift unknown" not in judged_check(n_tokens=175, n_masked=25, **NO_HARM).reason
     stays = judge_check(snapshot(10, domain_drift("law", **NO_HARM), can_move=False), POLICY, LEVEL)["law"]
-    assert "drift unknown: no weight at or below the SAE's layer is trained" in stays.reason
+    assert "drift unknown: no weight at or below the layer that is read is trained" in stays.reason
 
 
 @pytest.mark.parametrize(("sae_error_share", "is_told"), [(0.5, False), (0.5 + BARELY, True), (1.0, True), (NAN, False)])

@@ -41,11 +41,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rank training rows and, if asked, write the training data without the highest."""
+    from sts_callback.config import NO_SAE
+    from sts_callback.errors import NEEDS_SAE, ConfigError
+    from sts_callback.model.sae_files import is_no_sae
     from sts_callback.remedies.attribution import blame, filter_files, require_possible, write_filtered
 
     require_possible(args.protect, args.rows, args.top)
     files = filter_files(args.train, args.out) if args.out else None
     past_run = _run_with_forecast(args.run_dir) if args.run_dir else None
+    if not args.sae or is_no_sae(args.sae):
+        raise ConfigError(f"--sae: got {args.sae or NO_SAE}. {NEEDS_SAE}")
     made_monitor, policy = prepared(args)
 
     from sts_callback.data.reader import read_rows
@@ -73,6 +78,8 @@ def _run_with_forecast(folder: Path) -> tuple[RunDirectory, Identity]:
     forecast = log.read_all().forecast
     if forecast is None:
         raise ConfigError(f"--run-dir: {log.folder} holds no forecast; give the output_dir of a run with STSCallback.")
+    if not forecast.identity.has_sae:
+        raise ConfigError(f"--run-dir: {log.folder} is of a run without an SAE, whose report can have no rows; leave it out.")
     return log, forecast.identity
 
 

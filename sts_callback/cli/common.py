@@ -30,6 +30,7 @@ def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], Pol
     from sts_callback.config import PolicyConfig, ProbeConfig
     from sts_callback.data.reader import read_rows
     from sts_callback.data.starter import choose_domains
+    from sts_callback.errors import ConfigError
     from sts_callback.training.arguments import budgets_in, named
 
     files = named(args.domain, "--domain", "NAME=FILE")
@@ -44,8 +45,11 @@ def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], Pol
         )
     rows = {name: read_rows(source, f"domains[{name!r}]") for name, source in domains.items()}
 
+    from sts_callback.model.registry import ways_without
     from sts_callback.model.sae_files import place_of
 
+    if not args.sae:
+        raise ConfigError(f"--sae: got none. {ways_without(args.model)}")
     for sae in args.sae if isinstance(args.sae, list) else [args.sae]:
         place_of(sae)
     if args.device:

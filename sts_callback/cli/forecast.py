@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     locked = read_lock(args.lock) if args.lock and not args.write_lock else None
     made_monitor, policy = prepared(args)
 
+    from sts_callback.errors import NEEDS_SAE
     from sts_callback.measure.scoring import rank_agreement
     from sts_callback.policy import Judgement, judge_domains, judge_forecast
     from sts_callback.report.terminal.forecast import examples_lines, forecast_details, forecast_view, layers_table
@@ -81,8 +82,11 @@ def run(args: argparse.Namespace) -> int:
         if len(forecasts) > 1:
             print(layers_table(forecasts, [rank_agreement(forecasts[0], forecast) for forecast in forecasts]))
         if args.words:
-            print("\nWhere the features that training is expected to shift are most active:")
-            print(examples_lines(monitor.top_activating_examples()))
+            if monitor.identity.has_sae:
+                print("\nWhere the features that training is expected to shift are most active:")
+                print(examples_lines(monitor.top_activating_examples()))
+            else:
+                print(f"\n--words: {NEEDS_SAE}")
     return DECISION_CODES[verdict.decision]
 
 

@@ -61,13 +61,11 @@ def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, num
         numbers: fields of `ProbeConfig` that have an option.
 
     """
-    sae = "SAELens release/sae_id, a folder, or auto"
+    sae = "SAELens release/sae_id, a folder, auto, or none to read raw activations (none:12, those after layer 12)"
     if several_saes:
-        command.add_argument(
-            "--sae", required=True, action="append", help=f"{sae}; repeatable: the first decides, all are compared"
-        )
+        command.add_argument("--sae", action="append", help=f"{sae}; repeatable: the first decides, all are compared")
     else:
-        command.add_argument("--sae", required=True, help=sae)
+        command.add_argument("--sae", help=sae)
     command.add_argument(
         "--domain", action="append", default=[], metavar="NAME=FILE", help="a domain to measure, JSON lines; repeatable"
     )

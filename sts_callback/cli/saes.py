@@ -26,13 +26,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sts_callback.model.registry import saes_for
+    from sts_callback.model.registry import saes_for, ways_without
 
     entries = sorted(saes_for(args.model), key=lambda e: (e.unusable is not None, e.kind == "transcoder"))  # these show less
     if not entries:
         print(
-            f"sts-callback: --model: SAELens has no SAE for {args.model!r}; check the name, or train one with "
-            "examples/train_sae.py.",
+            f"sts-callback: --model: SAELens has no SAE for {args.model!r}; check the name. {ways_without(args.model)}",
             file=sys.stderr,
         )
         return WRONG_INPUT

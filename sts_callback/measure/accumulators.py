@@ -17,7 +17,7 @@ from sts_callback.measure.answers import Answers
 from sts_callback.measure.sae_reader import SAEReader
 from sts_callback.metrics.copies import sent
 from sts_callback.metrics.sums import SKETCH_WIDTH, QuerySums, SparseActs, sketch
-from sts_callback.model.sae import Reconstruction
+from sts_callback.model.sae import Reconstruction, SaeEncoder
 
 ZERO_SHOT = "zero-shot"
 """The context without demonstrations."""
@@ -32,7 +32,12 @@ class Shift:
     raw: torch.Tensor
     """Of activations at the hook point, `(n_queries,)`."""
     sae_error: torch.Tensor
-    """Of what the dictionary leaves of these, `(n_queries,)`; NaN for a transcoder."""
+    """Of what the dictionary leaves of these, `(n_queries,)`; NaN for a transcoder and without an SAE."""
+
+    @property
+    def total(self) -> torch.Tensor:
+        """Of all features together, or without an SAE of raw activations, `(n_queries,)`."""
+        return self.features.sum(dim=1) if self.features.shape[1] else self.raw
 
 
 class _ShiftSums:
@@ -93,7 +98,7 @@ class ProbeStats:
     activity: torch.Tensor
     """Feature activations, `(n_queries, d_sae)`."""
     sq_norm: torch.Tensor
-    """Squared feature activations, summed over features, `(n_queries,)`."""
+    """Squared feature activations, summed over features, `(n_queries,)`; without an SAE, `raw_sq_norm`."""
     raw: torch.Tensor
     """Activations at the hook point, `(n_queries, d_in)`."""
     raw_sq_norm: torch.Tensor
@@ -127,7 +132,7 @@ class ProbeSums:
 
     def __init__(self, sae_reader: SAEReader, n_queries: int, contexts: Sequence[str], *, with_gradients: bool) -> None:
         self._sae_reader, self._n_queries = sae_reader, n_queries
-        d_sae, device = sae_reader.encoder.d_sae, sae_reader.encoder.sae.device
+        d_sae, device = sae_reader.encoder.d_sae, sae_reader.encoder.device
         self._activity, self._raw = (QuerySums(n_queries, width, device) for width in (d_sae, sae_reader.encoder.d_in))
         self._sq_norms = QuerySums(n_queries, 2, device)
         self._shifts = {name: _ShiftSums(n_queries, d_sae, device) for name in contexts}
@@ -155,7 +160,8 @@ class ProbeSums:
         for chunk in self._sae_reader.chunks(len(places)):
             to = self._owner[-1][chunk]
             here = self._sae_reader.encoder.reconstruct(found[ZERO_SHOT][chunk])
-            sq_norms = torch.stack([torch.linalg.vector_norm(v, dim=1).square() for v in (here.acts, here.x)], dim=1)
+            measured = here.acts if here.acts.shape[1] else here.x
+            sq_norms = torch.stack([torch.linalg.vector_norm(v, dim=1).square() for v in (measured, here.x)], dim=1)
             for sums, values in ((self._activity, here.acts), (self._raw, here.x), (self._sq_norms, sq_norms)):
                 sums.add(values, to)
             self._acts.append(SparseActs.of(here.acts))
@@ -172,10 +178,12 @@ class ProbeSums:
             owner: the query of each, `(n_tokens,)`.
 
         """
+        encoder = self._sae_reader.encoder
         assert self._gradients is not None
+        assert isinstance(encoder, SaeEncoder)
         not_outlier = self._sae_reader.not_outlier(x)
         for chunk in self._sae_reader.chunks(len(x)):
-            by_feature = self._sae_reader.encoder.feature_gradient(x[chunk], gradient[chunk])
+            by_feature = encoder.feature_gradient(x[chunk], gradient[chunk])
             self._gradients.add(_only(by_feature, not_outlier[chunk]), owner[chunk])
 
     def result(self, answers: Mapping[str, Answers], n_answer: torch.Tensor) -> ProbeStats:
@@ -239,8 +247,8 @@ class DriftSums:
 
     def __init__(self, sae_reader: SAEReader, n_queries: int, step_zero: StepZero) -> None:
         self._sae_reader, self._step_zero = sae_reader, step_zero
-        self._shift = _ShiftSums(n_queries, sae_reader.encoder.d_sae, sae_reader.encoder.sae.device)
-        self._n_tokens = QuerySums(n_queries, 1, sae_reader.encoder.sae.device)
+        self._shift = _ShiftSums(n_queries, sae_reader.encoder.d_sae, sae_reader.encoder.device)
+        self._n_tokens = QuerySums(n_queries, 1, sae_reader.encoder.device)
         self._n_candidates, self._n_counted = 0, 0
         self._n_not_finite = _NotFinite()
 
@@ -258,7 +266,7 @@ class DriftSums:
             return
         x, owner = x[sent(counted.nonzero()[:, 0], x.device)], owner[counted]
         self._n_not_finite.add(x)
-        device, d_sae, start = self._sae_reader.encoder.sae.device, self._sae_reader.encoder.d_sae, self._n_counted
+        device, d_sae, start = self._sae_reader.encoder.device, self._sae_reader.encoder.d_sae, self._n_counted
         not_outlier = self._sae_reader.not_outlier_now(x).to(device)
         self._n_tokens.add(not_outlier.unsqueeze(1), owner)
         self._n_counted += len(x)
@@ -282,12 +290,13 @@ class DriftSums:
 
 
 class ActivitySums:
-    """Running sums of feature activations of one set, whatever they were at step 0."""
+    """Running sums of feature activations of one set, or without an SAE of raw ones, whatever they were at step 0."""
 
     def __init__(self, sae_reader: SAEReader, n_queries: int) -> None:
         self._sae_reader = sae_reader
-        self._activity = QuerySums(n_queries, sae_reader.encoder.d_sae, sae_reader.encoder.sae.device)
-        self._n_tokens = QuerySums(n_queries, 1, sae_reader.encoder.sae.device)
+        encoder = sae_reader.encoder
+        self._activity = QuerySums(n_queries, encoder.d_sae or encoder.d_in, encoder.device)
+        self._n_tokens = QuerySums(n_queries, 1, encoder.device)
 
     def add(self, x: torch.Tensor, owner: torch.Tensor) -> None:
         """Add tokens of some queries, those that are no sinks now.
@@ -299,14 +308,17 @@ class ActivitySums:
         """
         if len(x) == 0:
             return
-        not_outlier = self._sae_reader.not_outlier_now(x).to(self._sae_reader.encoder.sae.device)
+        encoder = self._sae_reader.encoder
+        not_outlier = self._sae_reader.not_outlier_now(x).to(encoder.device)
         self._n_tokens.add(not_outlier.unsqueeze(1), owner)
         for chunk in self._sae_reader.chunks(len(x)):
-            self._activity.add(_only(self._sae_reader.encoder.encode(x[chunk]), not_outlier[chunk]), owner[chunk])
+            # A copy of raw activations, as `_only` writes into what it gets.
+            acts = encoder.encode(x[chunk]) if encoder.d_sae else x[chunk].to(encoder.device, torch.float32, copy=True)
+            self._activity.add(_only(acts, not_outlier[chunk]), owner[chunk])
 
     @property
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums, `(n_queries, d_sae)`, and tokens that count, `(n_queries,)`."""
+        """Sums, `(n_queries, d_sae)` (without an SAE `d_in`), and tokens that count, `(n_queries,)`."""
         return self._activity.result, self._n_tokens.result[:, 0].long()
 
 
@@ -328,7 +340,7 @@ class MaxActivationSums:
     """Running sums of some features over texts, and where each is most active; `add` takes whole texts, token by token."""
 
     def __init__(self, sae_reader: SAEReader, n_texts: int, features: Sequence[int]) -> None:
-        device, shape = sae_reader.encoder.sae.device, (n_texts, len(features))
+        device, shape = sae_reader.encoder.device, (n_texts, len(features))
         self._sae_reader, self._features = sae_reader, torch.tensor(features, device=device)
         self._activity = QuerySums(*shape, device)
         self._n_tokens = torch.zeros(n_texts, dtype=torch.int64)
@@ -344,7 +356,7 @@ class MaxActivationSums:
         """
         place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
         counted = self._sae_reader.not_outlier(x).cpu().nonzero()[:, 0]
-        x, owner, place = x[sent(counted, x.device)], owner[counted], sent(place[counted], self._sae_reader.encoder.sae.device)
+        x, owner, place = x[sent(counted, x.device)], owner[counted], sent(place[counted], self._sae_reader.encoder.device)
         self._n_tokens += torch.bincount(owner, minlength=len(self._n_tokens))
         for chunk in self._sae_reader.chunks(len(x)):
             acts = self._sae_reader.encoder.encode(x[chunk])[:, self._features]

@@ -15,6 +15,7 @@ from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.sae_reader import Fit
 from sts_callback.measure.scoring import FILLER
 from sts_callback.metrics.statistics import detectable_rise, resampled_ratios
+from sts_callback.model.encoder import Encoder, RawActivations
 from sts_callback.model.registry import base_name
 from sts_callback.model.sae import SaeEncoder
 from sts_callback.model.self_test import Findings
@@ -47,15 +48,16 @@ def examined_fits(
 
     """
     fits = runner.calibrate(sets, zero_shot)
-    return fits, [
-        (
-            *fit_checks(
-                sae_reader.encoder, fit, sae_reader.point.layer, runner.fit_by_layer(sets[0], zero_shot, sae_reader), model_name
-            ),
-            *_self_test_checks(runner.findings),
+    checks: list[tuple[Check, ...]] = []
+    for sae_reader, fit in zip(runner.sae_readers, fits, strict=True):
+        encoder, layer = sae_reader.encoder, sae_reader.point.layer
+        found = (
+            (Check("SAE", "pass", f"none: raw activations after layer {layer}", ""),)
+            if isinstance(encoder, RawActivations)
+            else fit_checks(encoder, fit, layer, runner.fit_by_layer(sets[0], zero_shot, sae_reader), model_name)
         )
-        for sae_reader, fit in zip(runner.sae_readers, fits, strict=True)
-    ]
+        checks.append((*found, *_self_test_checks(runner.findings)))
+    return fits, checks
 
 
 def require_fit(checks: Sequence[Sequence[Check]]) -> None:
@@ -147,20 +149,20 @@ def probe_checks(
     )
 
 
-def cost_check(encoder: SaeEncoder, sets: Sequence[ProbeSet], seconds: float) -> Check:
+def cost_check(encoder: Encoder, sets: Sequence[ProbeSet], seconds: float) -> Check:
     """Estimate what a forecast and a check will cost.
 
     Args:
-        encoder: the SAE.
+        encoder: the SAE, if any.
         sets: all probes.
         seconds: time that two passes with answers over all of them took.
 
     """
-    weights = sum(p.numel() * p.element_size() for p in encoder.sae.parameters()) / 2**20
+    weights = f"SAE {encoder.n_bytes / 2**20:.0f} MiB; " if encoder.n_bytes else ""
     return Check(
         "cost",
         "pass",
-        f"forecast about {2.5 * seconds:.0f} s, a check about {seconds / 2:.0f} s; SAE {weights:.0f} MiB; "
+        f"forecast about {2.5 * seconds:.0f} s, a check about {seconds / 2:.0f} s; {weights}"
         f"{sum(len(s.queries) for s in sets)} queries",
         "",
     )

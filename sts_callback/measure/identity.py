@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from sts_callback.config import ProbeConfig
 from sts_callback.data.probes import ProbeSet
+from sts_callback.model.encoder import Encoder
 from sts_callback.model.hooks import model_name, text_config
-from sts_callback.model.sae import SaeEncoder
 from sts_callback.records import Identity
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def identity_of(model: nn.Module, encoder: SaeEncoder, config: ProbeConfig, sets: Sequence[ProbeSet]) -> Identity:
+def identity_of(model: nn.Module, encoder: Encoder, config: ProbeConfig, sets: Sequence[ProbeSet]) -> Identity:
     """Make the identity of a measurement of these sets."""
     shape = text_config(model).to_dict()  # type: ignore[attr-defined]
     for volatile in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures"):

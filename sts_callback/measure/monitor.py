@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sts_callback.config import PolicyConfig, ProbeConfig, require
+from sts_callback.config import NO_SAE, PolicyConfig, ProbeConfig, require
 from sts_callback.data.chat import text_tokenizer
 from sts_callback.data.counts import RowsRead
 from sts_callback.data.pairs import Row
@@ -31,7 +31,7 @@ from sts_callback.data.reader import Source, read_rows
 from sts_callback.data.starter import require_domains
 from sts_callback.data.tokens import bos_tokens
 from sts_callback.distributed import Ranks
-from sts_callback.errors import CannotTell, ConfigError
+from sts_callback.errors import NEEDS_SAE, CannotTell, ConfigError
 from sts_callback.measure import diagnostics, scoring
 from sts_callback.measure.accumulators import MaxActivations, ProbeStats
 from sts_callback.measure.identity import identity_of
@@ -42,9 +42,10 @@ from sts_callback.measure.step_zero import StepZeroReference, StepZeroStats
 from sts_callback.measure.top_examples import top_activating_examples
 from sts_callback.metrics import scores
 from sts_callback.model.capture import is_sharded
+from sts_callback.model.encoder import encoder_for
 from sts_callback.model.fingerprint import Weights, weights_of
 from sts_callback.model.hooks import find_layers, max_positions, model_name, vocab_size
-from sts_callback.model.sae import SaeSource, encoder_for, require_saes
+from sts_callback.model.sae import SaeSource, require_saes
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN, UNKNOWN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
 
@@ -263,6 +264,12 @@ class Monitor:
             CannotTell: if the baseline is missing or damaged, or has another model, SAE or probes.
 
         """
+        made, ours = forecast.identity, self.identity
+        if NO_SAE in (made.sae, ours.sae) and (made.sae, made.hook_name) != (ours.sae, ours.hook_name):
+            raise CannotTell(
+                f"baseline: it was made with {made.sae_name} at {made.hook_name}, not with {ours.sae_name} at {ours.hook_name}; "
+                "resume the run with the sae= that it began with, or start it anew."
+            )
         self.step_zero = self._ranks.from_first(lambda: StepZeroReference.load(baseline_file, self._fingerprint))
         # A template may render the same rows differently today: only the tokens of step 0 can be compared.
         self.train = self.step_zero.probes[TRAIN]
@@ -313,6 +320,7 @@ class Monitor:
             seconds=time.monotonic() - started,
             output_drift=output_drift,
             can_move=can_move,
+            has_sae=self.identity.has_sae,
         )
 
     def _output_drift(self, then: Sequence[Row], now: Sequence[Row], batch_tokens: int | None) -> Estimate:
@@ -334,8 +342,11 @@ class Monitor:
 
         Raises:
             CannotTell: if the SAE does not fit the model's activations.
+            ConfigError: if there is none.
 
         """
+        if not self.identity.has_sae:
+            raise ConfigError(f"sae: got {NO_SAE!r}. {NEEDS_SAE}")
         chosen, features = [self.domains[name] for name in names], range(self._runner.sae_readers[0].encoder.d_sae)
         with undisturbed(self._model), self._bar("Domains", sum(len(s.queries) for s in chosen)) as bar:
             zero_shot = self._context((), with_answers=True)
@@ -409,7 +420,7 @@ class Monitor:
         """For each SAE, the relative drift of unchanged weights when the training data form other batches."""
         layout = max(1, self.config.batch_tokens // 4)
         again = self._runner.read_drift(self.train, self._context((), with_answers=False), train, batch_tokens=layout)
-        return [float(a.shift.features.sum() / one.sq_norm.sum()) for a, one in zip(again, train, strict=True)]
+        return [float(a.shift.total.sum() / one.sq_norm.sum()) for a, one in zip(again, train, strict=True)]
 
     @property
     def _n_queries(self) -> int:

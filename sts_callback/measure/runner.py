@@ -31,9 +31,9 @@ from sts_callback.measure.answers import Answers, TokenReader
 from sts_callback.measure.sae_reader import Fit, SAEReader
 from sts_callback.metrics.copies import sent
 from sts_callback.model.capture import Capture, Prefix, may_differ
+from sts_callback.model.encoder import Encoder
 from sts_callback.model.head import output_embeddings
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, vocab_size
-from sts_callback.model.sae import SaeEncoder
 from sts_callback.model.self_test import Findings, self_test
 
 _N_CALIBRATION = 4  # queries of each set that set the median norm
@@ -68,7 +68,7 @@ class ProbeRunner:
     process alone, bit for bit.
     """
 
-    def __init__(self, model: nn.Module, encoders: Sequence[SaeEncoder], config: ProbeConfig, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: nn.Module, encoders: Sequence[Encoder], config: ProbeConfig, ranks: Ranks | None = None) -> None:
         """Find the hook points.
 
         Raises:
@@ -77,7 +77,7 @@ class ProbeRunner:
 
         """
         for encoder in encoders:
-            if config.n_features > encoder.d_sae // 2:
+            if encoder.d_sae and config.n_features > encoder.d_sae // 2:
                 raise SaeError(
                     f"n_features: {config.n_features} of {encoder.d_sae} features are no selection; allowed is up to "
                     f"{encoder.d_sae // 2}."
@@ -198,6 +198,7 @@ class ProbeRunner:
         """
         n_queries = len(probes.queries)
         differentiable = with_gradients and zero_shot.with_answers and self._capture.may_stop and self.findings.gradients
+        differentiable = differentiable and any(reader.encoder.reconstructs for reader in self.sae_readers)
         sums = [
             ProbeSums(sae_reader, n_queries, list(contexts), with_gradients=differentiable and sae_reader.encoder.reconstructs)
             for sae_reader in self.sae_readers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from sts_callback.errors import ModelError, SaeError
 from sts_callback.metrics.sums import is_not_outlier
+from sts_callback.model.encoder import Encoder
 from sts_callback.model.hooks import HookPoint
 from sts_callback.model.sae import SaeEncoder
 
@@ -32,17 +34,17 @@ class Fit:
 
     n_tokens: int
     fvu: float
-    """Fraction of variance unexplained (FVU). NaN for a transcoder."""
+    """Fraction of variance unexplained (FVU). NaN for a transcoder and without an SAE."""
     l0: float
     """Active features per token (L0)."""
     dead_fraction: float
-    """Share of features that no token activates."""
+    """Share of features that no token activates. NaN without an SAE."""
 
 
 class SAEReader:
     """An SAE, its hook point and, after `calibrate` or `adopt`, the reference norms there."""
 
-    def __init__(self, encoder: SaeEncoder, point: HookPoint, max_norm_multiple: float) -> None:
+    def __init__(self, encoder: Encoder, point: HookPoint, max_norm_multiple: float) -> None:
         self.encoder, self.point = encoder, point
         self.reference: Reference
         self._max_norm_multiple = max_norm_multiple
@@ -75,7 +77,7 @@ class SAEReader:
     def adopt(self, reference: Reference) -> None:
         """Use the reference of an earlier session."""
         self.reference = reference
-        if self.encoder.needs_scale:
+        if isinstance(self.encoder, SaeEncoder) and self.encoder.needs_scale:
             self.encoder = self.encoder.scaled(reference.mean_norm)
 
     def fvu(self, x: torch.Tensor) -> float:
@@ -92,7 +94,7 @@ class SAEReader:
 
     def chunks(self, n_tokens: int) -> Iterator[slice]:
         """Slices of tokens to encode at once."""
-        size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // self.encoder.d_sae)
+        size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // (self.encoder.d_sae or self.encoder.d_in))
         return (slice(start, start + size) for start in range(0, n_tokens, size))
 
     def _without_sinks(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -107,7 +109,7 @@ class SAEReader:
 
     def _fit(self, x: torch.Tensor) -> Fit:
         left, n_active = 0.0, 0
-        ever, seen = torch.zeros(self.encoder.d_sae, dtype=torch.bool, device=self.encoder.sae.device), []
+        ever, seen = torch.zeros(self.encoder.d_sae, dtype=torch.bool, device=self.encoder.device), []
         for chunk in self.chunks(len(x)):
             found = self.encoder.reconstruct(x[chunk])
             active = found.acts != 0
@@ -120,7 +122,7 @@ class SAEReader:
             n_tokens=len(x),
             fvu=left / _sum_of_squares(whole - whole.mean(dim=0)),
             l0=n_active / len(x),
-            dead_fraction=int((~ever).sum()) / len(ever),
+            dead_fraction=int((~ever).sum()) / (len(ever) or math.nan),
         )
 
 

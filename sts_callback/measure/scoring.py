@@ -54,7 +54,7 @@ class ForecastScorer:
         self._n_draws = self._n_draws or len(probes.demo_sets)
         taught_group = group % self._n_draws  # a small training set has fewer draws, which then come again
         taught, own = reading.shifts[TRAIN_ICL], reading.shifts.get(DOMAIN_ICL, reading.shifts[TRAIN_ICL])
-        taught_total = taught.features.sum(dim=1)
+        taught_total = taught.total
         sets = scores.matched_sets(token_mean(reading.activity, n), self.features)
         nll, nll_change, bits_change, accuracy, accuracy_change = UNKNOWN, UNKNOWN, UNKNOWN, _NAN, UNKNOWN
         if reading.nll:
@@ -65,8 +65,10 @@ class ForecastScorer:
             bits_change = in_bits(probes, risen, taught_group)
             accuracy = _ratio(n_right[ZERO_SHOT], reading.n_answer)
             accuracy_change = estimate(n_right[TRAIN_ICL] - n_right[FILLER], reading.n_answer, taught_group)
-        net = taught.features - reading.shifts[FILLER].features
-        on_features = net[:, list(self.features)].sum(dim=1)
+        filler = reading.shifts[FILLER]
+        on_features = (taught.features - filler.features)[:, list(self.features)].sum(dim=1)
+        if not taught.features.shape[1]:  # then net is 1 - 1 / raw_over_prose, which orders domains as that does
+            on_features = taught.raw - filler.raw
         return DomainForecast(
             name=probes.name,
             n_queries=len(probes.queries),
@@ -76,7 +78,7 @@ class ForecastScorer:
             n_answer_tokens=int(reading.n_answer.sum()),
             sts_act=self._score("sts_act", reading.activity, n, alone, sets),
             sts_icl=self._score("sts_icl", own.features, n, group, sets),
-            sts_rel=self._score("sts_rel", own.features, own.features.sum(dim=1), group, sets),
+            sts_rel=self._score("sts_rel", own.features, own.total, group, sets),
             sts_cross=self._score("sts_cross", taught.features, taught_total, taught_group, sets),
             sts_net=self._net_score(probes.name, on_features, taught_total, taught_group),
             rank=(0, 0),
@@ -107,7 +109,9 @@ class ForecastScorer:
     def _score(
         self, name: str, values: torch.Tensor, denominator: torch.Tensor, group: torch.Tensor, sets: torch.Tensor
     ) -> Score:
-        """The sum of per-query, per-feature values over D_N, against a denominator per query."""
+        """The sum of per-query, per-feature values over D_N, against a denominator per query; NaN without features."""
+        if not values.shape[1]:
+            return Score(_NAN, _NAN, _NAN, _NAN, _NAN)
         found = estimate(values[:, list(self.features)].sum(dim=1), denominator, group)
         random = scores.mean_over_sets(values.double().sum(dim=0), sets) / float(denominator.double().sum() or _NAN)
         own = self._own_scores.setdefault(name, found.value)
@@ -254,8 +258,8 @@ def domain_drift(
 
 
 def relative_drift(reading: DriftStats, step_zero: ProbeStats | StepZeroStats) -> Estimate:
-    """Squared feature drift of a set over its squared activity at step 0."""
-    drift = reading.shift.features.sum(dim=1) * _token_scale(reading, step_zero)
+    """Squared feature drift of a set over its squared activity at step 0; without an SAE, that of raw activations."""
+    drift = reading.shift.total * _token_scale(reading, step_zero)
     return estimate(drift, step_zero.sq_norm, torch.arange(len(drift)))
 
 

@@ -44,7 +44,7 @@ def activity_score(mean_activity: torch.Tensor, features: tuple[int, ...]) -> fl
     Source: arXiv 2603.02908, section 4.1.
 
     """
-    return float(mean_activity[list(features)].sum())
+    return float(mean_activity[list(features)].sum()) if len(mean_activity) else float("nan")
 
 
 def shift_score(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
@@ -60,7 +60,7 @@ def shift_score(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:
     Source: arXiv 2603.02908, section 4.1.
 
     """
-    return float(mean_shift[list(features)].sum())
+    return float(mean_shift[list(features)].sum()) if len(mean_shift) else float("nan")
 
 
 def shift_share(mean_shift: torch.Tensor, features: tuple[int, ...]) -> float:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from sts_callback.config import NO_SAE
 from sts_callback.errors import SaeError
 
 
@@ -165,6 +166,45 @@ def saes_for(model_id: str) -> tuple[SaeEntry, ...]:
     return tuple(sae for saes in _releases().values() for sae in saes.values() if _model_key(sae.model) == key)
 
 
+def base_of(model_id: str) -> str | None:
+    """Find the registered model whose name, with something after it, is a model's: of gemma-3-270m-ours, gemma-3-270m.
+
+    Args:
+        model_id: as for `saes_for`.
+
+    Returns:
+        The longest such name as the registry has it; None if there is none.
+
+    Raises:
+        SaeError: if sae_lens is not installed.
+    """
+    key = _model_key(model_id)
+    models = {sae.model for saes in _releases().values() for sae in saes.values()}
+    bases = [model for model in models if key.startswith(f"{_model_key(model)}-")]
+    return max(bases, key=lambda model: (len(_model_key(model)), model), default=None)
+
+
+def ways_without(model_id: str | None = None) -> str:
+    """Say what one can give as `sae=` where nothing was given or nothing is known.
+
+    Args:
+        model_id: as for `saes_for`; None if it is not known yet.
+
+    Raises:
+        SaeError: if sae_lens is not installed.
+    """
+    if model_id and (known := saes_for(model_id)):
+        third = f'"auto" takes one of the {len(known)} that `sts-callback saes --model {model_id}` lists'
+    else:
+        base = base_of(model_id) if model_id else None
+        whose = f"its base model, if that is {base}" if base else "its base model"
+        third = f"take one of {whose}: `sts-callback saes --model {base or 'ID'}` lists them"
+    return (
+        f'There are three ways: "{NO_SAE}" reads raw activations, without an SAE; `sts-callback sae train --model '
+        f"{model_id or 'ID'} --train FILE --out DIR` trains one; or {third}."
+    )
+
+
 def find(spec: str) -> SaeEntry | None:
     """Look up one SAE by its exact name.
 
@@ -234,10 +274,10 @@ def best_for(model_id: str, n_layers: int) -> SaeEntry:
         if (sae.hook_name or "").endswith(".hook_resid_post") and "_step_" not in sae.sae_id and not sae.unusable
     ]
     if not usable:
+        others = f"Take one by its name: `sts-callback saes --model {model_id}` lists them."
         raise SaeError(
             f'sae: "auto" needs an SAE on the residual stream after a layer of {model_id!r}, and SAELens lists none '
-            f"among its {len(registered)} for this model; pass sae=..., train one with examples/train_sae.py, or list "
-            f"what there is with `sts-callback saes --model {model_id}`."
+            f"among its {len(registered)} for this model. {others if registered else ways_without(model_id)}"
         )
     return min(usable, key=distance)
 

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch.nn.functional import embedding_bag
 
+from sts_callback.config import NO_SAE, require, whole
 from sts_callback.errors import ConfigError, SaeError
 from sts_callback.model import registry
-from sts_callback.model.hooks import find_layers, model_name
 from sts_callback.model.quality import require_quality
 from sts_callback.model.sae_files import downloaded, place_of, reader_of, remedy, tensors_only
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-    from torch import nn
 
 SaeSource: TypeAlias = "str | Path | SAE[Any]"
-"""SAELens `release/sae_id`, a folder of a hub repository or of this machine, an `SAE` object, or `"auto"`."""
+"""SAELens `release/sae_id`, a folder of a hub repository or of this machine, an `SAE` object, `"auto"`, or `"none"`,
+see `model.encoder`."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,16 @@ class SaeEncoder:
     def d_sae(self) -> int:
         """Number of features."""
         return int(self.sae.cfg.d_sae)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and what it gives."""
+        return self.sae.device  # type: ignore[no-any-return]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(p.numel() * p.element_size() for p in self.sae.parameters())
 
     @property
     def architecture(self) -> str:
@@ -203,19 +213,32 @@ def require_saes(given: Any) -> list[SaeSource]:
     """
     saes = list(given) if isinstance(given, (list, tuple)) else [given]
     if not saes or any(sae is None for sae in saes):
-        raise ConfigError("sae: got none; allowed is one SAE or a list of at least one.")
+        raise ConfigError(f"sae: got none. {registry.ways_without()}")
     for sae in saes:
         is_name = isinstance(sae, (str, Path)) and sae != ""
         if not (is_name or hasattr(getattr(sae, "cfg", None), "metadata")):
-            raise SaeError(f"sae: got {sae!r:.80}; allowed are a SAELens release/sae_id, a folder, a sae_lens.SAE, or 'auto'.")
+            raise SaeError(
+                f"sae: got {sae!r:.80}; allowed are a SAELens release/sae_id, a folder, a sae_lens.SAE, 'auto', or 'none'."
+            )
     return saes
 
 
-def encoder_for(sae: SaeSource, model: nn.Module) -> SaeEncoder:
-    """Load an SAE for a model, to the model's device. Errors are those of `load_encoder`."""
-    layers = find_layers(model)
-    encoder = load_encoder(sae, model_name(model), len(layers))
-    return encoder.to(next(layers.parameters()).device)
+def require_layer(saes: list[SaeSource], layer: Any) -> list[SaeSource]:
+    """Put the layer into the source that says that raw activations are to be read.
+
+    Args:
+        saes: as `require_saes` gives them.
+        layer: index of the layer, from 0; None is left to `model.encoder`.
+
+    Raises:
+        ConfigError: if it is no layer, or no source lacks one.
+
+    """
+    if layer is None:
+        return saes
+    layer = whole(layer, "layer", "the index of a layer, from 0", least=0)
+    require(NO_SAE in saes, "layer", layer, f'none unless sae="{NO_SAE}": an SAE says itself which layer it reads')
+    return [f"{NO_SAE}:{layer}" if sae == NO_SAE else sae for sae in saes]
 
 
 def load_encoder(sae: SaeSource, model_id: str, n_layers: int) -> SaeEncoder:

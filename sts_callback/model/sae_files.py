@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from sts_callback.config import NO_SAE
 from sts_callback.errors import SaeError, is_short_of_memory
 from sts_callback.model import registry
 from sts_callback.model.sae_formats import Parts, read_dictionary_learning, read_sparsify
@@ -24,6 +25,11 @@ _OWN = "sae_weights.safetensors"
 _FILES = ("cfg.json", _OWN, "config.json", "quality.json", *_READERS)
 
 
+def is_no_sae(spec: str) -> bool:
+    """Whether a source says that raw activations are to be read: `"none"`, or `"none:12"` with their layer."""
+    return re.fullmatch(rf"{NO_SAE}(:\d+)?", spec) is not None
+
+
 def place_of(spec: str) -> tuple[str, str] | None:
     """Find an SAE by its name.
 
@@ -31,14 +37,15 @@ def place_of(spec: str) -> tuple[str, str] | None:
         spec: the name that the user gave.
 
     Returns:
-        Release or hub repository, and the SAE's name in it. None for a folder, and for `"auto"`, which depends on the model.
+        Release or hub repository, and the SAE's name in it. None for a folder, for `"none"`, and for `"auto"`, which depends on
+        the model.
 
     Raises:
         SaeError: if there is no such SAE (similar names are suggested), if it cannot be used, or if it is a file or a path that
             does not exist.
 
     """
-    if spec == "auto" or os.path.isdir(spec):
+    if spec == "auto" or is_no_sae(spec) or os.path.isdir(spec):
         return None
     if os.path.isfile(spec):
         raise SaeError(f"sae: {spec} is a file; give its folder, if that is one of an SAE: it {_held_by(Path(spec).parent)}.")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from sts_callback.config import NO_SAE, Budget, Unit
 from sts_callback.config import TRAIN as TRAIN  # what records call the training data, beside the domains
-from sts_callback.config import Budget, Unit
 from sts_callback.records import notebook
 from sts_callback.records.numbers import percent
 from sts_callback.records.record import Record, StoredAs
@@ -35,13 +35,18 @@ class Identity(Record):
     model_name: str
     """Its name or folder name, for people."""
     sae: str
-    """SHA-256 of the SAE's weights and of what changes an answer in its configuration."""
+    """SHA-256 of the SAE's weights and of what changes an answer in its configuration; `none` without an SAE."""
     sae_name: str
     """`release/sae_id` or folder name, for people."""
     hook_name: str
-    """Where the SAE reads."""
+    """Where the SAE reads, or where raw activations were read."""
     probes: str
     """SHA-256 of the texts that probes are made of, as they were written, and of how they are drawn and counted."""
+
+    @property
+    def has_sae(self) -> bool:
+        """Whether an SAE was used; else raw activations were measured."""
+        return self.sae != NO_SAE
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,7 @@ class DomainDrift(Record):
     n_masked: int
     """Tokens that have become attention sinks since step 0."""
     relative_drift: Estimate
-    """Squared feature drift over squared activity at step 0, at least 0."""
+    """Squared feature drift over squared activity at step 0, at least 0; without an SAE, `raw_drift`."""
     raw_drift: float
     """The same of raw activations, estimated from sketches."""
     sae_error_share: Annotated[float, StoredAs("unseen")]
@@ -320,6 +325,8 @@ class DriftSnapshot(Record):
     feature activations over the square of the mean then; 0 on average where nothing has moved; NaN without rollouts."""
     can_move: bool = True
     """Whether a weight at or below the hook point is trained; else activations there stay as they are, whatever training does."""
+    has_sae: bool = True
+    """Whether an SAE was used; else raw activations were measured, and no features are named."""
 
     @property
     def diverged(self) -> tuple[str, ...]:
@@ -337,7 +344,8 @@ class DriftSnapshot(Record):
             f"Check at step {self.step}",
             ("domain", "change", "moved", "queries"),
             rows,
-            "change: of the answers' NLL since step 0, nats a token, + is worse. moved: drift of the domain's features.",
+            "change: of the answers' NLL since step 0, nats a token, + is worse. moved: drift of the domain's "
+            f"{'features' if self.has_sae else 'raw activations'}.",
         )
 
 

@@ -158,6 +158,11 @@ class Logged(Record):
     """Optimizer steps done when training ended; 0 if it runs, has died, or ended before that was written."""
 
     @property
+    def has_sae(self) -> bool:
+        """Whether an SAE was used; true if that cannot be read."""
+        return self.forecast is None or self.forecast.identity.has_sae
+
+    @property
     def has_ended(self) -> bool:
         """Whether it is known that no further check will come."""
         looks = self.settings.looks if self.settings else None

@@ -27,8 +27,9 @@ from sts_callback.measure import diagnostics, scoring
 from sts_callback.measure.accumulators import ZERO_SHOT
 from sts_callback.measure.identity import identity_of
 from sts_callback.measure.runner import Context, ProbeRunner
+from sts_callback.model.encoder import encoder_for
 from sts_callback.model.hooks import max_positions, model_name, vocab_size
-from sts_callback.model.sae import SaeSource, encoder_for
+from sts_callback.model.sae import SaeSource
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.policy import judge_budget
 from sts_callback.records.remedies import AdapterScales, ScaledDomain, ScalePoint, gravest

@@ -127,7 +127,9 @@ def pilot_effects(
     first = made_with[TRAIN]
     for name, identity in made_with.items():
         if (identity.model, identity.sae, identity.hook_name) != (first.model, first.sae, first.hook_name):
-            raise ConfigError(f"pilot {name}: its model or SAE is not that of {TRAIN}; only runs with the same can be compared.")
+            raise ConfigError(
+                f"pilot {name}: its model, SAE or layer is not that of {TRAIN}; only runs with the same can be compared."
+            )
     return first, effects
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sts_callback.config import NO_SAE
 from sts_callback.records import Record
 
-_GIVEN = ("--model", "MODEL", "--sae", "SAE", "--train", "FILE")
-"""What no record of a run knows as the user spells it."""
+_MODEL, _TRAIN = ("--model", "MODEL"), ("--train", "FILE")
+"""What no record of a run knows as the user spells it, like the SAE."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Advice(Record):
         return re.split(r" (?=--)", shlex.join(self.command))
 
 
-def advice_on(threatened: Sequence[str], output_dir: Path, best_checkpoint: int, learning_rate: float, step: int) -> list[Advice]:
+def advice_on(
+    threatened: Sequence[str], output_dir: Path, best_checkpoint: int, learning_rate: float, step: int, *, has_sae: bool
+) -> list[Advice]:
     """What to do about a no-go or an alarm.
 
     Args:
@@ -39,6 +42,7 @@ def advice_on(threatened: Sequence[str], output_dir: Path, best_checkpoint: int,
         best_checkpoint: step of the checkpoint on disk at which the worst of the domains was best off; 0 if there is none.
         learning_rate: that of the run; NaN if it is not known.
         step: of the check; 0 before training, where there is nothing to go back to.
+        has_sae: whether the run has one.
 
     """
     protect = [word for name in threatened for word in ("--protect", name)]
@@ -47,12 +51,20 @@ def advice_on(threatened: Sequence[str], output_dir: Path, best_checkpoint: int,
         back = output_dir / f"checkpoint-{best_checkpoint}"
         none = "No checkpoint on disk is from a check before this one; action='checkpoint' saves one at an alarm."
         found.append(Advice(f"Go back to {back}, the best on disk." if best_checkpoint else none))
+    given = (*_MODEL, "--sae", "SAE" if has_sae else NO_SAE, *_TRAIN)
     run = ("--run-dir", str(output_dir)) if step else ()
-    found.append(Advice("Find the rows behind it:", ("sts-callback", "blame", *_GIVEN, *protect, *run)))
+    found.append(
+        Advice("Find the rows behind it:", ("sts-callback", "blame", *given, *protect, *run))
+        if has_sae
+        else Advice(
+            "To find the rows behind it (sts-callback blame), train an SAE first:",
+            ("sts-callback", "sae", "train", *_MODEL, *_TRAIN, "--out", "DIR"),
+        )
+    )
     lower: tuple[str, ...] = ("RATE",)
     if math.isfinite(learning_rate):
         lower = (f"{learning_rate / 10:.1g}", f"{learning_rate / 3:.1g}")
     found.append(
-        Advice("Find a rate that keeps the budget:", ("sts-callback", "rehearse", *_GIVEN, *protect, "--learning-rate", *lower))
+        Advice("Find a rate that keeps the budget:", ("sts-callback", "rehearse", *given, *protect, "--learning-rate", *lower))
     )
     return found

@@ -161,15 +161,16 @@ def _table(story: ReportData) -> str:
 
 
 def _under_table(story: ReportData) -> Iterator[str]:
+    moving = "features" if story.has_sae else "raw activations"
     yield (
-        "Transfer: 0% as by plain prose, 100% as the training data itself. Drift: squared change of the domain's features as a "
+        f"Transfer: 0% as by plain prose, 100% as the training data itself. Drift: squared change of the domain's {moving} as a "
         "share of their squared activity before training. Both say how much, never in which direction."
     )
     yield (
         "NLL change: of reference answers, in nats a token, with its 95% interval; above 0 is worse. Expected: with training "
         "examples in context. How far a domain moves decides nothing; how its answers stand against the budget does."
     )
-    if story.drift is not None and story.forecast is not None:
+    if story.drift is not None and story.forecast is not None and story.has_sae:
         yield (
             f"Of the {story.drift.n_features} features that training moved most on its own data, the forecast had named "
             f"{story.drift.n_shared[-1]}."
@@ -185,7 +186,7 @@ def _blind_spots(logged: Logged, story: ReportData) -> Iterator[str]:
     sae_error_share = {name: d.sae_error_share for name, d in measured.items() if math.isfinite(d.sae_error_share)}
     if sae_error_share:
         yield f"Change that the SAE cannot express, so that nothing said of movement sees it: {_each(sae_error_share)}."
-    else:
+    elif story.has_sae:
         yield "What share of the change the SAE cannot express is unknown."
     masked = {name: d.n_masked / max(1, d.n_masked + d.n_tokens) for name, d in measured.items()}
     if story.drift is None and masked:
@@ -209,10 +210,11 @@ def _how(story: ReportData) -> Iterator[str]:
     if story.forecast is not None:
         identity = story.forecast.identity
         read_by = f"{_code(identity.sae_name)} at {_code(identity.hook_name)}"
-        yield f"Model before training: {_code(identity.model_name)}; SAE: {read_by}."
+        yield f"Model before training: {_code(identity.model_name)}; {'SAE' if identity.has_sae else 'no SAE'}: {read_by}."
         yield (
-            f"Fingerprints (SHA-256, first 12 digits): model configuration {identity.model[:12]}, SAE {identity.sae[:12]}, "
-            f"texts and how they are counted {identity.probes[:12]}."
+            f"Fingerprints (SHA-256, first 12 digits): model configuration {identity.model[:12]}, "
+            + (f"SAE {identity.sae[:12]}, " if identity.has_sae else "")
+            + f"texts and how they are counted {identity.probes[:12]}."
         )
         if story.forecast.train_source == "own rollouts":
             yield "The forecast stands on the model's own best-rewarded answers at the first step."

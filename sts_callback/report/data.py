@@ -150,6 +150,8 @@ class ReportData(Record):
     """The one table of what was measured last; None where nothing was."""
     advice: tuple[Advice, ...] = ()
     """What to do about a no-go or an alarm."""
+    has_sae: bool = True
+    """Whether an SAE was used; true also if that cannot be read."""
 
 
 def build(logged: Logged, output_dir: Path = Path("OUTPUT_DIR")) -> ReportData:
@@ -181,6 +183,7 @@ def build(logged: Logged, output_dir: Path = Path("OUTPUT_DIR")) -> ReportData:
         rehearsal_verdict=logged.rehearsal_verdict,
         summary=of_run(logged),
         advice=tuple(_advice(logged, output_dir)),
+        has_sae=logged.has_sae,
     )
 
 
@@ -188,7 +191,8 @@ def _advice(logged: Logged, output_dir: Path) -> list[Advice]:
     verdict = logged.verdict
     if verdict is None or verdict.decision != "no-go":
         return []
-    return advice_on(verdict.threatened, output_dir, logged.best_checkpoint, logged.learning_rate, verdict.step)
+    best, rate = logged.best_checkpoint, logged.learning_rate
+    return advice_on(verdict.threatened, output_dir, best, rate, verdict.step, has_sae=logged.has_sae)
 
 
 def _budgets(logged: Logged) -> dict[str, PlainBudget]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sts_callback.config import PolicyConfig, ProbeConfig
+from sts_callback.config import NO_SAE, PolicyConfig, ProbeConfig
 from sts_callback.errors import ConfigError
 from sts_callback.records import Record
 from sts_callback.records.run import installed_versions
@@ -175,6 +175,8 @@ def _remedy(name: tuple[str, ...], value: str, locked: Lock) -> str:
         case ("model_dtype",):
             return "run on a device of the same kind (--device)"
         case ("sae",) | ("hook_name",):
+            if locked.sae == NO_SAE:
+                return f"give --sae {NO_SAE}:LAYER, where it read {locked.hook_name}"
             return f"give --sae {locked.sae_name}, as it was then"
         case ("policy", "budgets", domain):
             given = shlex.quote(f"{domain}={value}")  # a budget with a unit has a space

@@ -80,7 +80,9 @@ class STSArguments:
     """Settings of an `STSCallback`; what each means stands there and in `ProbeConfig` and `PolicyConfig`."""
 
     # HfArgumentParser knows `Optional[X]` and `list`, and no other union.
-    sts_sae: list[str] = field(default_factory=list, metadata={"help": "SAELens release/sae_id, a folder, or auto; several"})
+    sts_sae: list[str] = field(
+        default_factory=list, metadata={"help": "SAELens release/sae_id, a folder, auto, or none (none:12, of layer 12); several"}
+    )
     sts_protect: list[str] = field(
         default_factory=list,
         metadata={"help": "domains, each as NAME or NAME=BUDGET: 0.1 nats a token, '0.05 bits/byte' or 2points"},
@@ -179,7 +181,8 @@ class STSArguments:
         file = os.environ.get(VARIABLE) or DEFAULT_FILE
         if VARIABLE not in os.environ and not Path(file).is_file():
             raise ConfigError(
-                f"sae: got none; give STSCallback(sae=..., protect=[...]), or write the settings to {DEFAULT_FILE} in the "
+                f"sae: got none; give STSCallback(sae=..., protect=[...]), where sae='none' reads raw activations, or write the "
+                f"settings to {DEFAULT_FILE} in the "
                 f"working directory or to a file that the environment variable {VARIABLE} names."
             )
         return cls.from_yaml(file)

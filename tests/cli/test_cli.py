@@ -465,7 +465,7 @@ def test_saes_that_are_refused_come_last_with_the_reason(capsys: pytest.CaptureF
 
 def test_a_model_without_saes_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["saes", "--model", "nobody/nothing-7b"]) == WRONG_INPUT
-    assert "train_sae.py" in capsys.readouterr().err
+    assert "reads raw activations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["run", "run/sts"])

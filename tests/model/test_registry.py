@@ -171,7 +171,8 @@ def test_no_two_registered_models_share_a_key(entries: list[registry.SaeEntry]) 
 def test_unknown_model_has_no_saes(model_id: str) -> None:
     assert registry.saes_for(model_id) == ()
     with pytest.raises(
-        SaeError, match=rf"{model_id!r}, and SAELens lists none among its 0 .*train_sae\.py.*sts-callback saes --model"
+        SaeError,
+        match=rf"{model_id!r}, and SAELens lists none among its 0 .*none. reads raw.*sae train.*sts-callback saes --model",
     ):
         registry.best_for(model_id, n_layers=12)
 

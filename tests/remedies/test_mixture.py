@@ -162,7 +162,11 @@ def test_pilots_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         ({"train": train, "cases": tmp_path}, POLICY, "pilot cases: .* holds no drift check"),
         ({"train": train, "cases": train}, PolicyConfig({"health": 0.1}), r"did not watch \['health'\]; it watched"),
         ({"train": train, "cases": pilot(tmp_path / "b", 0.1, step=40)}, POLICY, "must be of the same step"),
-        ({"train": train, "cases": pilot(tmp_path / "c", 0.1, identity=other)}, POLICY, "its model or SAE is not that of train"),
+        (
+            {"train": train, "cases": pilot(tmp_path / "c", 0.1, identity=other)},
+            POLICY,
+            "its model, SAE or layer is not that of train",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             pilot_effects(pilots, rows, policy)

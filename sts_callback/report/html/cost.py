@@ -91,7 +91,7 @@ def reproduce_section(story: ReportData) -> Html:
         identity = story.forecast.identity
         rows = [
             ["model", identity.model_name, tag("code", identity.model)],
-            ["SAE", identity.sae_name, tag("code", identity.sae)],
+            ["SAE", *([identity.sae_name, tag("code", identity.sae)] if identity.has_sae else ["none: raw activations", ""])],
             ["read at", identity.hook_name, ""],
             ["probes", "all texts and how they are counted", tag("code", identity.probes)],
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from sts_callback.errors import NEEDS_SAE
 from sts_callback.records import DomainDrift, Estimate
 from sts_callback.report import formatting
 from sts_callback.report.data import Drift, ReportData
@@ -47,6 +48,7 @@ def drift_section(story: ReportData) -> Html:
             f"Dashed: drift counts as movement from {formatting.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
             f"domain's budget on, if that is in nats. {alarm_rule(story.settings)}"
         )
+    moving = "features" if story.has_sae else "raw activations"
     train = drift.latest.train.name
     names = [name for name in story.domains if name in drift.series]
     cards = [_card(story, drift, name) for name in names]
@@ -58,7 +60,8 @@ def drift_section(story: ReportData) -> Html:
         say(
             "At each check the same texts are read again with the weights of that step. ",
             tag("b", "Drift"),
-            " is how far a domain's features have moved since step 0: squared change over squared activity, 0% if nothing has. ",
+            f" is how far a domain's {moving} have moved since step 0: squared change over squared activity, 0% if nothing has"
+            f"{'' if story.has_sae else '; an estimate'}. ",
             tag("b", "NLL change"),
             " is how much more the right answers surprise the model than at step 0, in nats a token: above 0 is worse. The first "
             "is about movement, the second about harm. Shaded: 95% intervals. At the foot: alarms and watches. ",
@@ -79,6 +82,8 @@ def overlap_section(story: ReportData) -> Html:
     title = "Did the forecast name the features that moved?"
     if story.drift is None or story.forecast is None:
         return section("overlap", title, say("That takes a forecast and a drift check; one of them cannot be read."))
+    if not story.has_sae:
+        return section("overlap", title, say(NEEDS_SAE))
     drift = story.drift
     shared = [
         Estimate(n / drift.n_features, _NAN, _NAN) if drift.n_features else Estimate(_NAN, _NAN, _NAN) for n in drift.n_shared
@@ -215,6 +220,12 @@ def _verdicts(drift: Drift) -> Html:
     return more("Verdict over time", made) if len(rows) > _MOST_STRETCHES else join(tag("h3", "Verdict over time"), made)
 
 
+_BY_FEATURES = (
+    ("raw drift", "the same of raw activations, without the SAE: an estimate"),
+    ("on forecast", "share of the drift on the features that the forecast had named"),
+)
+
+
 def _latest(story: ReportData, drift: Drift) -> Html:
     snapshot = drift.latest
     sets = [snapshot.train, *(snapshot.domains[name] for name in story.domains if name in snapshot.domains)]
@@ -223,8 +234,8 @@ def _latest(story: ReportData, drift: Drift) -> Html:
             name_row(d.name, story.budgets),
             formatting.percent_1(d.relative_drift.value),
             formatting.interval(d.relative_drift, formatting.percent_1),
-            formatting.percent_1(d.raw_drift),
-            formatting.percent(d.share_on_forecast),
+            *([formatting.percent_1(d.raw_drift)] if story.has_sae else []),
+            *([formatting.percent(d.share_on_forecast)] if story.has_sae else []),
             formatting.nats(d.nll_change.value),
             formatting.interval(d.nll_change, formatting.nats),
             f"{d.p_worse:.3f}" if math.isfinite(d.p_worse) else formatting.UNKNOWN,
@@ -234,14 +245,12 @@ def _latest(story: ReportData, drift: Drift) -> Html:
         ]
         for d in sets
     ]
+    by_features = [title for title, _ in _BY_FEATURES] if story.has_sae else []
     reasons = [tag("li", domain(name), f" {reason}") for name, reason in drift.latest_reasons.items()]
     return join(
-        table(
-            ["domain", "drift", "95%", "raw drift", "on forecast", "NLL change", "95%", "p", "NLL now", "queries", "state"], rows
-        ),
+        table(["domain", "drift", "95%", *by_features, "NLL change", "95%", "p", "NLL now", "queries", "state"], rows),
         meanings(
-            ("raw drift", "the same of raw activations, without the SAE: an estimate"),
-            ("on forecast", "share of the drift on the features that the forecast had named"),
+            *(_BY_FEATURES if story.has_sae else ()),
             ("p", "chance of such a rise of NLL if there were none, at this check alone and not corrected for other domains"),
             ("state", "of the budget: within it, surely over half of it (on course), over it, or inconclusive"),
         ),

@@ -14,6 +14,27 @@ from sts_callback.report.html.markup import Html, join, tag
 from sts_callback.report.validated import WHAT_HOLDS
 
 _NAN = math.nan
+_WITH_SAE = (
+    "The features (directions in the model's activations that an SAE has found) which they shift are the ones that training is "
+    "expected to shift. The {} most shifted hold {} of the whole shift."
+)
+_WITHOUT_SAE = (
+    "How much more than plain prose they shift the raw activations of one layer says how much training is expected to. No SAE "
+    "was used."
+)
+_MEANINGS = (
+    ("net", "the score behind transfer: cross, less what plain prose in place of the examples shifts on these features"),
+    ("cross", "share of the shift by the examples that falls on the training data's features"),
+    ("random", "the same over random features of like activity"),
+    ("rel, ICL, act", "further scores by the domain's own examples; the last two grow with how active a domain is"),
+    ("shift", "size of the whole shift in features, over their activity"),
+    ("raw", "the shift of raw activations over that by plain prose: the strongest baseline without an SAE"),
+)
+_RAW_MEANINGS = (
+    ("net", "the score behind transfer: the share of the shift by the examples that is more than the shift by plain prose"),
+    ("shift", "size of the shift of raw activations, over their size"),
+    ("raw", "that shift over the shift by plain prose: it orders domains as net does"),
+)
 
 
 def forecast_section(story: ReportData) -> Html:
@@ -21,19 +42,18 @@ def forecast_section(story: ReportData) -> Html:
     title = "Forecast: what training will move"
     if story.forecast is None:
         return section("forecast", title, say("No forecast can be read in this run's folder."))
-    forecast = story.forecast
+    forecast, has_sae = story.forecast, story.forecast.identity.has_sae
     return section(
         "forecast",
         title,
         say(
-            "Before the first step, answered training examples were put in front of each domain's texts. The features "
-            "(directions in the model's activations that an SAE has found) which they shift are the ones that training is "
-            f"expected to shift. The {len(forecast.features)} most shifted hold "
-            f"{formatting.percent(forecast.features_share)} of the whole shift."
+            "Before the first step, answered training examples were put in front of each domain's texts. "
+            + (_WITH_SAE.format(len(forecast.features), formatting.percent(forecast.features_share)) if has_sae else _WITHOUT_SAE)
         ),
         _pictures(story, forecast),
         say(
-            "The first picture says how much, never in which direction; the other two, which fare worse than others. ",
+            "The first picture says how much, never in which direction; the "
+            + ("other two, which fare worse than others. " if has_sae else "other, which fare worse than others. "),
             WHAT_HOLDS,
         ),
         _judged(story),
@@ -47,7 +67,6 @@ def _pictures(story: ReportData, forecast: Forecast) -> Html:
     budgets = [x for x in map(formatting.in_nats, story.budgets.values()) if math.isfinite(x)]
     places = charts.Axis.over([d.transfer for d in rows], 0.0, 1.0)
     by_context = charts.Axis.over([d.nll_change for d in rows], 0.0, *budgets)
-    by_gradient = charts.Axis.over([d.gradient_change for d in rows], 0.0)
 
     def budget(d: DomainForecast) -> list[tuple[float, str]]:
         return [(0.0, "zero"), (formatting.in_nats(story.budgets.get(d.name, _NAN)), "threshold")]
@@ -77,17 +96,21 @@ def _pictures(story: ReportData, forecast: Forecast) -> Html:
             lambda d: d.nll_change,
             budget,
         ),
-        _panel(
-            "Does it get worse? NLL change by gradient",
-            "The same after a small training step that gains the training data one nat a token.",
-            rows,
-            by_gradient,
-            formatting.nats,
-            "harm",
-            lambda d: d.gradient_change,
-            lambda d: [(0.0, "zero")],
-        ),
+        _by_gradient(rows) if forecast.identity.has_sae else join(),
         class_="panels",
+    )
+
+
+def _by_gradient(rows: Sequence[DomainForecast]) -> Html:
+    return _panel(
+        "Does it get worse? NLL change by gradient",
+        "The same after a small training step that gains the training data one nat a token.",
+        rows,
+        charts.Axis.over([d.gradient_change for d in rows], 0.0),
+        formatting.nats,
+        "harm",
+        lambda d: d.gradient_change,
+        lambda d: [(0.0, "zero")],
     )
 
 
@@ -128,7 +151,9 @@ def _judged(story: ReportData) -> Html:
 def _all_scores(story: ReportData, forecast: Forecast) -> Html:
     ordered = [forecast.train, *(forecast.domains[name] for name in story.domains if name in forecast.domains)]
     places = forecast.harm_rank
-    titles = ["domain", "transfer", "95%", "rank", "above next", "NLL change", "95%", "gradient", "95%", "harm"]
+    has_sae = forecast.identity.has_sae
+    by_gradient = ["gradient", "95%"] if has_sae else []
+    titles = ["domain", "transfer", "95%", "rank", "above next", "NLL change", "95%", *by_gradient, "harm"]
     first = [
         [
             name_row(d.name, story.budgets),
@@ -138,8 +163,8 @@ def _all_scores(story: ReportData, forecast: Forecast) -> Html:
             formatting.percent(d.p_above_next),
             formatting.nats(d.nll_change.value),
             formatting.interval(d.nll_change, formatting.nats),
-            formatting.nats(d.gradient_change.value),
-            formatting.interval(d.gradient_change, formatting.nats),
+            *([formatting.nats(d.gradient_change.value)] if has_sae else []),
+            *([formatting.interval(d.gradient_change, formatting.nats)] if has_sae else []),
             str(places.get(d.name, "")),
         ]
         for d in ordered
@@ -148,11 +173,7 @@ def _all_scores(story: ReportData, forecast: Forecast) -> Html:
         [
             name_row(d.name, story.budgets),
             formatting.plain(d.sts_net.value),
-            formatting.plain(d.sts_cross.value),
-            formatting.plain(d.sts_cross.random),
-            formatting.plain(d.sts_rel.value),
-            formatting.plain(d.sts_icl.value),
-            formatting.plain(d.sts_act.value),
+            *(map(formatting.plain, _feature_scores(d)) if has_sae else ()),
             formatting.plain(d.relative_shift.value),
             formatting.plain(d.raw_over_prose.value),
             f"{d.cosine:.3f}" if math.isfinite(d.cosine) else formatting.UNKNOWN,
@@ -160,22 +181,22 @@ def _all_scores(story: ReportData, forecast: Forecast) -> Html:
         ]
         for d in ordered
     ]
+    by_features = ["cross", "random", "rel", "ICL", "act"] if has_sae else []
     return join(
         table(titles, first),
-        table(["domain", "net", "cross", "random", "rel", "ICL", "act", "shift", "raw", "cosine", "NLL"], scores),
+        table(["domain", "net", *by_features, "shift", "raw", "cosine", "NLL"], scores),
         meanings(
             ("rank", "between which ranks by transfer the domain lies, at 95%"),
             ("above next", "in what share of resamples its transfer is above that of the next one in that order"),
-            ("harm", "place by NLL change and gradient together, 1 the worst: an order, not a sign"),
-            ("net", "the score behind transfer: cross, less what plain prose in place of the examples shifts on these features"),
-            ("cross", "share of the shift by the examples that falls on the training data's features"),
-            ("random", "the same over random features of like activity"),
-            ("rel, ICL, act", "further scores by the domain's own examples; the last two grow with how active a domain is"),
-            ("shift", "size of the whole shift in features, over their activity"),
-            ("raw", "the shift of raw activations over that by plain prose: the strongest baseline without an SAE"),
+            ("harm", f"place by NLL change{' and gradient together' if has_sae else ''}, 1 the worst: an order, not a sign"),
+            *(_MEANINGS if has_sae else _RAW_MEANINGS),
             ("cosine, NLL", "likeness of raw activations to the training data's, and NLL before training: baselines too"),
         ),
     )
+
+
+def _feature_scores(d: DomainForecast) -> tuple[float, ...]:
+    return d.sts_cross.value, d.sts_cross.random, d.sts_rel.value, d.sts_icl.value, d.sts_act.value
 
 
 def _by_sae(story: ReportData) -> Html:

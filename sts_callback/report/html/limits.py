@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sts_callback.errors import NEEDS_SAE
 from sts_callback.records import Check, Snippet
 from sts_callback.records.remedies import DomainAttribution
 from sts_callback.report import formatting
@@ -14,11 +15,14 @@ from sts_callback.report.html.markup import Html, join, tag
 _MOST_FEATURES = 6  # unfolded
 _N_QUOTED = 2  # examples from the training data that are shown before unfolding
 _NAN = math.nan
+_UNEXPLAINED = "The SAE leaves {} of the variance of the texts' activations unexplained. "
 
 
 def examples_section(story: ReportData) -> Html:
     """Examples of the features that carry forecast and drift."""
     title = "Top activating examples"
+    if not story.has_sae:
+        return section("features", title, say(NEEDS_SAE))
     if not story.features:
         return section("features", title, say("No feature was looked up in the texts of this run."))
     told = [_feature(feature) for feature in story.features]
@@ -40,6 +44,8 @@ def examples_section(story: ReportData) -> Html:
 def attribution_section(story: ReportData) -> Html:
     """Training rows that activate protected domains' features."""
     title, found = "Rows to blame", story.blame
+    if not story.has_sae:
+        return section("blame", title, say(NEEDS_SAE))
     if found is None:
         return section(
             "blame", title, say("No training rows were ranked. To have them here: sts-callback blame ... --run-dir OUTPUT_DIR.")
@@ -77,7 +83,7 @@ def _blamed(found: DomainAttribution) -> Html:
 
 
 def blind_section(story: ReportData) -> Html:
-    """What the SAE cannot see, and the warnings of the checks before the forecast."""
+    """What the SAE, if there is one, cannot see, and the warnings of the checks before the forecast."""
     forecast, drift, policy = story.forecast, story.drift, story.settings.policy if story.settings else None
     limit = policy.max_unseen if policy else math.inf
     then = {d.name: d.sae_error_share for d in (forecast.train, *forecast.domains.values())} if forecast else {}
@@ -94,12 +100,12 @@ def blind_section(story: ReportData) -> Html:
     if forecast:
         parts.append(
             say(
-                f"The SAE leaves {formatting.percent(forecast.fvu)} of the variance of the texts' activations unexplained. "
-                f"Unchanged weights, read in other batches, drift by {formatting.tiny(forecast.noise_floor)}, the noise floor: "
+                (_UNEXPLAINED.format(formatting.percent(forecast.fvu)) if story.has_sae else "")
+                + f"Unchanged weights, read in other batches, drift by {formatting.tiny(forecast.noise_floor)}, the noise floor: "
                 "what is near that is no drift at all."
             )
         )
-    if rows:
+    if rows and story.has_sae:
         rule = (
             f" \u25b2: more than {formatting.percent(limit)}. Harm is judged by answers, of which all is seen." if policy else ""
         )

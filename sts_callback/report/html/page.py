@@ -60,11 +60,10 @@ def page(story: ReportData) -> str:
 def _top(story: ReportData) -> list[Html]:
     """The verdict, the table that the terminal shows, what to do; reasons are unfolded on demand."""
     headline, forecast = story.headline, story.forecast
-    made_with = (
-        f"{forecast.identity.model_name}, read by {forecast.identity.sae_name} at {forecast.identity.hook_name}"
-        if forecast
-        else ""
-    )
+    made_with = ""
+    if forecast:
+        reader = f"by {forecast.identity.sae_name}" if forecast.identity.has_sae else "without an SAE"
+        made_with = f"{forecast.identity.model_name}, read {reader} at {forecast.identity.hook_name}"
     reasons = [
         tag("li", domain(name), f" {reason}")
         for some in (headline.reasons, headline.other_reasons)

@@ -9,6 +9,8 @@ from sts_callback.report.data import ReportData
 from sts_callback.report.html.components import badge, domain, meanings, more, name_row, say, section, table, with_interval
 from sts_callback.report.html.markup import Html, join, tag
 
+_NET = ("net", "the score behind transfer, with the features that these steps moved in place of the forecast's")
+
 
 def rehearsal_section(story: ReportData) -> Html:
     """What a few steps at the run's own rate have done to each domain, and what more of them have."""
@@ -35,7 +37,9 @@ def rehearsal_section(story: ReportData) -> Html:
             f"Of the {features} features that the first {own.n_steps} steps moved most on the training data, the forecast had "
             f"named {own.check.n_shared}; {formatting.percent(own.check.train.share_on_forecast)} of that drift lies on the "
             "forecast's features."
-        ),
+        )
+        if story.has_sae
+        else join(),
     )
 
 
@@ -66,10 +70,10 @@ def _doses(story: ReportData, rehearsal: Rehearsal) -> Html:
                 formatting.nats(found.nll_change.value),
                 formatting.interval(found.nll_change, formatting.nats),
                 formatting.percent_1(found.relative_drift.value),
-                formatting.plain(found.sts_net),
+                *([formatting.plain(found.sts_net)] if story.has_sae else []),
             ]
         rows.append(cells)
-    each = ["NLL change", "95%", "drift", "net"]
+    each = ["NLL change", "95%", "drift", *(["net"] if story.has_sae else [])]
     groups = [("", 3), *((_steps(dose), len(each)) for dose in rehearsal.doses)]
     return join(
         table(["domain", "state", "expected at the end", *each * len(rehearsal.doses)], rows, groups=groups),
@@ -80,7 +84,7 @@ def _doses(story: ReportData, rehearsal: Rehearsal) -> Html:
                 "change of NLL, nats a token, with the interval for a single domain: by runs of a model of this size that were "
                 "rehearsed and then made; a dash where none are known",
             ),
-            ("net", "the score behind transfer, with the features that these steps moved in place of the forecast's"),
+            *([_NET] if story.has_sae else []),
         ),
     )
 

@@ -49,7 +49,7 @@ def forecast_view(
             *summary_parts(of_forecast(forecast, verdict, policy, expected)),
             *doubts(forecast),
             *open_reasons(verdict),
-            *advice_lines(verdict, Path("OUTPUT_DIR")),
+            *advice_lines(verdict, Path("OUTPUT_DIR"), has_sae=forecast.identity.has_sae),
         ],
         colour,
     )
@@ -65,7 +65,8 @@ def forecast_details(forecast: Forecast, verdict: Verdict, *, colour: bool | Non
 
     """
     rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: downwards(d.sts_net.value)))
-    table = new_table("domain", "transfer", "95 %", "rank", "change", "95 %", "grad", "harm")
+    has_sae = forecast.identity.has_sae
+    table = new_table("domain", "transfer", "95 %", "rank", "change", "95 %", *(["grad"] if has_sae else []), "harm")
     places = forecast.harm_rank
     for row in rows:
         transfer, change = row.transfer, row.nll_change
@@ -76,33 +77,41 @@ def forecast_details(forecast: Forecast, verdict: Verdict, *, colour: bool | Non
             f"{row.rank[0]}-{row.rank[1]}" if row.rank[0] else "",
             f"{change.value:+.2f}",
             f"{change.low:+.2f} to {change.high:+.2f}",
-            f"{row.gradient_change.value:+.2f}",
+            *([f"{row.gradient_change.value:+.2f}"] if has_sae else []),
             str(places.get(row.name, "")),
             style=COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
-    baselines = new_table("domain", "net", "cross", "random", "rel", "ICL", "act", "raw", "cosine", "NLL", "unseen")
+    by_features = ("cross", "random", "rel", "ICL", "act") if has_sae else ()
+    baselines = new_table("domain", "net", *by_features, "raw", "cosine", "NLL", *(["unseen"] if has_sae else []))
     for row in rows:
-        baselines.add_row(
-            Text("  " + row.name),
-            f"{row.sts_net.value:.3f}",
+        scores = (
             f"{row.sts_cross.value:.3f}",
             f"{row.sts_cross.random:.3f}",
             f"{row.sts_rel.value:.3f}",
             _short(row.sts_icl.value),
             _short(row.sts_act.value),
+        )
+        baselines.add_row(
+            Text("  " + row.name),
+            f"{row.sts_net.value:.3f}",
+            *(scores if has_sae else ()),
             f"{row.raw_over_prose.value:.2f}",
             f"{row.cosine:.2f}",
             f"{row.nll.value:.2f}",
-            f"{row.sae_error_share:.0%}",
+            *([f"{row.sae_error_share:.0%}"] if has_sae else []),
             style="dim",
         )
-    held = f"{len(forecast.features)} features hold {forecast.features_share:.0%} of the shift"
+    held = f"{len(forecast.features)} features hold {forecast.features_share:.0%} of the shift" if has_sae else "without an SAE"
     legend = (
-        "transfer: STS_net, 0 % as by plain prose, 100 % as the training data itself;\n"
+        f"transfer: {'STS_net, ' if has_sae else ''}0 % as by plain prose, 100 % as the training data itself;\n"
         "how much, not in which direction. change: of the answers' NLL, with training\n"
-        "examples in context against plain prose, nats a token; grad: the same by a small\n"
-        "step that gains the training data one nat; + is worse. harm: the place by both\n"
-        "together, 1 the worst; an order, not a sign."
+        "examples in context against plain prose, nats a token; "
+        + (
+            "grad: the same by a small\nstep that gains the training data one nat; + is worse. harm: the place by both\ntogether,"
+            if has_sae
+            else "+ is worse. harm: the\nplace by it,"
+        )
+        + " 1 the worst; an order, not a sign."
     )
     if math.isnan(forecast.train.transfer.value):
         legend += (
@@ -111,8 +120,9 @@ def forecast_details(forecast: Forecast, verdict: Verdict, *, colour: bool | Non
         )
     parts_of_time = ", ".join(f"{part} {seconds:.0f}" for part, seconds in forecast.seconds_by_part.items() if seconds >= 0.5)
     foot = (
-        f"{forecast.identity.sae_name} at {forecast.identity.hook_name}, {forecast.fvu:.0%} of variance\n"
-        f"unexplained; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
+        f"{forecast.identity.sae_name} at {forecast.identity.hook_name}"
+        + (f", {forecast.fvu:.0%} of variance\nunexplained" if has_sae else "")
+        + f"; noise floor of drift {forecast.noise_floor:.0e}; {forecast.seconds:.0f} s"
         + (f"\n({parts_of_time})" if parts_of_time else "")
     )
     return rendered(
