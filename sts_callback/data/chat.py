@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,32 @@ class ChatTemplate:
         full = self._rendered([*prompt, *answer, *rest], options) if rest else whole
         return TextPair(asked[:n], whole[n:], full[len(whole) :] if full.startswith(whole) else "")
 
+    def whole_pair(self, prompt: Sequence[Message], answer: Sequence[Message], options: Mapping[str, Any]) -> TextPair | None:
+        """As `pair`; None if the template fails, or leaves out reasoning, a tool or part of a call."""
+        try:
+            pair = self.pair(prompt, answer, (), options)
+        except DataError:
+            return None
+        tools = [tool["function"]["name"] for tool in options.get("tools") or ()]
+        said = [text for message in answer for text in _said(message)]
+        is_whole = all(name in pair.prompt for name in tools) and all(text in pair.answer for text in said)
+        return pair if is_whole else None
+
+    def text_pair(self, prompt: str, answer: str, options: Mapping[str, Any]) -> TextPair:
+        """Ask a plain text. The answer stays whole where the template would cut its reasoning off, then without the turn's end.
+
+        Raises:
+            DataError: if the template fails.
+
+        """
+        asked = [{"role": "user", "content": prompt}]
+        pair = self.pair(asked, [{"role": "assistant", "content": answer}], (), options)
+        if answer in pair.answer:
+            return pair
+        opened = self._rendered(asked, options, add_generation_prompt=True)
+        n = next(n for n in range(len(answer), -1, -1) if opened.endswith(answer[:n]))  # the template begins the reasoning itself
+        return TextPair(opened, answer[n:])
+
     @cached_property
     def marker(self) -> str:
         """What the template puts between a question and its answer. It shows whether the template has rendered a text."""
@@ -110,3 +136,10 @@ class ChatTemplate:
             return str(self._tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
         except Exception as error:  # a template is a program and can fail in any way
             raise DataError(f"the chat template fails ({type(error).__name__}: {error!s:.150}).") from error
+
+
+def _said(message: Message) -> Iterator[str]:
+    """What must stand in a rendered answer: texts, and the names in calls, whose values a template may write in its own way."""
+    yield from (message[name] for name in ("reasoning_content", "content") if message.get(name))
+    for call in message.get("tool_calls", ()):
+        yield from (call["function"]["name"], *call["function"]["arguments"])

@@ -2,16 +2,17 @@
 
 Formats (TRL's names): language modelling (`text`, `messages`), prompt-completion, preference with explicit or implicit prompt
 (`chosen` is the answer), unpaired preference (rows whose `label` is true), each plain or conversational; and ShareGPT's
-`conversations` with `system` and `tools`. Where a row has only a prompt, as in reinforcement learning, the text in `solution` or
-`answer` is the reference answer. If a conversation has several turns, the first one that answers a user is the answer. Each row
-gives one example, so that examples are independent.
+`conversations` with `system` and `tools`. A plain row may say in a column `chat`, itself a row with `messages`, how it is asked
+in a chat template: so do the shipped domains of reasoning and of calls, for which templates have a form of their own. Where a row
+has only a prompt, as in reinforcement learning, the text in `solution` or `answer` is the reference answer. If a conversation has
+several turns, the first one that answers a user is the answer. Each row gives one example, so that examples are independent.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sts_callback.data.pairs import NoExampleError, Row
@@ -37,10 +38,13 @@ class Words:
     """Later turns."""
     options: Mapping[str, Any]
     """Options for the chat template."""
+    chat: Words | None = None
+    """How a plain row is asked in a chat template, if it says so."""
 
     def written(self, *, as_chat: bool) -> str:
         """Everything as JSON."""
         content = [self.prompt, self.answer, self.rest, self.options, as_chat]
+        content += [] if self.chat is None else [self.chat.written(as_chat=True)]
         return json.dumps(content, sort_keys=True, default=str, ensure_ascii=False)
 
 
@@ -64,7 +68,11 @@ def in_words(row: Row) -> Words:
         if row.get("label") is False:  # if `label` is a number or a text, the column means something else
             raise NoExampleError("its answer is rejected (column label is false)")
         is_label = isinstance(row.get("label"), bool)
-        return _words(row, {"prompt", "completion", *(["label"] if is_label else [])}, row["prompt"], row["completion"])
+        found = _words(row, {"prompt", "completion", *(["label"] if is_label else [])}, row["prompt"], row["completion"])
+        chat = row.get("chat")
+        if isinstance(found.prompt, str) and isinstance(chat, Mapping) and "messages" in chat:
+            return replace(found, columns=found.columns | {"chat"}, chat=in_words(chat))
+        return found
     if {"prompt", "chosen"} <= set(row) and isinstance(row["prompt"], str) == isinstance(row["chosen"], str):
         return _words(row, {"prompt", "chosen", "rejected"}, row["prompt"], row["chosen"])
     if {"chosen", "rejected"} <= set(row):

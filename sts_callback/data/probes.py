@@ -152,6 +152,13 @@ def make_probe_set(
         notes.append(f"a stream, for which its first {len(rows):,} rows stand (at most {STREAM_ROWS:,})")
     if as_chat:
         notes.append("plain rows are asked in the chat template, as the training data are (chat_template='never' leaves them)")
+    if reader.n_plain:
+        notes.append("asked as plain text, as the training data are, not in the form of a chat template (chat_template='always')")
+    if reader.n_in_part:
+        notes.append(
+            f"the chat template leaves out reasoning, tools or calls of {reader.n_in_part} of {reader.n_read} rows; they are "
+            "asked as plain text in it, which may not be the form that the model knows"
+        )
     queries = [encoded[i][0] for i in asked]
     return ProbeSet(
         name,

@@ -197,6 +197,9 @@ class RowReader:
         """Number of rows that could not be used, by reason."""
         self.error: DataError | None = None
         """The error of the first row whose format is wrong."""
+        self.n_plain, self.n_in_part = 0, 0
+        """Number of rows that have a form of their own in chat templates and were asked as plain text: without a template, or in
+        one that leaves out part of that form."""
         self._columns: set[str] = set()
         self._read_columns: set[str] = set()
 
@@ -274,12 +277,24 @@ class RowReader:
         prompt, answer = words.prompt, words.answer
         if isinstance(prompt, str) and isinstance(answer, str):
             if not (self._as_chat if as_chat is None else as_chat) or self._template.marker in prompt:
+                self.n_plain += words.chat is not None
                 return TextPair(prompt, answer)
+            if words.chat is not None:
+                return self._in_own_form(words.chat, prompt.strip(), answer.strip())
             prompt, answer = [{"role": "user", "content": prompt.strip()}], [{"role": "assistant", "content": answer.strip()}]
         if isinstance(prompt, str):
             return TextPair(prompt, None)
         assert isinstance(answer, list)
         return self._template.pair(prompt, answer, words.rest, words.options)
+
+    def _in_own_form(self, chat: Words, prompt: str, answer: str) -> TextPair:
+        """Render a plain row as it says that it is asked in a chat template, or as text where the template cannot."""
+        assert isinstance(chat.prompt, list) and isinstance(chat.answer, list)
+        pair = self._template.whole_pair(chat.prompt, chat.answer, chat.options)
+        if pair is None:
+            self.n_in_part += 1
+            pair = self._template.text_pair(prompt, answer, {**chat.options, "tools": None})
+        return pair
 
 
 def _told(pair: Pair) -> Pair:
