@@ -6,8 +6,8 @@ from typing import Any
 
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
 from sts_callback.config import PolicyConfig, ProbeConfig
-from sts_callback.records import Check, Decision, Snippet, TopActivatingExamples, Verdict
-from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttribution
+from sts_callback.records import UNKNOWN, Check, Decision, Estimate, Snippet, TopActivatingExamples, Verdict
+from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttribution, SourceAttribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Looks, Postponed, RunSettings, TimeSpent
 from sts_callback.runs.directory import RunDirectory
 
@@ -78,7 +78,8 @@ def blamed(text: str = "court") -> Attribution:
         AttributedRow(3, 0.25, 3, Snippet(text, " of", text, 1.0)),
     )
     name = "law" if text == "court" else text
-    found = DomainAttribution(name, 0.75, -0.125, 0.5, 1, rows)
+    sources = (SourceAttribution("opinions", 390, Estimate(0.25, 0.125, 0.375), 1), SourceAttribution("notes", 4, UNKNOWN, 0))
+    found = DomainAttribution(name, 0.75, -0.125, 0.5, 1, rows, sources)
     return Attribution(IDENTITY, n_rows=400, n_read=400, n_cut=0, domains={name: found}, left_out=(41,), seconds=9.0)
 
 

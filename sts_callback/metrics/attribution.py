@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from scipy import stats
 
@@ -14,6 +16,8 @@ LEAST_LIKENESS = 0.5
 """A row stands out only if its score is at least this share of that of the domain's own texts: one word from the domain in a row
 of another kind is not enough. Our choice."""
 
+FEWEST_ROWS = 10
+"""The fewest rows of a training source whose mean score is told. Our choice: below, the interval is wider than what differs."""
 
 _ROUNDING = 1e-5  # of the average row's length: what float32 sums differ by if they are added up in another order
 
@@ -48,6 +52,23 @@ def _beyond_rounding(difference: torch.Tensor, average: torch.Tensor) -> torch.T
     """A difference from the average, exactly 0 where it may be one of rounding."""
     differs = difference.norm(dim=-1, keepdim=True) > _ROUNDING * average.norm()
     return torch.where(differs, difference, 0.0)
+
+
+def mean_and_interval(scores: torch.Tensor) -> tuple[float, float, float]:
+    """Compute the mean of some rows' scores and its 95 % interval by Student's t, `(mean, low, high)`.
+
+    Args:
+        scores: of the rows, `(n_rows,)`.
+
+    Returns:
+        NaN for fewer rows than `FEWEST_ROWS`.
+
+    """
+    if len(scores) < FEWEST_ROWS:
+        return math.nan, math.nan, math.nan
+    mean = float(scores.mean())
+    half = float(stats.t.ppf(0.975, len(scores) - 1) * scores.std() / math.sqrt(len(scores)))
+    return mean, mean - half, mean + half
 
 
 def limit_of_scores(scores: torch.Tensor, own_score: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -40,6 +41,24 @@ class AttributedRow(Record):
 
 
 @dataclass(frozen=True)
+class SourceAttribution(Record):
+    """How much the rows of one training source activate a domain's features."""
+
+    name: str
+    """What the rows have in their column `source`."""
+    n_read: int
+    """Number of its rows that were read."""
+    score: Estimate
+    """Mean score of these rows, the interval by Student's t over rows. NaN if there are too few (see `metrics.attribution`)."""
+    n_standing_out: int
+
+    @property
+    def has_few_rows(self) -> bool:
+        """Whether too few were read for a mean."""
+        return math.isnan(self.score.value)
+
+
+@dataclass(frozen=True)
 class DomainAttribution(Record):
     """Which training rows activate a domain's features."""
 
@@ -53,6 +72,8 @@ class DomainAttribution(Record):
     n_standing_out: int
     rows: tuple[AttributedRow, ...]
     """The rows with the highest scores, highest first."""
+    sources: tuple[SourceAttribution, ...] = ()
+    """The training sources, if rows name any: the highest mean score first, those with too few rows last."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from sts_callback.errors import CannotTell, ConfigError
 from sts_callback.measure.accumulators import MaxActivations
 from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.top_examples import snippet
-from sts_callback.metrics.attribution import contributions, limit_of_scores, roots
-from sts_callback.records import Snippet
-from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttribution
+from sts_callback.metrics.attribution import contributions, limit_of_scores, mean_and_interval, roots
+from sts_callback.records import Estimate, Snippet
+from sts_callback.records.remedies import AttributedRow, Attribution, DomainAttribution, SourceAttribution
 from sts_callback.runs.files import write_whole
 
 MOST_LEFT_OUT = 0.1
@@ -125,6 +125,8 @@ class _Read:
     """Indices of the features that were read."""
     numbers: list[int]
     """Indices of the rows in the training data."""
+    of_source: Mapping[str, list[int]]
+    """Positions in `numbers` of the rows of each source that rows name."""
     mean_activity: torch.Tensor
     """Mean activation of each feature over a row's tokens, `(n_rows, n_features)`."""
     peak: Callable[[int, int], Snippet]
@@ -150,7 +152,18 @@ def _read(monitor: Monitor, features: list[int], rows: Sequence[Row], n_rows: in
         return snippet(query.query, column, float(peaks.highest[text, feature]), monitor.tokenizer)
 
     mean_activity = peaks.activity[counted].double() / peaks.n_tokens[counted].unsqueeze(1)
-    return _Read(features, [chosen[used[i]] for i in counted.tolist()], mean_activity, peak, texts.n_cut)
+    numbers = [chosen[used[i]] for i in counted.tolist()]
+    return _Read(features, numbers, _by_source([rows[i] for i in numbers]), mean_activity, peak, texts.n_cut)
+
+
+def _by_source(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Which rows are of which source, by their column `source`. Rows without a name in it are of none."""
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        name = row.get("source") if isinstance(row, Mapping) else None  # packed rows are lists
+        if name and isinstance(name, str):
+            found.setdefault(name, []).append(place)
+    return found
 
 
 def _blamed(domain: _Domain, read: _Read, n_top: int) -> tuple[DomainAttribution, torch.Tensor]:
@@ -176,8 +189,18 @@ def _blamed(domain: _Domain, read: _Read, n_top: int) -> tuple[DomainAttribution
         threshold=limit,
         n_standing_out=int((scores > limit).sum()),
         rows=tuple(AttributedRow(read.numbers[i], float(scores[i]), read.features[j], read.peak(i, j)) for i, j in top),
+        sources=_sources(read.of_source, scores, limit),
     )
     return made, scores
+
+
+def _sources(of_source: Mapping[str, list[int]], scores: torch.Tensor, limit: float) -> tuple[SourceAttribution, ...]:
+    """Sum up the scores of each source's rows."""
+    made = []
+    for name, places in of_source.items():
+        own = scores[places]
+        made.append(SourceAttribution(name, len(own), Estimate(*mean_and_interval(own)), int((own > limit).sum())))
+    return tuple(sorted(made, key=lambda one: math.inf if one.has_few_rows else -one.score.value))
 
 
 def filter_files(train_file: str, out: str) -> tuple[Path, Path]:

@@ -12,6 +12,9 @@ from sts_callback.records.numbers import Form as Form
 from sts_callback.records.numbers import nats as nats
 from sts_callback.records.numbers import percent as percent
 from sts_callback.records.numbers import with_ends as with_ends
+from sts_callback.records.remedies import SourceAttribution
+
+_N_NAMED = 5  # sources with too few rows
 
 
 def percent_1(share: float) -> str:
@@ -99,3 +102,13 @@ def counted(n: int, noun: str) -> str:
 def in_a_row(n_checks: int) -> str:
     """Say how long something must hold."""
     return "one check" if n_checks == 1 else f"{n_checks} checks in a row"
+
+
+def too_few_rows(sources: Sequence[SourceAttribution]) -> str:
+    """Which training sources have too few rows for a mean score, each with their number; empty if none has."""
+    few = [one for one in sources if one.has_few_rows]
+    if not few:
+        return ""
+    named = ", ".join(f"{one.name:.30} ({one.n_read})" for one in few[:_N_NAMED])
+    others = f" and {counted(len(few) - _N_NAMED, 'more source')}" if len(few) > _N_NAMED else ""
+    return f"By source, too few rows read for a mean: {named}{others}."

@@ -39,14 +39,16 @@ from sts_callback.records.remedies import (
     MixPoint,
     ScaledDomain,
     ScalePoint,
+    SourceAttribution,
     SourceEffect,
 )
 from sts_callback.records.run import RunSettings
 
 SNIPPET = Snippet("the « ", "court", "\nruled", 2.5)
 BLAMED = AttributedRow(17, 0.5, 7, SNIPPET)
-BLAMED_DOMAIN = DomainAttribution("law", 0.75, -0.125, 0.375, 2, (BLAMED,))
 CHANGE = estimate(0.5, 0.25, 0.75)
+SOURCE = SourceAttribution("notes", 40, CHANGE, 2)
+BLAMED_DOMAIN = DomainAttribution("law", 0.75, -0.125, 0.375, 2, (BLAMED,), (SOURCE,))
 DIALED = ScaledDomain("law", 32, estimate(0.25, 0.125, 0.375), CHANGE, CHANGE, 0.1, "beyond")
 DIALED_IN_POINTS = ScaledDomain("law", 32, estimate(0.25, 0.125, 0.375), CHANGE, estimate(2.5, 2.0, 3.0), "2 points", "beyond")
 ACCURACY = TokenAccuracy(0.5, 0.375, estimate(-0.125, -0.25, 0.0), 7, 2, 3, (-5, 0, 0))
@@ -80,6 +82,7 @@ ALL: list[Record] = [
     rehearsal(),
     rehearsal(REHEARSED, REHEARSED, expected={"law": estimate(0.25, 0.125, 0.375)}),
     BLAMED,
+    SOURCE,
     BLAMED_DOMAIN,
     Attribution(IDENTITY, 5000, 2000, 3, {"law": BLAMED_DOMAIN}, (17, 4711), 1.5),
     DIALED,

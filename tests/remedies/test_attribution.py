@@ -11,8 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from planted import KINDS, lettered_model, lettered_sae, row_of
 from sts_callback.config import ProbeConfig
@@ -83,6 +85,27 @@ def test_nothing_stands_out_where_nothing_was_planted(seed: int) -> None:
     found = mixture(seed, n_planted=0).blame()
     assert found.left_out == ()
     assert found.domains["law"].n_standing_out == 0
+
+
+def test_sources_are_compared_by_the_scores_of_their_rows() -> None:
+    made = mixture(0)
+    few = next(i for i in range(N_ROWS) if i not in made.planted)
+    names = [{few: "one row"}.get(i, "planted" if i in made.planted or i % 9 == 0 else "other") for i in range(N_ROWS)]
+    rows: list[Row] = [{**row, "source": name} for row, name in zip(made.rows, names, strict=True)]
+    rows[few + 1] = {**rows[few + 1], "source": None}
+    found = blame(made.monitor, rows, ["law"], n_top=N_ROWS).domains["law"]
+    scores = {row.row: row.score for row in found.rows}
+    assert [one.name for one in found.sources] == ["planted", "other", "one row"]
+    for one in found.sources:
+        own = np.array([scores[i] for i, row in enumerate(rows) if row["source"] == one.name])
+        assert one.n_read == len(own)
+        assert one.n_standing_out == sum(own > found.threshold)
+        if one.name != "one row":
+            low, high = stats.t.interval(0.95, len(own) - 1, loc=own.mean(), scale=stats.sem(own))
+            assert (one.score.value, one.score.low, one.score.high) == pytest.approx((own.mean(), low, high))
+    assert math.isnan(found.sources[2].score.value)
+    assert found.sources[0].score.low > found.sources[1].score.high
+    assert replace(found, sources=()) == blame(made.monitor, made.rows, ["law"], n_top=N_ROWS).domains["law"]
 
 
 def test_scores_are_those_of_a_second_computation_without_sinks() -> None:

@@ -94,6 +94,8 @@ def test_a_whole_run_has_every_part_with_its_numbers() -> None:
     assert "2 of the 3 features" in read.section("overlap") and "step 30 on" in read.section("overlap")
     assert "41 \u25b2 0.75 7" in read.section("blame") and "3 0.25 3" in read.section("blame")
     assert re.search(r"\b400 rows read 1\b", read.section("blame"))
+    assert "opinions 390 +0.25 +0.12 to +0.38 1" in read.section("blame")
+    assert "too few rows read for a mean: notes (4)." in read.section("blame")
     assert re.search(r"Feature 7 .*\b1 of the forecast's.*\b1 of those that moved", read.section("features"))
     assert "take another SAE" in read.section("blind-spots")
     assert "\u25b2 62%" in read.section("blind-spots")

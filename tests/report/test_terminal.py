@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast,
 from sts_callback.config import PolicyConfig
 from sts_callback.data.starter import starter_domains
 from sts_callback.policy import judge_forecast
-from sts_callback.records import Check, DriftSnapshot, Forecast, Snippet, TopActivatingExamples, Verdict
+from sts_callback.records import UNKNOWN, Check, DriftSnapshot, Estimate, Forecast, Snippet, TopActivatingExamples, Verdict
 from sts_callback.records.remedies import (
     AdapterScales,
     AttributedRow,
@@ -21,6 +22,7 @@ from sts_callback.records.remedies import (
     Mix,
     ScaledDomain,
     ScalePoint,
+    SourceAttribution,
     SourceEffect,
 )
 from sts_callback.remedies.mixture import MixtureConstraints, search
@@ -339,6 +341,27 @@ def test_blame_shows_rows_where_they_fire_and_says_what_that_means() -> None:
         "To leave out: 1 rows",
     ):
         assert re.search(part, flat)
+
+
+def test_blame_shows_sources_and_names_those_with_too_few_rows() -> None:
+    sources = (
+        SourceAttribution("opinions " * 9, 1500, Estimate(0.25, 0.125, 0.375), 40),
+        SourceAttribution("word problems", 490, Estimate(-0.5, -0.625, -0.375), 0),
+        *(SourceAttribution(f"few {i}", 2, UNKNOWN, 1) for i in range(7)),
+    )
+    law = replace(_blame().domains["law"], sources=sources)
+    shown = attribution_table(_blame(domains={"law": law}), colour=False)
+    assert max(map(len, shown.splitlines())) <= 80
+    flat = " ".join(shown.split())
+    assert re.search(
+        r"by source, for law rows mean score 95 % stand out opinions .*\.\.\. 1500 \+0\.25 \+0\.12 to \+0\.38 40", flat
+    )
+    assert "word problems 490 -0.50 -0.62 to -0.38 0" in flat
+    assert (
+        "By source, too few rows read for a mean: few 0 (2), few 1 (2), few 2 (2), few 3 (2), few 4 (2) and 2 more sources."
+        in flat
+    )
+    assert "by source" not in attribution_table(_blame(), colour=False)
 
 
 def test_blame_marks_what_stands_out() -> None:

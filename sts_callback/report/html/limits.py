@@ -79,7 +79,25 @@ def _blamed(found: DomainAttribution) -> Html:
         tag("h3", "For ", domain(found.name)),
         table(["row", "score", "feature", "where it is active"], rows, cls="words"),
         say(stand_out),
+        *_by_source(found),
     )
+
+
+def _by_source(found: DomainAttribution) -> list[Html]:
+    rows = [
+        [
+            one.name,
+            str(one.n_read),
+            f"{one.score.value:+.2f}",
+            f"{one.score.low:+.2f} to {one.score.high:+.2f}",
+            str(one.n_standing_out),
+        ]
+        for one in found.sources
+        if not one.has_few_rows
+    ]
+    parts = [table(["source", "rows read", "mean score", "95 %", "stand out"], rows)] if rows else []
+    few = formatting.too_few_rows(found.sources)
+    return parts + ([say(few)] if few else [])
 
 
 def blind_section(story: ReportData) -> Html:

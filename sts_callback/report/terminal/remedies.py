@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sts_callback.config import DIGITS, Budget
-from sts_callback.records.remedies import AdapterScales, Attribution, Mix
-from sts_callback.report.formatting import budget
+from sts_callback.records.remedies import AdapterScales, Attribution, DomainAttribution, Mix
+from sts_callback.report.formatting import budget, too_few_rows
 from sts_callback.report.terminal.text import FINDING_COLOURS, WIDTH, marked, new_table, rendered
 
 _BAR = 8  # characters that stand for twice a budget
@@ -32,6 +32,7 @@ def attribution_table(found: Attribution, *, colour: bool | None = None) -> str:
             f"{domain.median:.2f}, {domain.name}'s own texts score {domain.own_score:.2f}."
         )
         parts += [Text(line, style="dim") for line in textwrap.wrap(stand_out, WIDTH - 2)]
+        parts += _by_source(domain)
         parts.append(Text())
     notes = ["Score: 0 is an average row, 1 as the domain; rows are counted from 0."]
     if found.n_read < found.n_rows:
@@ -44,6 +45,20 @@ def attribution_table(found: Attribution, *, colour: bool | None = None) -> str:
     parts += [Text(line, style="dim") for line in textwrap.wrap(" ".join(notes), WIDTH - 2)]
     parts.append(Text(f"To leave out: {len(found.left_out)} rows, a tenth of those read at most.", style="bold"))
     return rendered(parts, colour)
+
+
+def _by_source(domain: DomainAttribution) -> list[Text | Table]:
+    """The training sources by mean score, and the names of those with too few rows."""
+    told = [one for one in domain.sources if not one.has_few_rows]
+    parts: list[Text | Table] = []
+    if told:
+        table = new_table(f"by source, for {domain.name}", "rows", "mean score", "95 %", "stand out")
+        for one in told:
+            between = f"{one.score.low:+.2f} to {one.score.high:+.2f}"
+            name = textwrap.shorten(one.name, 30, placeholder="...")
+            table.add_row(Text("  " + name), str(one.n_read), f"{one.score.value:+.2f}", between, str(one.n_standing_out))
+        parts.append(table)
+    return parts + [Text(line, style="dim") for line in textwrap.wrap(too_few_rows(domain.sources), WIDTH - 2)]
 
 
 def mix_table(found: Mix, *, colour: bool | None = None) -> str:
