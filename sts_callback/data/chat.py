@@ -81,7 +81,7 @@ class ChatTemplate:
             return None
         tools = [tool["function"]["name"] for tool in options.get("tools") or ()]
         said = [text for message in answer for text in _said(message)]
-        is_whole = all(name in pair.prompt for name in tools) and all(text in pair.answer for text in said)
+        is_whole = all(name in pair.prompt for name in tools) and all(text in (pair.answer or "") for text in said)
         return pair if is_whole else None
 
     def text_pair(self, prompt: str, answer: str, options: Mapping[str, Any]) -> TextPair:
@@ -93,7 +93,7 @@ class ChatTemplate:
         """
         asked = [{"role": "user", "content": prompt}]
         pair = self.pair(asked, [{"role": "assistant", "content": answer}], (), options)
-        if answer in pair.answer:
+        if answer in (pair.answer or ""):
             return pair
         opened = self._rendered(asked, options, add_generation_prompt=True)
         n = next(n for n in range(len(answer), -1, -1) if opened.endswith(answer[:n]))  # the template begins the reasoning itself
