@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from sts_callback.policy import (
     require_power,
     short_of_queries,
 )
-from sts_callback.records import Decision, Score, State, Verdict
+from sts_callback.records import Decision, DriftSnapshot, Score, State, Verdict
+from sts_callback.records.rehearsal import Rehearsal
 
 NAN = float("nan")
 BARELY = 2.0**-10
@@ -506,6 +508,31 @@ def test_a_rehearsal_is_judged_by_the_runs_own_rate_with_all_of_its_error() -> N
     assert judge_rehearsal(rehearsal(harsher), POLICY).states == {"law": "over"}
     with pytest.raises(ConfigError, match="rehearsal: got 'a stream'"):
         judge_rehearsal(rehearsal(skipped="a stream"), POLICY)
+
+
+def tenfold(own: DriftSnapshot, expected: float, multiple: float = 10.0) -> Rehearsal:
+    """Two doses, with the change expected of law at the end."""
+    made = rehearsal(own, own, expected={"law": estimate(expected, expected - 0.25, expected + 0.25)})
+    return replace(made, doses=(made.doses[0], replace(made.doses[1], multiple=multiple)))
+
+
+@pytest.mark.parametrize("kind", [NO_HARM, UNSURE, ON_COURSE])
+def test_a_long_run_is_never_a_go_whose_expected_change_is_clearly_over_the_budget(kind: dict[str, Any]) -> None:
+    check, policy = snapshot(5, domain_drift("law", **kind)), PolicyConfig({"law": 0.25})
+    own = judge_rehearsal(rehearsal(check), policy)
+    for share, multiple, counts in ((1.33, 10.0, False), (1.35, 10.0, True), (1.35, 4.0, False)):
+        found = judge_rehearsal(tenfold(check, share * 0.25, multiple), policy)
+        if not counts or own.decision == "no-go":
+            assert found == own
+            continue
+        assert (found.decision, found.threatened, found.states) == ("watch", ("law",), own.states)
+        expected = "expected at +0.34 [+0.09, +0.59] nats a token at the end, over its budget of 0.25; "
+        assert found.reasons["law"] == expected + own.reasons["law"]
+
+
+def test_a_model_that_has_diverged_in_a_rehearsal_is_not_judged_by_what_is_expected() -> None:
+    check = snapshot(5, domain_drift("law", **NO_HARM, n_not_finite=3))
+    assert judge_rehearsal(tenfold(check, 9.0), PolicyConfig({"law": 0.25})).decision == "cannot tell"
 
 
 def test_states_are_told_of_each_protected_domain() -> None:

@@ -23,7 +23,7 @@ from sts_callback.measure.accumulators import ProbeStats
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.sae_reader import Reference
 from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL
-from sts_callback.model.sae import encoder_for
+from sts_callback.model.encoder import encoder_for
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN
 from validation.data import DOMAINS, Dealt, Row, deal

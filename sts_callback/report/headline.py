@@ -14,7 +14,7 @@ from sts_callback.report.trials import answers
 
 _BEFORE: dict[Decision, str] = {
     "go": "no sign of harm to {protected} before training",
-    "watch": "training is expected to threaten {threatened}",
+    "watch": "{threatened} may pass a budget by the end of training",
     "no-go": "training is expected to make {threatened} worse",
     "not covered": "nothing speaks against {threatened}, but most of the change there lies outside the SAE",
     "cannot tell": "the evidence does not suffice for {threatened}",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pages import page
+from sts_callback.report.validated import WHAT_HOLDS
 
 HALVES = {"held-out": "Held-out half: 12 runs", "development": "Development half: 12 runs", "both": "Both halves: 24 runs"}
 README, TOLD = (" ".join(page(name).split()) for name in ("README.md", "docs/how-it-was-validated.md"))
@@ -206,4 +207,14 @@ def test_the_second_round() -> None:
     assert [cell for cell in cells if cell not in made] == []
     (named,) = re.findall(r"\| harmed domains named before step 1 \(over\) .*", made)
     counts = re.findall(r"(\d+) of (\d+) ", named)[1:]
-    assert "named {} of {} domains that harsh runs harmed, and {} of {}".format(*counts[0], *counts[1]) in README
+    told = "named {} of {} domains that harsh runs harmed, and {} of {}".format(*counts[0], *counts[1])
+    named_others = re.findall(r"\| 1: over \| (\d+) of \d+ \(.*?\) \| (\d+) of", made)
+    right, wrong = map(int, named_others[0])
+    assert f"{right} of the {right + wrong} domains that five steps named were harmed" in section
+    fitted = re.findall(r"\| 2: fitted .*", made)[0].split("|")[6].split()
+    assert f"[expected change](docs/rehearsal.md#the-expected-change-at-the-end) named {fitted[0]}." in README
+    assert told in README and told in WHAT_HOLDS
+    decision = " ".join(made.split("## Does the expected change decide?")[1].split())
+    was_right, was_named = re.findall(r"Of these (\d+ of \d+) .*? it names (\d+ of \d+)", decision)[0]
+    assert "does not decide" in decision
+    assert f"They were {was_right} and {was_named}" in " ".join(section.split())

@@ -16,6 +16,7 @@ import torch
 from samples import domain_drift, snapshot
 from sts_callback.data.probes import Query
 from sts_callback.metrics.calibration import Calibration
+from sts_callback.policy import EXPECTED_OVER
 from tiny import VOCAB, tiny_model
 from validation.plan import stored
 from validation.second import data, pages, plan, tables
@@ -292,3 +293,8 @@ def test_the_expected_change_decides_where_what_it_names_is_harmed_and_not_too_l
     text = pages.decision(later, 0.134)
     assert said in text
     assert ("does not decide" in text) == (expected != {"law": 0.3, "web": 0.2, "math": 0.0})
+
+
+def test_the_tool_has_the_threshold_that_was_chosen() -> None:
+    chosen = json.loads(plan.CALIBRATION.read_text())["threshold"]["value"]
+    assert chosen / SETTINGS["budget"] == pytest.approx(EXPECTED_OVER)

@@ -35,8 +35,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from sts_callback.errors import StsError  # noqa: E402
 from sts_callback.model.capture import Capture  # noqa: E402
+from sts_callback.model.encoder import encoder_for  # noqa: E402
 from sts_callback.model.hooks import resolve  # noqa: E402
-from sts_callback.model.sae import encoder_for  # noqa: E402
 from tiny import D_MODEL, tiny_model  # noqa: E402
 
 TABLE = Path(__file__).with_name("SAE_FILES.md")
