@@ -514,7 +514,7 @@ SAES = [
         "an SAE with weights that are no numbers", "forecast --sae @nan_sae", "sae", "nan_sae", "not all finite", needs_model=True
     ),
     told("a file for an SAE's folder", "forecast --sae @sae.pt", "sae", "@sae.pt", "folder"),
-    told("no SAE for this model", "forecast --sae auto", "sae", '"auto"', "train one", needs_model=True),
+    told("no SAE for this model", "forecast --sae auto", "sae", '"auto"', "There are three ways", needs_model=True),
 ]
 PLACES = [
     told("JUnit into a folder", "forecast --protect poems --junit @folder", "--junit", "@folder", "give a file"),
@@ -626,9 +626,9 @@ def asked(name: str, field: str, value: str, remedy: str, **given: Any) -> Kind:
 
 
 ARGUMENTS = [
-    asked("no SAE", "sae", "none", "one SAE or a list", sae=None),
-    asked("an empty list of SAEs", "sae", "none", "one SAE or a list", sae=[]),
-    asked("a list with no SAE in it", "sae", "none", "one SAE or a list", sae=[SAE, None]),
+    asked("no SAE", "sae", "none", "There are three ways", sae=None),
+    asked("an empty list of SAEs", "sae", "none", "There are three ways", sae=[]),
+    asked("a list with no SAE in it", "sae", "none", "There are three ways", sae=[SAE, None]),
     asked("a number for an SAE", "sae", "7", "a folder", sae=7),
     asked("an SAE without a name", "sae", "''", "a folder", sae=""),
     asked("weights for an SAE", "sae", "{'W_enc': 1}", "a folder", sae={"W_enc": 1}),
@@ -728,11 +728,11 @@ YAML = [
     written_as("a list", "- law", "STS_CALLBACK_CONFIG", "@sts.yaml", "give lines such as"),
     written_as("a text", "law", "STS_CALLBACK_CONFIG", "@sts.yaml", "give lines such as"),
     written_as("an empty file", "", "STS_CALLBACK_CONFIG", "@sts.yaml", "give lines such as"),
-    written_as("a file without our keys", "learning_rate: 1", "sae", "none", "one SAE or a list"),
+    written_as("a file without our keys", "learning_rate: 1", "sae", "none", "There are three ways"),
     written_as("a broken file", "a: [", "STS_CALLBACK_CONFIG", "@sts.yaml", "give a YAML file"),
     written_as("tabs", "a:\n\t- b", "STS_CALLBACK_CONFIG", "@sts.yaml", "give a YAML file"),
     written_as("an object of Python", "sts_sae: !!python/object:os.system {}", "STS_CALLBACK_CONFIG", "@sts.yaml", "YAML file"),
-    written_as("no SAE", "sts_protect: [law]", "sae", "none", "one SAE or a list"),
+    written_as("no SAE", "sts_protect: [law]", "sae", "none", "There are three ways"),
     written_as("a number for an SAE", "sts_sae: 7\nsts_protect: [law]", "sae", "7", "a folder"),
     written_as("a mapping for an SAE", "sts_sae: {a: 1}\nsts_protect: [law]", "sae", "{'a': 1}", "a folder"),
     written_as("a number to protect", "sts_sae: x\nsts_protect: 7", "sts_protect", "7", "NAME or NAME=BUDGET"),
@@ -826,8 +826,8 @@ MONITORS = [
     asked("a name for a tokenizer", "tokenizer", "'google/gemma-3-270m'", "AutoTokenizer", tokenizer="google/gemma-3-270m"),
     asked("something else for a tokenizer", "tokenizer", "_NoTokens", "AutoTokenizer", tokenizer=_NoTokens()),
     asked("a number for an SAE", "sae", "7", "a folder", sae=7),
-    asked("no SAE", "sae", "none", "one SAE or a list", sae=None),
-    asked("no SAEs", "sae", "none", "one SAE or a list", sae=[]),
+    asked("no SAE", "sae", "none", "There are three ways", sae=None),
+    asked("no SAEs", "sae", "none", "There are three ways", sae=[]),
     asked("no training data", "train_data", "NoneType", "a list of rows", train_data=None),
     asked("no training rows", "train_data", "list", "a few dozen", train_data=[]),
     asked("numbers for rows", "train_data", "the first is 7", "a list of rows", train_data=[7] * 30),
