@@ -163,5 +163,5 @@ def test_some_arguments_without_an_sae_do_not_read_a_file(tmp_path: Path, monkey
     file = tmp_path / "sts.yaml"
     file.write_text("sts_sae: x\nsts_protect: [law]")
     monkeypatch.setenv("STS_CALLBACK_CONFIG", str(file))
-    with pytest.raises(ConfigError, match="sae: got none. There are three ways"):
+    with pytest.raises(ConfigError, match=r"sae: got none\. There are three ways"):
         STSCallback(protect=["code"])
