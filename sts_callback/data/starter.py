@@ -54,7 +54,7 @@ def choose_domains(
             near = difflib.get_close_matches(name, known, n=3)
             raise ConfigError(
                 f"protect: {name!r} is no domain{f'; did you mean {near[0]!r}?' if near else '.'} Known are {', '.join(known)}; "
-                f"add your own with domains={{{name!r}: FILE}}."
+                f"add your own with domains={{{name!r}: FILE}}, in a shell with --domain {name}=FILE."
             )
     if not chosen:
         raise ConfigError("protect: nothing to measure; name a domain to protect, or give your own as domains={name: FILE}.")

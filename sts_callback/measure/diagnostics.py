@@ -262,8 +262,8 @@ def _power(readings: Mapping[str, ProbeStats], answer_bytes: Mapping[str, Sequen
         smallest[name] = budget.value / 2 + detectable_rise(error, len(over), policy.alpha / N_LOOKS / len(wanted))
     weak = [name for name, budget in wanted.items() if not smallest[name] <= budget.value]
     few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
-    remedies = [f"more queries for {', '.join(weak)}: that is above the budget"] if weak else []
-    remedies += [f"{ENOUGH_QUERIES} queries or more a domain: {_each(few)}"] if few else []
+    remedies = [f"more queries for {', '.join(weak)}, whose budget is smaller"] if weak else []
+    remedies += [f"fewer than {ENOUGH_QUERIES} queries: {_each(few)}"] if few else []
     found = ", ".join(f"{name} {_number(smallest[name], budget.unit)}" for name, budget in wanted.items())
     found = f"smallest harm that one check finds 4 times in 5, nats a token unless another unit is named: {found}"
     return Check("alarm power", "warn" if remedies else "pass", found, "; ".join(remedies))

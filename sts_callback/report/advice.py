@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sts_callback.config import NO_SAE
+from sts_callback.data.starter import starter_domains
 from sts_callback.records import Record
 
 _MODEL, _TRAIN = ("--model", "MODEL"), ("--train", "FILE")
@@ -45,12 +46,15 @@ def advice_on(
         has_sae: whether the run has one.
 
     """
-    protect = [word for name in threatened for word in ("--protect", name)]
+    shipped = starter_domains()
+    own = [word for name in threatened if name not in shipped for word in ("--domain", f"{name}=FILE")]
+    protect = [*own, *(word for name in threatened for word in ("--protect", name))]
     found = []
     if step:
         back = output_dir / f"checkpoint-{best_checkpoint}"
         none = "No checkpoint on disk is from a check before this one; action='checkpoint' saves one at an alarm."
-        found.append(Advice(f"Go back to {back}, the best on disk." if best_checkpoint else none))
+        best = f"Go back to {back}, the best on disk; start again if it is over a budget too."
+        found.append(Advice(best if best_checkpoint else none))
     given = (*_MODEL, "--sae", "SAE" if has_sae else NO_SAE, *_TRAIN)
     run = ("--run-dir", str(output_dir)) if step else ()
     found.append(
@@ -65,6 +69,9 @@ def advice_on(
     if math.isfinite(learning_rate):
         lower = (f"{learning_rate / 10:.1g}", f"{learning_rate / 3:.1g}")
     found.append(
-        Advice("Find a rate that keeps the budget:", ("sts-callback", "rehearse", *given, *protect, "--learning-rate", *lower))
+        Advice(
+            "Find a rate that keeps the budget, with the rank, batch and steps of your run:",
+            ("sts-callback", "rehearse", *given, *protect, "--learning-rate", *lower),
+        )
     )
     return found

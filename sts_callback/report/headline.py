@@ -20,7 +20,7 @@ _BEFORE: dict[Decision, str] = {
     "cannot tell": "the evidence does not suffice for {threatened}",
 }
 _DURING: dict[Decision, str] = {
-    "go": "no protected domain has been found worse by its budget ({protected})",
+    "go": "within budget: {protected}",
     "watch": "{threatened} may be on course to pass a budget: not surely, or not for long enough to alarm",
     "no-go": "{standing}",
     "not covered": "nothing speaks against {threatened}, but most of the change there lies outside the SAE",

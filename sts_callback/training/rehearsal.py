@@ -83,7 +83,9 @@ def rehearsal_of(
         require_possible(trainer, loader)
         n_planned = trainer.state.max_steps
         if share is not None and n_planned < FEWEST_PLANNED:
-            raise NotRehearsed(f"it has {n_planned} steps, and unasked runs of {FEWEST_PLANNED} are. {_ALL_THE_SAME}")
+            raise NotRehearsed(
+                f"it has {n_planned} steps; unasked, runs of {FEWEST_PLANNED} or more are rehearsed. {_ALL_THE_SAME}"
+            )
         if share is not None and share * n_planned < N_STEPS:
             raise NotRehearsed(_too_dear(n_planned, share))
         return _rehearsed(trainer, loader, check, share, check_s, ranks, progress, begun)

@@ -180,7 +180,7 @@ def test_the_doctor_passes_what_can_be_answered(files: Path, capsys: pytest.Capt
     for name in ("explained variance", "layer", "noise floor", "cost"):
         assert re.search(rf"^{name} +pass ", shown, re.MULTILINE), shown
     assert re.search(r"^alarm power +warn ", shown, re.MULTILINE), shown
-    assert "28 queries or more a domain: poems 8" in " ".join(shown.split())
+    assert "fewer than 28 queries: poems 8" in " ".join(shown.split())
     assert "Verdict" not in shown
 
 

@@ -54,7 +54,7 @@ def test_an_alarm_is_shown_first_then_the_table_what_to_do_and_the_state(
     flat = " ".join(rest)
     assert "over 0.10" in flat and "within 0.20" in flat
     assert "What to do:" in flat and "--run-dir out" in flat
-    assert "Training goes on, or has died; next check: step 30; 1 check skipped for their time; 2 failures of ours" in " ".join(
+    assert "No end of training is recorded; next check: step 30; 1 check skipped for their time; 2 failures of ours" in " ".join(
         flat.split()
     )
 

@@ -57,7 +57,7 @@ def test_a_near_name_is_suggested(name: str, near: str) -> None:
 
 def test_a_name_near_to_none_lists_all_and_says_how_to_add_one() -> None:
     known = ", ".join(sorted(SHIPPED))
-    remedy = r"add your own with domains=\{'zzz': FILE\}\.$"
+    remedy = r"add your own with domains=\{'zzz': FILE\}, in a shell with --domain zzz=FILE\.$"
     with pytest.raises(ConfigError, match=rf"^protect: 'zzz' is no domain\. Known are {known}; {remedy}"):
         choose_domains({"law": 0.1, "zzz": 0.1}, None)
 

@@ -188,7 +188,11 @@ def test_by_itself_where_the_training_pays(
     if n_doses:
         assert len(found) == n_doses
     else:
-        reason = "more than 10% of the time of 49 steps" if max_steps >= 10 else "it has 9 steps, and unasked runs of 10 are"
+        reason = (
+            "more than 10% of the time of 49 steps"
+            if max_steps >= 10
+            else "it has 9 steps; unasked, runs of 10 or more are rehearsed"
+        )
         assert reason in found
         assert "rehearse=True" in found
 
@@ -218,7 +222,7 @@ def test_what_is_found_is_the_verdict_before_the_first_step(
     assert "STS rehearsal: NO-GO, training is expected to make far worse\n" in shown
     assert shown.index("STS: forecast made in ") < shown.index("STS rehearsal: ")
     assert "STS forecast" not in shown  # the rehearsal has the last word, and says what it said
-    assert "after 5 steps" in shown and "said by examples in context: " in " ".join(shown.split())
+    assert "after 5 steps" in shown and "The forecast, by examples in context, said: " in " ".join(shown.split())
     page = (tmp_path / "sts" / "report.html").read_text()
     assert "Rehearsal: a few steps, measured and put back" in page
     assert "Before training, the rehearsal said: no-go." in page

@@ -233,7 +233,7 @@ def test_too_few_queries_for_any_alarm(n_queries: int, status: Status) -> None:
     check = probe_check("alarm power", law=reading(n_queries))
     assert check.status == status
     if status == "warn":
-        assert check.remedy == f"28 queries or more a domain: law {n_queries}"
+        assert check.remedy == f"fewer than 28 queries: law {n_queries}"
     if status == "refuse":
         needed = "an alarm for one of 1 protected domains at one of 10 checks at alpha 0.03125 takes 5"
         assert check.found == f"queries: law 4; {needed}"
@@ -273,7 +273,7 @@ def test_power_is_that_of_each_budget_in_its_own_unit(n_flipped: int, status: St
     policy = dataclasses.replace(POLICY, budgets={"law": "1 bits/byte", "code": "4 points"})
     check = probe_check("alarm power", policy, law=reading(rise=0.5), code=dataclasses.replace(reading(), right=right))
     assert check.status == status
-    assert check.remedy == ("more queries for code: that is above the budget" if status == "warn" else "")
+    assert check.remedy == ("more queries for code, whose budget is smaller" if status == "warn" else "")
     found = re.fullmatch(r".*: law ([\d.]+) bits/byte, code ([\d.]+) points", check.found)
     assert found is not None
     in_bits = 0.5 + detectable_rise(0.5 / math.log(2) / 2 / 31**0.5, 32, 0.003125 / 2)
@@ -286,7 +286,7 @@ def test_power_is_that_of_each_budget_in_its_own_unit(n_flipped: int, status: St
 def test_only_weak_domains_are_named() -> None:
     policy = dataclasses.replace(POLICY, budgets={"law": 0.5, "code": 0.5})
     check = probe_check("alarm power", policy, law=reading(rise=5.0), code=reading(rise=0.1))
-    assert check.remedy == "more queries for law: that is above the budget"
+    assert check.remedy == "more queries for law, whose budget is smaller"
 
 
 @pytest.mark.parametrize(("budgets", "found"), [({}, "no domain is protected"), ({"code": 0.1}, "no domain is protected")])

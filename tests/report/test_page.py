@@ -180,7 +180,7 @@ def test_the_top_is_in_the_order_of_the_terminal_and_says_what_to_do_about_an_al
     read = made(whole_run(checks=standing("over", "within"), best_checkpoint=10))
     parts = ["ALARM", "law is over its budget since step 20", " budget ", "against step 0", "What to do", "The reasons"]
     assert sorted(parts, key=read.text.index) == parts
-    assert "Go back to OUTPUT_DIR/checkpoint-10, the best on disk." in read.text
+    assert "Go back to OUTPUT_DIR/checkpoint-10, the best on disk; start again if it is over a budget too." in read.text
     assert "--run-dir OUTPUT_DIR" in read.text
     assert "What to do" not in made(whole_run(checks=(check(10),))).text
 

@@ -158,7 +158,10 @@ def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() 
     assert [*rows(text)] == ["law", "code", "train"]
     flat = " ".join(text.split())
     assert "By 5 steps at a rate of 0.001, put back; 60 are planned; 32 queries a domain; 12 s." in flat
-    assert "named 2 of the 3 features that these steps moved most, and said by examples in context: go." in flat
+    assert (
+        "The forecast, by examples in context, said: go. It does not know the rate. The forecast named 2 of the 3 features"
+        in flat
+    )
     assert "Go back to" not in text  # nothing has happened yet
     assert "A check takes as long as 10 steps of training." in flat  # 2.5 s against 0.25 s
     assert "expected at the end" not in told_rehearsal()
@@ -196,7 +199,9 @@ def test_an_alarm_says_what_happened_since_when_and_what_to_do_once() -> None:
     )
     assert first.startswith("STS step 10: ALARM, law is over its budget\n")
     assert "\nlaw: token accuracy 46.0% to 44.0%.\n" in first
-    assert "Go back to runs/first/checkpoint-5, the best on disk." in first
+    assert "Go back to runs/first/checkpoint-5, the best on disk; start again if it is over a budget too." in " ".join(
+        first.split()
+    )
     assert second.startswith("STS step 20: ALARM, law is over its budget since step 10\n")
     assert "What to do" not in second  # it was said when the alarm began
 

@@ -40,16 +40,16 @@ def rehearsal_view(
     """
     own = rehearsal.doses[0]
     beside = []
+    if in_context.reasons:
+        beside.append(f"The forecast, by examples in context, said: {in_context.decision}. It does not know the rate.")
     if own.check.has_sae:
         moved = len(own.check.realised_features)
-        beside.append(f"named {own.check.n_shared} of the {moved} features that these steps moved most")
-    if in_context.reasons:
-        beside.append(f"said by examples in context: {in_context.decision}")
+        beside.append(f"The forecast named {own.check.n_shared} of the {moved} features that these steps moved most.")
     return rendered(
         [
             verdict_line("STS rehearsal", verdict),
             *summary_parts(of_rehearsal(rehearsal, verdict, budgets)),
-            *(wrapped([f"The forecast {', and '.join(beside)}."], "dim") if beside else []),
+            *(wrapped([" ".join(beside)], "dim") if beside else []),
             *doubts(forecast),
             *open_reasons(verdict),
             *advice_lines(verdict, Path("OUTPUT_DIR"), own.learning_rate, has_sae=own.check.has_sae),
