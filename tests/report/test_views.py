@@ -17,6 +17,7 @@ from sts_callback.cli import parser
 from sts_callback.config import PolicyConfig
 from sts_callback.policy import judge_drift, judge_forecast, judge_rehearsal
 from sts_callback.records import Check, DriftSnapshot, Estimate, Forecast, TokenAccuracy, Verdict
+from sts_callback.report.advice import advice_on
 from sts_callback.report.headline import alarms_since
 from sts_callback.report.terminal.check import check_view
 from sts_callback.report.terminal.forecast import forecast_view
@@ -267,3 +268,9 @@ def test_colour_shows_only_on_a_terminal_that_wants_it_and_changes_no_text(monke
     assert "\n".join(line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", coloured).splitlines()) == plain
     monkeypatch.setenv("NO_COLOR", "1")
     assert before(record, colour=None) == plain
+
+
+def test_advice_has_the_file_of_a_domain_of_ones_own_alone() -> None:
+    for one in advice_on(["law", "bikes"], Path("run"), 0, 1e-3, step=0, has_sae=True):
+        given = parser().parse_args([*one.command[1:]])
+        assert (given.domain, given.protect) == (["bikes=FILE"], ["law", "bikes"])
