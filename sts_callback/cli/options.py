@@ -9,8 +9,9 @@ from sts_callback.config import CHAT_TEMPLATE, ProbeConfig
 
 NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
 """Fields of `ProbeConfig` that have an option."""
-QUICK = {"n_queries": 8, "n_draws": 2, "max_tokens": 64}
-"""What `--quick` sets of them. Our choice: enough to see which features move, too little to be sure of small harm."""
+QUICK = {"n_queries": 8, "n_draws": 4, "max_tokens": 64}
+"""What `--quick` sets of them. Our choice: enough to see which features move, too little to be sure of small harm. With two draws
+the training data's own place on the scale is too unsure to measure others by."""
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
