@@ -197,8 +197,9 @@ class ProbeRunner:
 
         """
         n_queries = len(probes.queries)
-        differentiable = with_gradients and zero_shot.with_answers and self._capture.may_stop and self.findings.gradients
-        differentiable = differentiable and any(reader.encoder.reconstructs for reader in self.sae_readers)
+        reconstructs = any(sae_reader.encoder.reconstructs for sae_reader in self.sae_readers)
+        may_differentiate = self._capture.may_stop and self.findings.gradients
+        differentiable = with_gradients and zero_shot.with_answers and reconstructs and may_differentiate
         sums = [
             ProbeSums(sae_reader, n_queries, list(contexts), with_gradients=differentiable and sae_reader.encoder.reconstructs)
             for sae_reader in self.sae_readers

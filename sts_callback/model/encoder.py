@@ -11,6 +11,7 @@ import torch
 from sts_callback.config import NO_SAE
 from sts_callback.errors import SaeError
 from sts_callback.model.hooks import find_layers, model_name, text_config
+from sts_callback.model.registry import off_depth
 from sts_callback.model.sae import Reconstruction, SaeEncoder, SaeSource, load_encoder
 from sts_callback.model.sae_files import is_no_sae
 
@@ -77,7 +78,7 @@ def encoder_for(sae: SaeSource, model: nn.Module) -> Encoder:
 def _layer(spec: str, n_layers: int) -> int:
     """The layer that a source names, or that which is nearest to two thirds of the depth, as `sae="auto"` has it."""
     given = spec.partition(":")[2]
-    layer = int(given) if given else min(range(n_layers), key=lambda i: abs(3 * i - 2 * n_layers))
+    layer = int(given) if given else min(range(n_layers), key=lambda i: off_depth(i, n_layers))
     if layer >= n_layers:
         raise SaeError(f"layer: got {layer}; allowed is 0 to {n_layers - 1}, the model has {n_layers} layers.")
     return layer

@@ -242,6 +242,11 @@ def near_names(spec: str, n: int = 5) -> tuple[str, ...]:
     return tuple(difflib.get_close_matches(spec, near, n=n, cutoff=0.0))
 
 
+def off_depth(layer: int, n_layers: int) -> int:
+    """How far a layer is from two thirds of the depth, in thirds of a layer: the nearest one is read where none is named."""
+    return abs(3 * layer - 2 * n_layers)
+
+
 def best_for(model_id: str, n_layers: int) -> SaeEntry:
     """Choose the SAE that `sae="auto"` means.
 
@@ -261,7 +266,7 @@ def best_for(model_id: str, n_layers: int) -> SaeEntry:
     """
 
     def distance(sae: SaeEntry) -> tuple[float, float, float, str]:
-        layer = math.inf if sae.layer is None else abs(3 * sae.layer - 2 * n_layers)
+        layer = math.inf if sae.layer is None else off_depth(sae.layer, n_layers)
         thousands = float(sae.width[:-1]) * (1000 if sae.width[-1] == "m" else 1) if sae.width else math.inf
         l0 = math.inf if sae.l0 is None else abs(sae.l0 - 50)
         return layer, abs(math.log2(thousands / 16)), l0, sae.spec

@@ -181,9 +181,9 @@ class STSArguments:
         file = os.environ.get(VARIABLE) or DEFAULT_FILE
         if VARIABLE not in os.environ and not Path(file).is_file():
             raise ConfigError(
-                f"sae: got none; give STSCallback(sae=..., protect=[...]), where sae='none' reads raw activations, or write the "
-                f"settings to {DEFAULT_FILE} in the "
-                f"working directory or to a file that the environment variable {VARIABLE} names."
+                "sae: got none; give STSCallback(sae=..., protect=[...]), where sae='none' reads raw activations, or write "
+                f"the settings to {DEFAULT_FILE} in the working directory or to a file that the environment variable "
+                f"{VARIABLE} names."
             )
         return cls.from_yaml(file)
 
