@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from sts_callback.data.probes import Query
 from sts_callback.metrics.copies import sent
+from sts_callback.metrics.next_token import next_token
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,15 @@ class TokenReader:
         self._targets = sent(torch.tensor([token for q in queries for token in q.answer]), device)
         self._right: list[torch.Tensor] = []
 
-    def __call__(self, logits: torch.Tensor, places: slice) -> torch.Tensor:
-        """Give the NLL of tokens in nats, `(n,)`, from the logits before them, `(n, vocab)`; pieces come in order."""
-        wide, targets = logits.float(), self._targets[places].to(logits.device)
-        losses = nn.functional.cross_entropy(wide, targets, reduction="none")
-        self._right.append((wide.detach().argmax(dim=-1) == targets) & losses.detach().isfinite())
+    def __call__(self, columns: Iterable[torch.Tensor], places: slice) -> torch.Tensor:
+        """Give the NLL of tokens in nats, `(n,)`, from the logits before them: a `Read`. Pieces come in order."""
+        losses, right = next_token(columns, self._targets[places])
+        self._right.append(right)
         return losses
 
     @property
     def right(self) -> torch.Tensor:
-        """Which tokens so far are the most likely ones, `(n_answer_tokens,)` booleans.
-
-        Of equal logits the first is the most likely one, as in greedy decoding; where logits are not finite, no token is right.
-        """
+        """Which tokens so far are the most likely ones, `(n_answer_tokens,)` booleans; see `next_token`."""
         return torch.cat(self._right)
 
     def found(self, losses: torch.Tensor) -> torch.Tensor:

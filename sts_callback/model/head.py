@@ -1,13 +1,14 @@
 """The language-model head apart from the forward: logits of chosen positions only, a piece at a time.
 
 At a vocabulary of 262,144 tokens the logits of 1,024 positions take 1 GiB in float32, and their gradient as much again. What is
-wanted of them is a number or two a token, so they are made, read and dropped piece by piece.
+wanted of them is a number or two a token, so they are made, read and dropped piece by piece: some positions at a time and, on a
+CPU, some of the vocabulary at a time, so that what is made is still in the cache when it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
@@ -15,15 +16,18 @@ from torch.utils.hooks import RemovableHandle
 
 from sts_callback.model.hooks import text_config, vocab_size
 
-Read: TypeAlias = Callable[[torch.Tensor, slice], torch.Tensor]
-"""Reads logits of some of the selected positions, `(n, vocab)`, and is told which of them these are. Gives one row for each."""
+Read: TypeAlias = Callable[[Iterable[torch.Tensor], slice], torch.Tensor]
+"""Reads the logits of some of the selected positions and is told which of them these are. They come in columns, `(n, width)`,
+from the first token of the vocabulary to the last. Gives one row for each position."""
 
-_PIECE_ELEMENTS = 2**26  # 256 MiB of float32; always the same, since another size may be rounded otherwise
+# Always the same, since another size may be rounded otherwise.
+_PIECE_ELEMENTS = 2**26  # 256 MiB of float32
+_N_ON_CPU, _WIDTH_ON_CPU = 256, 4096  # positions and tokens of the vocabulary; 4 MiB of float32
 
 
-def whole_logits(logits: torch.Tensor, places: slice) -> torch.Tensor:
-    """Keep logits as they are: a `Read`."""
-    return logits
+def whole_logits(columns: Iterable[torch.Tensor], places: slice) -> torch.Tensor:
+    """Keep logits as they are, `(n, vocab)`: a `Read`."""
+    return torch.cat(list(columns), dim=-1)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -48,7 +52,18 @@ class Head:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Apply it to its inputs, by the same operations as the model's forward, `(..., d)` to `(..., vocab)`."""
-        logits: torch.Tensor = self.module(x)
+        return self._scaled(self.module(x))
+
+    def columns(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The same, `(n, width)` at a time; equal up to rounding. All at once on a GPU and where the head is no plain product."""
+        if x.device.type != "cpu" or not _is_plain(self.module):
+            yield self.logits(x)
+            return
+        weight, bias = self.module.weight, self.module.bias
+        for some in pieces(len(weight), _WIDTH_ON_CPU):
+            yield self._scaled(nn.functional.linear(x, weight[some], None if bias is None else bias[some]))
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         if self._divisor is not None:
             logits = logits / self._divisor
         if self._factor is not None:
@@ -72,17 +87,20 @@ class Head:
 
     def read(self, x: torch.Tensor, read: Read) -> torch.Tensor:
         """Read the logits of its inputs, `(n_selected, d)`, piece by piece."""
-        return torch.cat([read(self.logits(x[piece]), piece) for piece in pieces(len(x), self._n_piece)])
+        return torch.cat([read(self.columns(x[piece]), piece) for piece in self._pieces(x)])
 
     def differentiated(self, x: torch.Tensor, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, with the gradient of the sum of what was read, `(n_selected, d)`: no graph holds more than a piece."""
         found, gradients = list[torch.Tensor](), list[torch.Tensor]()
-        for piece in pieces(len(x), self._n_piece):
+        for piece in self._pieces(x):
             part = x[piece].detach().requires_grad_()
-            losses = read(self.logits(part), piece)
+            losses = read(self.columns(part), piece)
             found.append(losses.detach())
             gradients += torch.autograd.grad(losses.sum(), part)
         return torch.cat(found), torch.cat(gradients)
+
+    def _pieces(self, x: torch.Tensor) -> Iterator[slice]:
+        return pieces(len(x), min(self._n_piece, _N_ON_CPU) if x.device.type == "cpu" else self._n_piece)
 
 
 def piece_size(model: nn.Module) -> int:
@@ -97,7 +115,19 @@ def pieces(n: int, size: int) -> Iterator[slice]:
 
 def read_in_pieces(logits: torch.Tensor, read: Read, size: int) -> torch.Tensor:
     """Read logits that the model made whole, `(n_selected, vocab)`: float32 copies stay small."""
-    return torch.cat([read(logits[piece], piece) for piece in pieces(len(logits), size)])
+    return torch.cat([read([logits[piece]], piece) for piece in pieces(len(logits), size)])
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a head is the product with its weights and no more: no adapter, quantised or offloaded weights, hooks but ours."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.weight.device.type == "cpu"
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and len(module._forward_pre_hooks) <= 1  # that of `called_before`
+    )
 
 
 def _tensor_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

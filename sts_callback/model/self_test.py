@@ -17,6 +17,7 @@ from torch import nn
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError, StsError, is_short_of_memory
 from sts_callback.model.capture import Capture, Captured, Prefix
+from sts_callback.model.head import whole_logits
 from sts_callback.model.hooks import architecture
 from sts_callback.model.undisturbed import writes_to_weights
 
@@ -233,7 +234,7 @@ def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:
             [tokens],
             Prefix((), None),
             select=torch.ones(1, len(tokens), dtype=torch.bool),
-            read=lambda logits, places: logits.float().logsumexp(dim=-1),
+            read=lambda columns, places: whole_logits(columns, places).float().logsumexp(dim=-1),
         )
     except RuntimeError as error:  # nothing differentiable leads down to the hook point
         if not _is_of_the_model(error):

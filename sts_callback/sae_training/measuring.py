@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch.nn.functional import cross_entropy
 
+from sts_callback.metrics.next_token import next_token
 from sts_callback.model.capture import Prefix, replaced
 from sts_callback.model.quality import QualityCard
 from sts_callback.model.sae import SaeEncoder
@@ -105,8 +105,8 @@ def _next_token_nll(
         select[0, -1] = False
         targets = torch.tensor(piece[1:], device=reader.capture.device)
 
-        def nll(logits: torch.Tensor, places: slice, targets: torch.Tensor = targets) -> torch.Tensor:
-            return cross_entropy(logits.float(), targets[places].to(logits.device), reduction="none")
+        def nll(columns: Iterable[torch.Tensor], places: slice, targets: torch.Tensor = targets) -> torch.Tensor:
+            return next_token(columns, targets[places])[0]
 
         for i, change in enumerate(changes):
             with replaced(reader.point, changing(change)):

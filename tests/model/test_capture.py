@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sts_callback.model.capture import Capture, Prefix, is_sharded, may_differ
+from sts_callback.model.head import whole_logits
 from sts_callback.model.hooks import find_layers, resolve
 from sts_callback.model.undisturbed import undisturbed
 from tiny import _SHAPE, ARCHITECTURES, N_LAYERS, tiny_model
@@ -284,9 +285,9 @@ def chosen() -> torch.Tensor:
     return select
 
 
-def score(logits: torch.Tensor, places: slice = slice(None)) -> torch.Tensor:
+def score(columns: Iterable[torch.Tensor], places: slice = slice(None)) -> torch.Tensor:
     """A loss that bends: NLL of one token at every selected position."""
-    return -logits.log_softmax(dim=-1)[:, 5]
+    return -whole_logits(columns, places).log_softmax(dim=-1)[:, 5]
 
 
 def gradient_of(
@@ -311,7 +312,7 @@ def test_gradients_are_those_of_each_sequence_alone(architecture: str, apart: bo
     for row, suffix, positions in zip(found, SUFFIXES, POSITIONS, strict=True):
         out = twin(architecture)(input_ids=torch.tensor([tokens + suffix]), use_cache=False, output_hidden_states=True)
         hidden = out.hidden_states[LAYER + 1]
-        loss = score(out.logits[0, [len(tokens) + position for position in positions]]).sum()
+        loss = score([out.logits[0, [len(tokens) + position for position in positions]]]).sum()
         (wanted,) = torch.autograd.grad(loss, hidden)
         assert_close(row[: len(suffix)], wanted[0, len(tokens) :])
         assert (row[len(suffix) :] == 0).all()  # padding is seen by no logit that was asked for
@@ -362,7 +363,8 @@ def test_gradients_at_every_site_are_finite_differences(architecture: str, step:
         # Random, but not across the gradient, where there would be no difference to compare.
         direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64) + gradient / gradient.std()
         losses = {
-            n: float(score(pushed(model, name, LONG + suffix, n * step * direction, len(LONG))[at]).sum()) for n in (-2, -1, 1, 2)
+            n: float(score([pushed(model, name, LONG + suffix, n * step * direction, len(LONG))[at]]).sum())
+            for n in (-2, -1, 1, 2)
         }
         difference = (8 * (losses[1] - losses[-1]) - (losses[2] - losses[-2])) / (12 * step)
         assert float((gradient * direction).sum()) == pytest.approx(difference, rel=2e-3)

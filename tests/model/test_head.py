@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -145,6 +145,36 @@ def test_no_head_is_looked_for_where_no_logits_are_wanted() -> None:
     assert head.output_embeddings(LlamaForSequenceClassification(config)) is None
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "granite"])  # plain, capped, scaled, divided
+def test_on_a_cpu_no_more_than_some_of_the_vocabulary_is_made_at_once(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_WIDTH_ON_CPU", 70)
+    model = tiny_model(architecture)
+    module = head.output_embeddings(model)
+    assert isinstance(module, nn.Linear)
+    module.bias = nn.Parameter(torch.randn(VOCAB))  # as Phi's has one
+    part, x = head.Head(model, module), torch.randn(5, model.config.hidden_size)
+    columns = list(part.columns(x))
+    assert [c.shape[1] for c in columns] == [70, 70, 70, 70, 20]
+    torch.testing.assert_close(torch.cat(columns, dim=1), part.logits(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.register_forward_hook(lambda m, args, out: out * 2),
+        lambda module: setattr(module, "forward", lambda x: nn.Linear.forward(module, x) * 2),
+        lambda module: nn.utils.parametrizations.weight_norm(module),
+        lambda module: module.to("meta"),
+    ],
+    ids=["hook", "wrapped forward", "parametrised", "offloaded"],
+)
+def test_a_head_that_does_more_than_a_product_makes_all_at_once(change: Callable[[nn.Module], Any]) -> None:
+    model = tiny_model()
+    change(model.lm_head)
+    columns = list(head.Head(model, model.lm_head).columns(torch.randn(5, model.config.hidden_size)))
+    assert [c.shape[1] for c in columns] == [VOCAB]
+
+
 class Widest(TorchDispatchMode):
     """The largest number of logits that one tensor holds."""
 
@@ -169,9 +199,9 @@ def test_no_more_logits_than_a_piece_exist_at_once(apart: bool, backward: bool, 
     capture, places = examined(model), list[slice]()
     capture.splits_head = apart
 
-    def nll(logits: torch.Tensor, where: slice) -> torch.Tensor:
+    def nll(columns: Iterable[torch.Tensor], where: slice) -> torch.Tensor:
         places.append(where)
-        return -logits.log_softmax(dim=-1)[:, 5]
+        return -torch.cat(list(columns), dim=1).log_softmax(dim=-1)[:, 5]
 
     select = torch.zeros(2, 12, dtype=torch.bool)
     select[0, 2:12], select[1, 5:8] = True, True
@@ -204,7 +234,7 @@ def test_an_error_while_reading_leaves_no_hook() -> None:
     model = tiny_model()
     capture = examined(model)
 
-    def fail(logits: torch.Tensor, where: slice) -> torch.Tensor:
+    def fail(columns: Iterable[torch.Tensor], where: slice) -> torch.Tensor:
         raise RuntimeError("out of luck")
 
     for read in (capture.run, capture.gradient):
