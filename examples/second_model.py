@@ -98,9 +98,7 @@ def run(sae: str, out: Path) -> dict[str, Any]:
                 {"n_steps": dose.n_steps, "learning_rate": dose.learning_rate} | told(dose.check) for dose in rehearsal.doses
             ],
         },
-        "checks": {
-            check.step: told(check) | {"verdict": verdict.to_dict()} for check, verdict in record.judged_checks(STEPS)
-        },
+        "checks": {check.step: told(check) | {"verdict": verdict.to_dict()} for check, verdict in record.judged_checks(STEPS)},
     }
 
 

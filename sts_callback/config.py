@@ -23,6 +23,9 @@ PlainBudget: TypeAlias = float | str
 NO_SAE = "none"
 """As `sae=`: raw activations are read, without an SAE. As `Identity.sae`: they were."""
 
+N_LOOKS = 10
+"""Checks that share the error of a run where nobody says how many there are: as many as after 1, 2, 5, 10, ... 1,000 steps."""
+
 TRAIN = "train"
 """Name of the training data's probe set, which no domain may have."""
 _TOO_LONG = 300  # characters of a value that are shown in full

@@ -12,16 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from sts_callback.config import DIGITS, Budget, PolicyConfig, Unit, require
-from sts_callback.errors import CannotTell
+from sts_callback.config import DIGITS, N_LOOKS, Budget, PolicyConfig, Unit, require
+from sts_callback.power import fewest_at
 from sts_callback.records import Decision, DomainDrift, DomainForecast, DriftSnapshot, Estimate, Forecast, State, Verdict
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.remedies import BudgetFinding
 
-N_LOOKS = 10
-"""Checks that share the error of a run where nobody says how many there are: as many as after 1, 2, 5, 10, ... 1,000 steps."""
-ENOUGH_QUERIES = 28
-"""Queries of a protected domain below which a warning is due. Our choice; `examples/false_alarms.py` has the test's power."""
 NOISE_MARGIN = 10
 """Drift that is called movement must be this many times what another batch layout makes of unchanged weights."""
 _UNITS: Mapping[Unit, str] = {"nats/token": "nats a token", "bits/byte": "bits a byte", "points": "points of token accuracy"}
@@ -136,6 +132,8 @@ def judge_check(snapshot: DriftSnapshot, policy: PolicyConfig, level: float) -> 
 
     """
     _require_measured(policy, snapshot.domains)
+    from sts_callback.metrics.statistics import holm  # SciPy, which reading a verdict does not take
+
     p_values = {name: _p_of_harm(snapshot.domains[name], budget) for name, budget in policy.limits.items()}
     corrected = holm(p_values)
     return {
@@ -202,76 +200,6 @@ def worst_share(snapshot: DriftSnapshot, policy: PolicyConfig) -> float:
     _require_measured(policy, snapshot.domains)
     used = [snapshot.domains[name].share_of(budget) for name, budget in policy.limits.items()]
     return max(used) if used and all(map(math.isfinite, used)) and not snapshot.diverged else math.nan
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Correct p-values of several tests so that the chance of any false alarm stays what it is for one.
-
-    Args:
-        p_values: by name; NaN where there was no test.
-
-    Returns:
-        Adjusted p-values, at most 1; NaN stays NaN and counts as no test.
-
-    Source: S. Holm, Scandinavian Journal of Statistics 6, 1979.
-
-    """
-    known = sorted((name for name, p in p_values.items() if not math.isnan(p)), key=lambda name: p_values[name])
-    adjusted, so_far = dict.fromkeys(p_values, math.nan), 0.0
-    for rank, name in enumerate(known):
-        so_far = max(so_far, min(1.0, (len(known) - rank) * p_values[name]))
-        adjusted[name] = so_far
-    return adjusted
-
-
-def fewest_queries(policy: PolicyConfig, n_looks: int = N_LOOKS) -> int:
-    """How many queries each protected domain needs for the test of harm to have any power.
-
-    Args:
-        policy: whose test is to be passed.
-        n_looks: checks that share the error of the run.
-
-    """
-    return _fewest(policy, policy.alpha / n_looks)
-
-
-def short_of_queries(n_queries: Mapping[str, int], policy: PolicyConfig, least: int) -> dict[str, int]:
-    """Protected domains with fewer queries than that, and how many they have.
-
-    Args:
-        n_queries: of each set.
-        policy: with the protected domains.
-        least: how many are enough.
-
-    """
-    return {name: n_queries[name] for name in policy.budgets if name in n_queries and n_queries[name] < least}
-
-
-def require_power(n_queries: Mapping[str, int], policy: PolicyConfig, n_looks: int = N_LOOKS) -> None:
-    """Refuse probes with which no rise of a likely size could ever raise an alarm.
-
-    Args:
-        n_queries: of each set.
-        policy: whose test is to be passed.
-        n_looks: checks that share the error of the run.
-
-    Raises:
-        CannotTell: with the protected domains that have too few.
-
-    """
-    if short := short_of_queries(n_queries, policy, fewest_queries(policy, n_looks)):
-        raise CannotTell(
-            f"n_queries: {', '.join(f'{name} has {n}' for name, n in short.items())}; {power_needed(policy, n_looks)} Give more "
-            "rows, raise ProbeConfig(n_queries=...), or protect fewer domains."
-        )
-
-
-def power_needed(policy: PolicyConfig, n_looks: int = N_LOOKS) -> str:
-    """The same number in a sentence, with what it depends on."""
-    return (
-        f"an alarm for one of {len(policy.budgets)} protected domains at one of {n_looks} checks at alpha {policy.alpha:g} takes "
-        f"{fewest_queries(policy, n_looks)}."
-    )
 
 
 def judge_budget(harm: Estimate, budget: Budget) -> BudgetFinding:
@@ -363,15 +291,9 @@ def _forecast_threat(forecast: Forecast, name: str, budget: Budget, policy: Poli
 
 def _p_of_harm(domain: DomainDrift, budget: Budget) -> float:
     """Whether its answers have lost more than half the budget, before correction; NaN if that is not known."""
-    from sts_callback.metrics.statistics import p_above  # SciPy, which reading a verdict does not take
+    from sts_callback.metrics.statistics import p_above  # likewise
 
     return p_above(*domain.query_harm_in(budget.unit), budget.value / 2)
-
-
-def _fewest(policy: PolicyConfig, level: float) -> int:
-    from sts_callback.metrics.statistics import fewest_for_t  # likewise
-
-    return fewest_for_t(level / max(1, len(policy.budgets)))
 
 
 def _judged(
@@ -385,7 +307,7 @@ def _judged(
         return Judgement("cannot tell", f"{_unknown(budget)}; {moved}.")
     at = f"at {_told(harm, budget)} after {_steps(snapshot.step)}"
     against = f"p {_p(p_value)} against half of it"
-    if passed and domain.n_queries < (fewest := _fewest(policy, level)):
+    if passed and domain.n_queries < (fewest := fewest_at(policy, level)):
         few = f"{domain.n_queries} queries are too few for an alarm, {fewest} are needed"
         return Judgement("cannot tell", f"{at}, budget {limit}: {few}; {moved}.")
     if passed:

@@ -21,7 +21,7 @@ FLOORS = (
     {"runs"},
     {"measure"},
     {"policy"},
-    {"data", "model", "records"},
+    {"data", "model", "power", "records"},
     {"metrics", "config", "distributed", "versions"},
     {"errors"},
 )
@@ -30,6 +30,7 @@ TORCH_FREE = {
     "config",
     "errors",
     "policy",
+    "power",
     "records",
     "report",
     "runs.directory",

@@ -11,22 +11,17 @@ import numpy as np
 import pytest
 
 from samples import answers, domain_drift, domain_forecast, estimate, forecast, rehearsal, score, snapshot
-from sts_callback.config import PolicyConfig
-from sts_callback.errors import CannotTell, ConfigError
+from sts_callback.config import N_LOOKS, PolicyConfig
+from sts_callback.errors import ConfigError
 from sts_callback.metrics.statistics import p_above
 from sts_callback.policy import (
-    ENOUGH_QUERIES,
-    N_LOOKS,
     Judgement,
-    fewest_queries,
-    holm,
     judge_check,
     judge_drift,
     judge_forecast,
     judge_rehearsal,
-    require_power,
-    short_of_queries,
 )
+from sts_callback.power import fewest_queries
 from sts_callback.records import Decision, DriftSnapshot, Score, State, Verdict
 from sts_callback.records.rehearsal import Rehearsal
 
@@ -318,51 +313,6 @@ def test_each_check_has_a_level_of_its_own() -> None:
     assert judge_drift(checks, policy, [0.0, LEVEL]).decision == "watch"
     with pytest.raises(ConfigError, match=r"^levels: got \[0\.005\]; allowed is one for each of 2 checks\.$"):
         judge_drift(checks, policy, [LEVEL])
-
-
-@pytest.mark.parametrize(
-    ("n_domains", "alpha", "n_looks", "n_queries"),
-    # Student's quantiles at 0.005 / twice the normal one, 5.15: 9.92, 5.84, 4.60 with 2, 3, 4 degrees of freedom.
-    [(1, 0.05, 10, 5), (0, 0.05, 10, 5), (1, 0.5, 1, 2), (5, 0.05, 10, 6), (20, 0.05, 10, 7), (20, 0.05, 20, 8)],
-)
-def test_fewest_queries_by_the_table_of_student(n_domains: int, alpha: float, n_looks: int, n_queries: int) -> None:
-    assert fewest_queries(PolicyConfig({str(i): 0.1 for i in range(n_domains)}, alpha=alpha), n_looks) == n_queries
-
-
-def test_probes_without_power_are_refused_with_what_it_takes() -> None:
-    require_power({"law": 5, "code": 2}, POLICY)
-    needed = r"^n_queries: law has 4; an alarm for one of 1 protected domains at one of 10 checks at alpha 0\.05 takes 5\. Give "
-    with pytest.raises(CannotTell, match=needed):
-        require_power({"law": 4, "code": 2}, POLICY)
-    with pytest.raises(CannotTell, match=r"law has 5; .* at one of 100 checks at alpha 0\.05 takes 7\."):
-        require_power({"law": 5}, POLICY, 100)
-    assert short_of_queries({"law": ENOUGH_QUERIES - 1, "code": 2}, POLICY, ENOUGH_QUERIES) == {"law": 27}
-    assert short_of_queries({"law": ENOUGH_QUERIES}, POLICY, ENOUGH_QUERIES) == {}
-
-
-def test_holm_by_hand() -> None:
-    """Of 0.01, 0.04, 0.03, 0.005 in order: 4 * 0.005, 3 * 0.01, 2 * 0.03, and 1 * 0.04, which may not fall below 0.06."""
-    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert found == {"a": pytest.approx(0.03), "b": pytest.approx(0.06), "c": pytest.approx(0.06), "d": pytest.approx(0.02)}
-    assert list(found) == ["a", "b", "c", "d"]
-
-
-def test_holm_of_one_of_none_and_of_unknown_ones() -> None:
-    assert holm({"a": 0.02}) == {"a": 0.02}
-    assert holm({}) == {}
-    found = holm({"a": 0.4, "b": NAN, "c": 0.9, "d": 0.01})
-    assert math.isnan(found.pop("b"))
-    assert found == {"a": pytest.approx(0.8), "c": pytest.approx(0.9), "d": pytest.approx(0.03)}
-    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
-
-
-@pytest.mark.slow  # the import takes seconds
-def test_holm_equals_that_of_statsmodels() -> None:
-    multitest = pytest.importorskip("statsmodels.stats.multitest")
-    for seed in range(20):
-        p_values = np.random.default_rng(seed).uniform(0, 1, 7) ** 3
-        found = list(holm({str(i): p for i, p in enumerate(p_values)}).values())
-        assert found == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist(), abs=1e-12)
 
 
 def test_false_alarms_of_a_run_are_as_rare_as_promised() -> None:

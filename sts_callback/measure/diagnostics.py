@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sts_callback.config import DIGITS, PolicyConfig, Unit
+from sts_callback.config import DIGITS, N_LOOKS, PolicyConfig, Unit
 from sts_callback.data.probes import ProbeSet
 from sts_callback.errors import CannotTell, ModelError
 from sts_callback.measure.accumulators import ZERO_SHOT, ProbeStats
@@ -19,7 +19,8 @@ from sts_callback.model.encoder import Encoder, RawActivations
 from sts_callback.model.registry import base_name
 from sts_callback.model.sae import SaeEncoder
 from sts_callback.model.self_test import Findings
-from sts_callback.policy import ENOUGH_QUERIES, N_LOOKS, NOISE_MARGIN, fewest_queries, power_needed, short_of_queries
+from sts_callback.policy import NOISE_MARGIN
+from sts_callback.power import ENOUGH_QUERIES, fewest_queries, power_needed, short_of_queries
 from sts_callback.records import Check, Status
 
 WARN_UNEXPLAINED, REFUSE_UNEXPLAINED = 0.3, 0.5

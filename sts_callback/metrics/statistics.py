@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -213,3 +213,23 @@ def _weights(draw: np.random.Generator, n_texts: int, n_resamples: int) -> torch
     """How often each text is drawn, one draw fewer than texts, as in `resampled_ratios`; scaled to be as many."""
     counts = draw.multinomial(n_texts - 1, np.full(n_texts, 1 / n_texts), size=n_resamples)
     return torch.from_numpy(counts).double() * n_texts / (n_texts - 1)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Correct p-values of several tests so that the chance of any false alarm stays what it is for one.
+
+    Args:
+        p_values: by name; NaN where there was no test.
+
+    Returns:
+        Adjusted p-values, at most 1; NaN stays NaN and counts as no test.
+
+    Source: S. Holm, Scandinavian Journal of Statistics 6, 1979.
+
+    """
+    known = sorted((name for name, p in p_values.items() if not math.isnan(p)), key=lambda name: p_values[name])
+    adjusted, so_far = dict.fromkeys(p_values, math.nan), 0.0
+    for rank, name in enumerate(known):
+        so_far = max(so_far, min(1.0, (len(known) - rank) * p_values[name]))
+        adjusted[name] = so_far
+    return adjusted

@@ -18,7 +18,8 @@ from sts_callback.distributed import Ranks
 from sts_callback.errors import CannotTell, ConfigError, NoGo
 from sts_callback.measure.monitor import Monitor
 from sts_callback.model.undisturbed import undisturbed
-from sts_callback.policy import ENOUGH_QUERIES, judge_forecast, judge_rehearsal, require_power, short_of_queries
+from sts_callback.policy import judge_forecast, judge_rehearsal
+from sts_callback.power import ENOUGH_QUERIES, require_power, short_of_queries
 from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.report.html.page import write_report

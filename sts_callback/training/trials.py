@@ -21,7 +21,8 @@ from sts_callback.config import PolicyConfig, finite, require
 from sts_callback.data.pairs import Row
 from sts_callback.errors import CannotTell
 from sts_callback.measure.monitor import Monitor
-from sts_callback.policy import judge_rehearsal, require_power
+from sts_callback.policy import judge_rehearsal
+from sts_callback.power import require_power
 from sts_callback.records import DriftSnapshot, Forecast
 from sts_callback.records.rehearsal import Rehearsal, Trial, Trials
 from sts_callback.remedies.mixture import apportioned

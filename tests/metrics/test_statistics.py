@@ -11,7 +11,16 @@ import pytest
 import torch
 from scipy import stats
 
-from sts_callback.metrics.statistics import LEVEL, detectable_rise, fewest_for_t, interval, p_above, rank_ranges, resampled_ratios
+from sts_callback.metrics.statistics import (
+    LEVEL,
+    detectable_rise,
+    fewest_for_t,
+    holm,
+    interval,
+    p_above,
+    rank_ranges,
+    resampled_ratios,
+)
 
 ALONE = torch.arange
 
@@ -320,3 +329,28 @@ def test_a_single_domain_is_the_first() -> None:
 def test_a_domain_without_a_score_ranks_last_and_moves_no_other() -> None:
     found = rank_ranges({"a": torch.full((50,), 0.2), "none": torch.full((50,), math.nan), "b": torch.full((50,), 0.4)})
     assert found == {"a": (2, 2), "none": (3, 3), "b": (1, 1)}
+
+
+def test_holm_by_hand() -> None:
+    """Of 0.01, 0.04, 0.03, 0.005 in order: 4 * 0.005, 3 * 0.01, 2 * 0.03, and 1 * 0.04, which may not fall below 0.06."""
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == {"a": pytest.approx(0.03), "b": pytest.approx(0.06), "c": pytest.approx(0.06), "d": pytest.approx(0.02)}
+    assert list(found) == ["a", "b", "c", "d"]
+
+
+def test_holm_of_one_of_none_and_of_unknown_ones() -> None:
+    assert holm({"a": 0.02}) == {"a": 0.02}
+    assert holm({}) == {}
+    found = holm({"a": 0.4, "b": math.nan, "c": 0.9, "d": 0.01})
+    assert math.isnan(found.pop("b"))
+    assert found == {"a": pytest.approx(0.8), "c": pytest.approx(0.9), "d": pytest.approx(0.03)}
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
+@pytest.mark.slow  # the import takes seconds
+def test_holm_equals_that_of_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    for seed in range(20):
+        p_values = np.random.default_rng(seed).uniform(0, 1, 7) ** 3
+        found = list(holm({str(i): p for i, p in enumerate(p_values)}).values())
+        assert found == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist(), abs=1e-12)

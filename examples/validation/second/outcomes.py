@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from sts_callback.metrics.calibration import Calibration
-from sts_callback.metrics.statistics import p_above
-from sts_callback.policy import holm
+from sts_callback.metrics.statistics import holm, p_above
 from sts_callback.records import DriftSnapshot
 from validation.scores import is_clear, is_harmed, ratio
 from validation.second.plan import SETTINGS
