@@ -492,6 +492,28 @@ def test_as_many_queries_as_an_alarm_takes_are_enough(options: dict[str, Any], t
     assert checked_steps(tmp_path) == [1]
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"domains": {"near": rows(30), "far": rows(9)}, "probes": ProbeConfig(n_queries=28, n_features=8)},
+            ["near has 25;", "give it 33"],
+        ),
+        ({"domains": {"near": rows(40), "far": rows(9)}, "probes": ProbeConfig(n_queries=27, n_features=8)}, ["near has 27;"]),
+        ({"domains": {"near": rows(33), "far": rows(9)}, "probes": ProbeConfig(n_queries=28, n_features=8)}, []),
+    ],
+    ids=["too few rows", "few queries asked for", "enough"],
+)
+def test_few_queries_are_told_and_how_many_rows_they_take(
+    options: dict[str, Any], told: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = made_trainer("sft", tmp_path, [made_callback(**options)], max_steps=1, eval_strategy="no")
+    trainer.train()
+    found = [m for m in caplog.messages if m.startswith("n_queries") or "kept as examples" in m]
+    assert len(found) == len(told)
+    assert all(part in message for part, message in zip(told, found, strict=True))
+
+
 def test_a_trainer_without_data_or_tokenizer_is_told_what_to_give(tmp_path: Path) -> None:
     args, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), TrainerState()
     event: dict[str, Any] = {"model": tiny_model(), "train_dataloader": None, "processing_class": tiny_tokenizer()}

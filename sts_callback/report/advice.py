@@ -52,7 +52,7 @@ def advice_on(
     found = []
     if step:
         back = output_dir / f"checkpoint-{best_checkpoint}"
-        none = "No checkpoint on disk is from a check before this one; action='checkpoint' saves one at an alarm."
+        none = "No checkpoint on disk is from an earlier check: start again, and save more often (save_steps)."
         best = f"Go back to {back}, the best on disk; start again if it is over a budget too."
         found.append(Advice(best if best_checkpoint else none))
     given = (*_MODEL, "--sae", "SAE" if has_sae else NO_SAE, *_TRAIN)

@@ -227,6 +227,9 @@ class Session:
             if few := short_of_queries(n_queries, policy, ENOUGH_QUERIES):
                 told = ", ".join(f"{name} has {n}" for name, n in few.items())
                 logger.warning("n_queries: %s; with fewer than %d an alarm comes late or never.", told, ENOUGH_QUERIES)
+                if min(few.values()) < probes.n_queries:  # for want of rows
+                    n = probes.n_domain_demonstrations
+                    logger.warning("Of a domain's rows %d are kept as examples: give it %d or more.", n, ENOUGH_QUERIES + n)
         return monitor
 
     def _train_data(self, train_dataloader: Any = None, **kwargs: Any) -> Source:

@@ -135,7 +135,7 @@ def blind_section(story: ReportData) -> Html:
         warned = [check for check in forecast.checks if check.status != "pass"]
         passed = [check for check in forecast.checks if check.status == "pass"]
         parts.append(tag("h3", "Checks before the forecast"))
-        parts.append(_checks(warned) if warned else say("None of them warns."))
+        parts.append(_checks(warned) if warned else say("All passed."))
         parts.append(more(f"{formatting.counted(len(passed), 'check')} passed", _checks(passed)) if passed else join())
     return section("blind-spots", "Blind spots", *(parts or [say("Nothing about this can be read in this run's folder.")]))
 
