@@ -41,11 +41,11 @@ from sts_callback.measure.scoring import DOMAIN_ICL, FILLER, TRAIN_ICL, Forecast
 from sts_callback.measure.step_zero import StepZeroReference, StepZeroStats
 from sts_callback.measure.top_examples import top_activating_examples
 from sts_callback.metrics import scores
-from sts_callback.model.capture import is_sharded
 from sts_callback.model.encoder import encoder_for
 from sts_callback.model.fingerprint import Weights, weights_of
 from sts_callback.model.hooks import find_layers, max_positions, model_name, vocab_size
 from sts_callback.model.sae import SaeSource, require_saes
+from sts_callback.model.sharding import is_sharded
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.records import TRAIN, UNKNOWN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
 

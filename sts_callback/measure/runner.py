@@ -30,11 +30,12 @@ from sts_callback.measure.accumulators import (
 from sts_callback.measure.answers import Answers, TokenReader
 from sts_callback.measure.sae_reader import Fit, SAEReader
 from sts_callback.metrics.copies import sent
-from sts_callback.model.capture import Capture, Prefix, may_differ
+from sts_callback.model.capture import Capture, Prefix
 from sts_callback.model.encoder import Encoder
 from sts_callback.model.head import output_embeddings
 from sts_callback.model.hooks import HookPoint, find_layers, resolve, vocab_size
 from sts_callback.model.self_test import Findings, self_test
+from sts_callback.model.sharding import may_differ
 
 _N_CALIBRATION = 4  # queries of each set that set the median norm
 

@@ -8,10 +8,9 @@ a copy.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,30 +23,13 @@ from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
 from sts_callback.metrics.copies import sent
 from sts_callback.model.head import Head, Read, output_embeddings, piece_size, read_in_pieces, whole_logits
+from sts_callback.model.hooked import hooked, tensor_at, with_tensor
 from sts_callback.model.hooks import HookPoint, text_config
+from sts_callback.model.sharding import is_sharded
 
 
 class _Captured(Exception):  # noqa: N818  # not an error: it ends a forward whose rest is not needed
     """All hook points, or the head's input, have been read."""
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over processes (FSDP, ZeRO-3, tensor parallel). Only whole forwards are safe there."""
-    return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()) or any(
-        hasattr(m, "_fsdp_wrapped_module") for m in model.modules()
-    )
-
-
-def may_differ(model: nn.Module) -> bool:
-    """Whether each process may run its own batch. It may not where all processes compute one batch (tensor parallelism)."""
-    if (getattr(model, "tp_size", None) or 1) > 1 or getattr(model, "ds_autotp_parsed", False):  # transformers' and DeepSpeed's
-        return False
-    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
-    if not meshes:
-        return True
-    from torch.distributed.fsdp import FSDPModule  # missing if torch is built without distributed
-
-    return any(isinstance(module, FSDPModule) for module in model.modules()) and all(mesh.ndim == 1 for mesh in meshes)
 
 
 @dataclass(frozen=True)
@@ -235,13 +217,13 @@ class Capture:
 
         def cutting(point: HookPoint) -> Callable[..., Any]:
             def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-                x = _tensor_at(point, args, kwargs, *output)
+                x = tensor_at(point, args, kwargs, *output)
                 if torch.is_grad_enabled():  # a lower hook point came before
                     found[point.name] = x
                     return None
                 leaf = found[point.name] = x.detach().requires_grad_()
                 torch.set_grad_enabled(True)  # from here up; below, trainable weights would record a graph that nobody needs
-                return _with(leaf, point, args, kwargs, *output)
+                return with_tensor(leaf, point, args, kwargs, *output)
 
             return cut
 
@@ -251,7 +233,7 @@ class Capture:
 
         try:
             for point in self.points:
-                handles.append(_hooked(point, cutting(point)))
+                handles.append(hooked(point, cutting(point)))
             if self._head is not None and self.splits_head:
                 handles.append(_stopped_at(self._head, differentiate))
             with torch.no_grad():
@@ -343,7 +325,7 @@ class Capture:
 
         for point in self.points:
             reader = _reader(point, activations, len(self.points) if stop else 0)
-            handles.append(_hooked(point, reader))
+            handles.append(hooked(point, reader))
         if self._head is not None and self.splits_head:
             handles.append(_stopped_at(self._head, keep))
         try:
@@ -364,13 +346,6 @@ def _taken(x: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
     return x[places[0], places[1]]
 
 
-def _hooked(point: HookPoint, hook: Callable[..., Any]) -> RemovableHandle:
-    """Register a forward (pre-)hook at a hook point."""
-    if point.side == "input":
-        return point.module.register_forward_pre_hook(hook, with_kwargs=True)
-    return point.module.register_forward_hook(hook, with_kwargs=True)
-
-
 def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> Callable[..., None]:
     """Make a hook that stores the point's tensor and ends the forward once `n_wanted` are stored (0: never)."""
 
@@ -380,7 +355,7 @@ def _reader(point: HookPoint, into: dict[str, torch.Tensor], n_wanted: int) -> C
                 f"hook_name: {point.name} runs more than once in one forward, and an SAE does not say which time it means. "
                 "Models that loop over their layers and wrappers that run the model twice (X-LoRA) are not supported."
             )
-        into[point.name] = _tensor_at(point, args, kwargs, *output)
+        into[point.name] = tensor_at(point, args, kwargs, *output)
         if len(into) == n_wanted:
             raise _Captured
 
@@ -395,45 +370,6 @@ def _stopped_at(head: Head, use: Callable[[Head, torch.Tensor], object]) -> Remo
         raise _Captured
 
     return head.called_before(stop)
-
-
-def _tensor_at(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> torch.Tensor:
-    value = (args[0] if args else kwargs["hidden_states"]) if point.side == "input" else output[0]
-    if isinstance(value, (tuple, list)):  # GPT-1's blocks return lists
-        value = value[0]
-    if not isinstance(value, torch.Tensor):
-        raise ModelError(
-            f"hook_name: {point.name} gives a {type(value).__name__}, not a tensor; take an SAE that reads inside a layer, such "
-            "as blocks.N.hook_mlp_out."
-        )
-    return value
-
-
-def _with(x: torch.Tensor, point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-    """What a forward (pre-)hook returns to put a tensor in a point's place."""
-    if point.side == "output":
-        return x if isinstance(output[0], torch.Tensor) else type(output[0])((x, *output[0][1:]))
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-
-@contextlib.contextmanager
-def replaced(point: HookPoint, by: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside, forwards go on with something else than what they have at a hook point.
-
-    Args:
-        point: where.
-        by: gives it from what is there, in the same shape and dtype.
-
-    """
-
-    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        return _with(by(_tensor_at(point, args, kwargs, *output)), point, args, kwargs, *output)
-
-    handle = _hooked(point, replace)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _has_parameter(node: Any) -> bool:

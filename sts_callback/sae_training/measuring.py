@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from sts_callback.metrics.next_token import next_token
-from sts_callback.model.capture import Prefix, replaced
+from sts_callback.model.capture import Prefix
+from sts_callback.model.hooked import replaced
 from sts_callback.model.quality import QualityCard
 from sts_callback.model.sae import SaeEncoder
 from sts_callback.sae_training.activations import Reader

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from sts_callback.data.reader import is_sequence
 from sts_callback.distributed import Ranks
 from sts_callback.errors import StsError
-from sts_callback.model.capture import is_sharded
+from sts_callback.model.sharding import is_sharded
 from sts_callback.records import DriftSnapshot
 from sts_callback.records.rehearsal import TENFOLD, Dose, Rehearsal
 from sts_callback.training.fence import put_back

@@ -20,7 +20,7 @@ from sts_callback.data.pairs import Row
 from sts_callback.data.probes import FEWEST_QUERIES
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ConfigError, DataError
-from sts_callback.model.capture import is_sharded
+from sts_callback.model.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -14,9 +14,10 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sts_callback.model.capture import Capture, Prefix, is_sharded, may_differ
+from sts_callback.model.capture import Capture, Prefix
 from sts_callback.model.head import whole_logits
 from sts_callback.model.hooks import find_layers, resolve
+from sts_callback.model.sharding import is_sharded, may_differ
 from sts_callback.model.undisturbed import undisturbed
 from tiny import _SHAPE, ARCHITECTURES, N_LAYERS, tiny_model
 

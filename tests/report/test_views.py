@@ -214,7 +214,7 @@ def test_the_commands_of_an_alarm_can_be_typed() -> None:
     assert [command.run.__module__.rpartition(".")[2] for command in commands] == ["blame", "rehearse"]
     assert commands[0].run_dir == Path("runs/my run") and commands[0].protect == ["law"]
     assert commands[1].learning_rate == [0.0002, 0.0007]
-    assert "action='checkpoint' saves one at an alarm" in " ".join(text.split())  # there is none on disk
+    assert "No checkpoint on disk is from an earlier check" in " ".join(text.split())  # there is none on disk
 
 
 def test_an_alarm_that_another_domain_joins_says_again_what_to_do() -> None:
