@@ -353,7 +353,9 @@ def _unseen(snapshot: DriftSnapshot, domain: DomainDrift, policy: PolicyConfig) 
 def _outside(domain: DomainForecast | DomainDrift, policy: PolicyConfig) -> str:
     """Half a sentence where most of the movement is nothing that the dictionary can express."""
     share = domain.sae_error_share
-    return f", {share:.0%} of it outside the SAE" if share > policy.max_unseen else ""
+    if not share > policy.max_unseen:
+        return ""
+    return f", {'all' if share >= 0.995 else format(share, '.0%')} of it outside the SAE"
 
 
 def _too_much_masked(domain: DomainForecast | DomainDrift, policy: PolicyConfig) -> str:

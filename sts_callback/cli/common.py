@@ -74,7 +74,6 @@ def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyCo
         train_data=train_data,
         domains=domains,
         config=config,
-        progress=sys.stderr.isatty(),
     )
     return made_monitor, policy
 

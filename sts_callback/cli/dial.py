@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from sts_callback.cli.common import FINDING_CODES, loaded, settings
 from sts_callback.cli.options import add_measurement
@@ -50,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
         budgets=policy.budgets,
         scales=args.scales,
         config=config,
-        progress=sys.stderr.isatty(),
     )
     print(json.dumps({**found.to_dict(), "largest": found.largest}) if args.json else adapter_scales_table(found))
     return FINDING_CODES[found.finding]

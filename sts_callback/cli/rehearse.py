@@ -83,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
     setup = read_setup(args.trainer_args, lora_r=args.lora_r, full=args.full, options=options)
     rates = _rates(args.learning_rate, setup.learning_rate)
     model, tokenizer = loaded(args.model, args.device)
-    made_monitor = functools.partial(
-        Monitor, tokenizer=tokenizer, sae=args.sae, train_data=rows, domains=domains, config=config, progress=sys.stderr.isatty()
-    )
+    made_monitor = functools.partial(Monitor, tokenizer=tokenizer, sae=args.sae, train_data=rows, domains=domains, config=config)
     forecast, found = try_out(
         model,
         tokenizer,
@@ -95,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         rates,
         made_monitor,
         policy,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     print(found.to_json() if args.json else trials_table(found))
     if args.details and not args.json:

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from sts_callback.sae_training.train import train_sae
 
     model, tokenizer = loaded(args.model, args.device)
-    made = train_sae(model, tokenizer, sources, config, args.out, progress=sys.stderr.isatty())
+    made = train_sae(model, tokenizer, sources, config, args.out, progress=True)
     faults = made.card.faults()
     if args.json:
         print(made.card.to_json())

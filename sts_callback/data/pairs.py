@@ -18,6 +18,12 @@ class TextPair:
     rest: str = field(default="", compare=False)
     """Later turns of the same conversation."""
 
+    @property
+    def is_glued(self) -> bool:
+        """Whether the answer begins in the middle of a word or sentence, since nothing separates it from the prompt."""
+        before, after = self.prompt[-1:], (self.answer or "")[:1]
+        return before.isascii() and (before.isalnum() or before in tuple(".,:;?!")) and after.isascii() and after.isalnum()
+
 
 @dataclass(frozen=True)
 class TokenPair:

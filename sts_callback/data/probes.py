@@ -152,6 +152,10 @@ def make_probe_set(
         notes.append(f"a stream, for which its first {len(rows):,} rows stand (at most {STREAM_ROWS:,})")
     if as_chat:
         notes.append("plain rows are asked in the chat template, as the training data are (chat_template='never' leaves them)")
+    glued = [e.pair for e in examples if isinstance(e.pair, TextPair) and e.pair.is_glued]
+    if 2 * len(glued) > len(examples):
+        seam = f"{glued[0].prompt[-12:]}{(glued[0].answer or '')[:12]}"
+        notes.append(f"answers follow their prompts without a space, as in {seam!r}, and are asked so; begin them with one")
     if reader.n_plain:
         notes.append("asked as plain text, as the training data are, not in the form of a chat template (chat_template='always')")
     if reader.n_in_part:

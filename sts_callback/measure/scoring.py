@@ -86,7 +86,7 @@ class ForecastScorer:
             relative_shift=estimate(taught_total, reading.sq_norm, taught_group),
             raw_shift=estimate(taught.raw, reading.raw_sq_norm, taught_group),
             raw_over_prose=estimate(taught.raw, reading.shifts[FILLER].raw, taught_group),
-            sae_error_share=_ratio(taught.sae_error, taught.raw),
+            sae_error_share=_share(taught.sae_error, taught.raw),
             cosine=float(torch.cosine_similarity(token_mean(reading.raw, n), self._train_raw, dim=0)),
             nll=nll,
             nll_change=nll_change,
@@ -237,7 +237,7 @@ def domain_drift(
         n_masked=reading.n_masked,
         relative_drift=relative_drift(reading, step_zero),
         raw_drift=raw_drift(reading, step_zero),
-        sae_error_share=_ratio(reading.shift.sae_error, reading.shift.raw),
+        sae_error_share=_share(reading.shift.sae_error, reading.shift.raw),
         share_on_forecast=scores.shift_share(mean_drift, forecast_features),
         top_features=tuple((j, scores.shift_share(mean_drift, (j,))) for j in scores.shifted_features(mean_drift, _N_TOP)),
         sts_act=scores.activity_score(step_zero.mean_activity, realised),
@@ -343,6 +343,12 @@ def output_drift(now: tuple[torch.Tensor, torch.Tensor], then: tuple[torch.Tenso
     value, resamples = statistics.mean_distance(*now, *then)
     low, high = interval(value, resamples, min(len(now[1]), len(then[1])))
     return Estimate(value, low, high)
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    """At most 1: an SAE whose error changes by more than what it reads expresses nothing of the change."""
+    found = _ratio(part, whole)
+    return 1.0 if found > 1 else found
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> float:

@@ -133,7 +133,7 @@ class DomainForecast(Record):
     raw_over_prose: Estimate
     """The raw shift over that by plain prose of equal length, above 1 where the examples shift more: the strongest of these."""
     sae_error_share: Annotated[float, StoredAs("unseen")]
-    """Share of that raw shift that the SAE's dictionary cannot express; NaN for a transcoder."""
+    """Share of that raw shift that the SAE's dictionary cannot express, at most 1; NaN for a transcoder."""
     cosine: float
     """Cosine of the mean raw activation with that of the training data: a baseline without training or context."""
     nll: Estimate
@@ -251,7 +251,7 @@ class DomainDrift(Record):
     raw_drift: float
     """The same of raw activations, estimated from sketches."""
     sae_error_share: Annotated[float, StoredAs("unseen")]
-    """Share of that raw drift that the SAE's dictionary cannot express; NaN for a transcoder."""
+    """Share of that raw drift that the SAE's dictionary cannot express, at most 1; NaN for a transcoder."""
     share_on_forecast: float
     """Share of the feature drift on the forecast's features, in [0, 1]."""
     top_features: tuple[tuple[int, float], ...]

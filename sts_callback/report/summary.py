@@ -30,6 +30,7 @@ Standing = Literal["", "within", "on course", "over", "cannot tell"]
 _BY_DECISION: Mapping[Decision, Standing] = {"go": "within", "no-go": "over"}
 _MOST_OTHERS = 6  # unprotected domains that are shown
 _CHANGE = "Change: of the answers' NLL, nats a token, + is worse; 95% intervals."
+_MANY_CHECKS = 10  # as many as a long run plans: no word is lost on what pays for more
 _AT_THE_END = "expected at the end"
 
 
@@ -91,25 +92,39 @@ def of_forecast(
     return _made(domains, columns, verdict, standings, budgets, (basis, legend))
 
 
-def of_rehearsal(rehearsal: Rehearsal, verdict: Verdict, budgets: Mapping[str, PlainBudget]) -> Summary:
+def of_rehearsal(
+    rehearsal: Rehearsal, verdict: Verdict, budgets: Mapping[str, PlainBudget], max_overhead: float = 1.0
+) -> Summary:
     """What a few real steps have done, and what is expected at the end.
 
     Args:
         rehearsal: with doses.
         verdict: on it.
         budgets: of the protected domains.
+        max_overhead: share of the training's time that checks may take; from 1 on there is no limit.
 
     """
     own, *further = rehearsal.doses
     then = "".join(f", then {dose.n_steps} at {dose.learning_rate:.2g}" for dose in further)
-    cost = rehearsal.steps_of_a_check
     basis = (
         f"By {own.n_steps} steps at a rate of {own.learning_rate:.2g}{then}, put back; {rehearsal.steps_planned} are planned; "
-        f"{_queries(own.check.domains.values())}; {seconds(rehearsal.seconds)}."
-        + (f" A check takes as long as {cost:.2g} steps of training." if math.isfinite(cost) else "")
+        f"{_queries(own.check.domains.values())}; {seconds(rehearsal.seconds)}." + _cost_of_checks(rehearsal, max_overhead)
     )
     legend = _CHANGE + (" Expected: by past runs of a model of this size." if rehearsal.expected else "")
-    return _of_snapshot(own.check, verdict, budgets, rehearsal.expected, f"after {own.n_steps} steps", (basis, legend))
+    expected = (_AT_THE_END, rehearsal.expected)
+    return _of_snapshot(own.check, verdict, budgets, expected, f"after {own.n_steps} steps", (basis, legend))
+
+
+def _cost_of_checks(rehearsal: Rehearsal, max_overhead: float) -> str:
+    """What a check takes, and where few are paid for, how many; empty if that is not known."""
+    cost = rehearsal.steps_of_a_check
+    if not math.isfinite(cost):
+        return ""
+    told, n_paid = f" A check takes as long as {cost:.2g} steps of training", int(max_overhead * rehearsal.steps_planned / cost)
+    if max_overhead >= 1 or n_paid >= _MANY_CHECKS:
+        return f"{told}."
+    paid = "none" if n_paid == 0 else counted(n_paid, "check")
+    return f"{told}; max_overhead={max_overhead:g} pays for {paid} before the last one."
 
 
 def of_check(
@@ -132,7 +147,8 @@ def of_check(
     following = f" Next check: step {next_step}." if next_step else ""
     basis = f"By {_queries(snapshot.domains.values())}, against step 0; {seconds(snapshot.seconds)}.{following}"
     legend = _CHANGE + (" Expected: by the rehearsal." if expected else "")
-    return _of_snapshot(snapshot, verdict, budgets, expected or {}, "now", (basis, legend))
+    title = _AT_THE_END if next_step else "was expected"
+    return _of_snapshot(snapshot, verdict, budgets, (title, expected or {}), "now", (basis, legend))
 
 
 def of_run(logged: Logged) -> Summary | None:
@@ -143,7 +159,8 @@ def of_run(logged: Logged) -> Summary | None:
         last, expected = logged.checks[-1], logged.rehearsal.expected if logged.rehearsal else {}
         return of_check(last.snapshot, last.verdict, budgets, expected, next_check(logged))
     if logged.rehearsal is not None and logged.rehearsal.doses and logged.rehearsal_verdict is not None:
-        return of_rehearsal(logged.rehearsal, logged.rehearsal_verdict, budgets)
+        limit = logged.settings.max_overhead if logged.settings else 1.0
+        return of_rehearsal(logged.rehearsal, logged.rehearsal_verdict, budgets, limit)
     if logged.forecast is not None and logged.forecast_verdict is not None:
         return of_forecast(logged.forecast, logged.forecast_verdict, policy)
     return None
@@ -166,14 +183,15 @@ def _of_snapshot(
     snapshot: DriftSnapshot,
     verdict: Verdict,
     budgets: Mapping[str, PlainBudget],
-    expected: Mapping[str, Estimate],
+    expected: tuple[str, Mapping[str, Estimate]],
     now: str,
     basis: tuple[str, str],
 ) -> Summary:
+    title, changes = expected
     sets = {**snapshot.domains, snapshot.train.name: snapshot.train}
     standings = {name: standing_of(state) for name, state in verdict.states.items()}
     columns = [
-        *([_Column(_AT_THE_END, lambda name: _change(expected.get(name)))] if expected else []),
+        *([_Column(title, lambda name: _change(changes.get(name)))] if changes else []),
         _Column(now, lambda name: _harm(sets[name], budgets.get(name))),
         _Column("moved", lambda name: percent_1(sets[name].relative_drift.value)),
     ]

@@ -81,7 +81,8 @@ class RunRecorder:
         first, policy = forecasts[0], self._settings.policy
         in_context = judge_forecast(first, policy)
         if rehearsal is not None and verdict is not None:
-            tqdm.write(rehearsal_view(rehearsal, verdict, first, in_context, policy.budgets))
+            limit = self._settings.max_overhead
+            tqdm.write(rehearsal_view(rehearsal, verdict, first, in_context, policy.budgets, max_overhead=limit))
         else:
             tqdm.write(forecast_view(first, in_context, policy, expected=self._expected))
             if rehearsal is not None:

@@ -27,7 +27,7 @@ from sts_callback.data.tokens import bos_tokens
 from sts_callback.errors import ConfigError, DataError
 from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.step_zero import StepZeroReference
-from sts_callback.report.terminal.rows import rows_table
+from sts_callback.report.terminal.rows import rows_doubts, rows_table
 from tiny import bos_tokenizer, rotated_sae, rows, tiny_model, tiny_tokenizer
 
 CONFIG = ProbeConfig(n_queries=6, n_draws=2, n_features=8, n_domain_demonstrations=2)
@@ -494,3 +494,41 @@ def test_the_table_tells_each_source_its_reasons_and_what_is_not_read() -> None:
 
 def test_json_lines_of_rows_read_like_the_rows() -> None:
     assert made(json.loads(json.dumps(GOOD))) == made(GOOD)
+
+
+def test_without_the_table_cuts_reasons_and_what_several_sources_share_are_told_once() -> None:
+    note = "plain rows are asked in the chat template"
+    train = RowsRead("train", 99, 80, 72, 3, {"its answer is empty": 7}, (), ())
+    law, code = (RowsRead(name, 40, 40, 40, n_cut, {}, (), (note,)) for name, n_cut in (("law", 0), ("code", 5)))
+    lines = [line.strip() for line in rows_doubts([train, law, code], colour=False).splitlines()]
+    assert lines == [
+        "cut to max_tokens: train 3 of 72, code 5 of 40",
+        "train: 7 left out: its answer is empty",
+        f"law, code: {note}",
+    ]
+    assert rows_doubts([RowsRead("train", 99, 80, 72, 0, {}, (), ())], colour=False) == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "is_glued"),
+    [
+        ("What notice?", "No.", True),
+        ("Sum", "mary", True),
+        ("Answer:", "42", True),
+        ("What notice?", " No.", False),
+        ("What notice? ", "No.", False),
+        ("Answer:", "\nNo.", False),
+        ("[/INST]", "No.", False),
+        ("多少", "三", False),
+        ("What notice?", "¿No?", False),
+    ],
+)
+def test_answers_that_follow_without_a_space_are_told(prompt: str, completion: str, is_glued: bool) -> None:
+    def told(rows: list[dict[str, str]]) -> list[str]:
+        found = make_probe_set("law", rows, tokenizer_with(), CONFIG, n_demonstrations=2, field="domains['law']").read
+        assert found is not None
+        return [note for note in found.notes if "without a space" in note]
+
+    made = [{"prompt": f"{i} {prompt}", "completion": completion} for i in range(15)]
+    assert len(told(made)) == is_glued
+    assert told([{"prompt": "What notice?", "completion": " No."}] * 14 + made[:1]) == []  # one of ten, or none

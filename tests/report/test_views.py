@@ -48,10 +48,11 @@ def during(check: DriftSnapshot, policy: PolicyConfig = POLICY, **options: Any) 
     return check_view(check, judge_drift([check], policy), policy.budgets, **{"colour": False, **options})
 
 
-def told_rehearsal(law: float = 0.5, **changes: Any) -> str:
+def told_rehearsal(law: float = 0.5, max_overhead: float = 1.0, **changes: Any) -> str:
     found, record = rehearsal(harmed(law, step=5), **changes), forecast(domain_forecast("law"), domain_forecast("code"))
     judged = judge_rehearsal(found, POLICY)
-    return rehearsal_view(found, judged, record, judge_forecast(record, POLICY), POLICY.budgets, colour=False)
+    in_context = judge_forecast(record, POLICY)
+    return rehearsal_view(found, judged, record, in_context, POLICY.budgets, max_overhead=max_overhead, colour=False)
 
 
 def rows(text: str) -> dict[str, str]:
@@ -166,6 +167,31 @@ def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() 
     assert "Go back to" not in text  # nothing has happened yet
     assert "A check takes as long as 10 steps of training." in flat  # 2.5 s against 0.25 s
     assert "expected at the end" not in told_rehearsal()
+
+
+@pytest.mark.parametrize(
+    ("max_overhead", "told"),
+    [
+        (0.01, "; max_overhead=0.01 pays for none before the last one."),  # 60 planned steps pay for 0.06 checks
+        (0.2, "; max_overhead=0.2 pays for 1 check before the last one."),
+        (0.5, "; max_overhead=0.5 pays for 3 checks before the last one."),
+        (1.0, "."),
+    ],
+)
+def test_a_rehearsal_says_how_many_checks_the_training_pays_for(max_overhead: float, told: str) -> None:
+    flat = " ".join(told_rehearsal(max_overhead=max_overhead).split())
+    assert f"A check takes as long as 10 steps of training{told}" in flat
+
+
+def test_a_long_training_pays_for_all_checks() -> None:
+    assert "10 steps of training." in " ".join(told_rehearsal(max_overhead=0.2, steps_planned=500).split())
+
+
+def test_at_the_last_check_the_end_is_no_longer_expected() -> None:
+    expected = {"law": estimate(0.5, 0.25, 0.75)}
+    assert "expected at the end" in during(harmed(), expected=expected, next_step=50)
+    last = during(harmed(), expected=expected)
+    assert "was expected" in last and "expected at the end" not in last
 
 
 def test_a_rehearsal_says_at_which_rates_and_leaves_out_a_cost_that_is_not_known() -> None:

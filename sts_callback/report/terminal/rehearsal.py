@@ -25,6 +25,7 @@ def rehearsal_view(
     in_context: Verdict,
     budgets: Mapping[str, PlainBudget],
     *,
+    max_overhead: float = 1.0,
     colour: bool | None = None,
 ) -> str:
     """A rehearsal: the verdict, a row a domain, what it rests on, how the forecast fits to it, and what to do about a no-go.
@@ -35,6 +36,7 @@ def rehearsal_view(
         forecast: of the run.
         in_context: the verdict on that.
         budgets: of the protected domains.
+        max_overhead: share of the training's time that checks may take; from 1 on there is no limit.
         colour: as for the others.
 
     """
@@ -48,7 +50,7 @@ def rehearsal_view(
     return rendered(
         [
             verdict_line("STS rehearsal", verdict),
-            *summary_parts(of_rehearsal(rehearsal, verdict, budgets)),
+            *summary_parts(of_rehearsal(rehearsal, verdict, budgets, max_overhead)),
             *(wrapped([" ".join(beside)], "dim") if beside else []),
             *doubts(forecast),
             *open_reasons(verdict),

@@ -25,16 +25,23 @@ def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
 
 
 def rows_doubts(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
-    """Show the reasons for rows left out, and notes, alone; empty if there are none."""
-    return rendered([*_doubts(reads)], colour)
+    """Show what was cut, the reasons for rows left out, and notes, without the table; empty if there are none."""
+    cut = [f"{one.name} {one.n_cut} of {one.n_used}" for one in reads if one.n_cut]
+    lines = [f"cut to max_tokens: {', '.join(cut)}"] if cut else []
+    return rendered([*_wrapped(lines), *_doubts(reads)], colour)
 
 
 def _doubts(reads: Sequence[RowsRead]) -> list[Text]:
-    wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
-    lines: list[str] = []
+    lines, noted = list[str](), dict[str, list[str]]()
     for one in reads:
         lines += [f"{one.name}: {n:,} left out: {reason}" for reason, n in most_frequent(one.left_out)]
         if one.unread:
             lines.append(f"{one.name}: columns not read: {', '.join(one.unread)}")
-        lines += [f"{one.name}: {note}" for note in one.notes]
+        for note in one.notes:
+            noted.setdefault(note, []).append(one.name)
+    return _wrapped([*lines, *(f"{', '.join(names)}: {note}" for note, names in noted.items())])
+
+
+def _wrapped(lines: Sequence[str]) -> list[Text]:
+    wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
     return [Text(part, style="yellow") for line in lines for part in wrap.wrap(line)]
