@@ -37,7 +37,9 @@ COMMANDS = {
 
 def parser() -> argparse.ArgumentParser:
     """Make the parser. Parsed arguments hold the function of the chosen command as `run`."""
-    made = argparse.ArgumentParser(prog="sts-callback", description="Which domains will a fine-tune move? Ask before training.")
+    made = argparse.ArgumentParser(
+        prog="sts-callback", description="Forecast, rehearse and watch what a fine-tune does to other domains."
+    )
     subparsers = made.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = subparsers.add_parser(name, help=module.HELP, description=module.DESCRIPTION)

@@ -16,25 +16,31 @@ if TYPE_CHECKING:
     from sts_callback.runs.directory import RunDirectory
 
 
-HELP = "rank training rows by how far they activate a protected domain's features"
+HELP = "rank training rows by how strongly they activate a protected domain's features"
 DESCRIPTION = (
-    "Rank training rows by how far they activate a protected domain's features: where features are active, not a proof "
-    "of cause. Exit code: 0 ranked, 4 cannot tell, 2 wrong input."
+    "Rank training rows by how strongly they activate a protected domain's features. This does not prove that a row does harm. "
+    "Exit code: 0 ranked, 4 cannot tell, 2 wrong input."
 )
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     command.add_argument(
-        "--top", type=int, default=ROWS_SHOWN, metavar="N", help=f"rows shown for each domain (default {ROWS_SHOWN})"
+        "--top", type=int, default=ROWS_SHOWN, metavar="N", help=f"rows to show for each domain (default {ROWS_SHOWN})"
     )
     command.add_argument(
-        "--rows", type=int, default=ROWS_READ, metavar="N", help=f"rows read; of more, a sample (default {ROWS_READ})"
+        "--rows",
+        type=int,
+        default=ROWS_READ,
+        metavar="N",
+        help=f"rows to read; from a longer file, a random sample (default {ROWS_READ})",
     )
     command.add_argument(
-        "--out", metavar="FILE", help="write the rows that do not stand out here (.jsonl), the others' numbers beside it"
+        "--out",
+        metavar="FILE",
+        help="write the rows that do not stand out to this file (.jsonl), and the numbers of the others beside it",
     )
-    command.add_argument("--run-dir", type=Path, metavar="RUN_DIR", help="also put them into the report of this run")
+    command.add_argument("--run-dir", type=Path, metavar="RUN_DIR", help="also put the ranking into the report of this run")
     add_model(command)
     add_measurement(command, several_saes=False)
 

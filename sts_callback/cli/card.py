@@ -8,16 +8,14 @@ from pathlib import Path
 from sts_callback.cli.common import GO
 from sts_callback.cli.options import add_run_dir
 
-HELP = "tell a run in a section for a model card"
-DESCRIPTION = (
-    "Print what a run has left as a section of Markdown for a model card. Exit code: 0 told, 2 there is nothing to tell."
-)
+HELP = "print a section about a run for a model card"
+DESCRIPTION = "Print a section of Markdown about a run, for a model card. Exit code: 0 printed, 2 there is nothing to tell."
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     command.add_argument(
-        "--into", type=Path, metavar="FILE", help="put it into this model card instead, in place of the one that is there"
+        "--into", type=Path, metavar="FILE", help="put the section into this model card instead, in place of an earlier one"
     )
     add_run_dir(command)
 

@@ -7,8 +7,8 @@ import argparse
 from sts_callback.cli.common import CANNOT_TELL, GO, prepared
 from sts_callback.cli.options import add_measurement, add_model
 
-HELP = "check whether SAE, model and data allow an answer"
-DESCRIPTION = "Check whether SAE, model and data allow an answer. Exit code: 0 they do, 4 they do not, 2 wrong input."
+HELP = "check that the SAE fits the model and that the rows are enough"
+DESCRIPTION = "Check that the SAE fits the model and that the rows are enough. Exit code: 0 yes, 4 no, 2 wrong input."
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

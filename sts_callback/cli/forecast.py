@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from sts_callback.runs.ledger import Expectations
 
 
-HELP = "forecast what training on a file will move"
-DESCRIPTION = "Forecast what training on a file will move. Exit code: 0 go, 3 no-go, 4 cannot tell, 2 wrong input."
+HELP = "forecast which domains training on a file will move"
+DESCRIPTION = "Forecast which domains training on a file will move. Exit code: 0 go, 3 no-go, 4 cannot tell, 2 wrong input."
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -31,9 +31,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--junit", type=Path, metavar="FILE", help="also write JUnit XML for a CI system: a test case for each protected domain"
     )
     command.add_argument(
-        "--lock", type=Path, metavar="FILE", help="refuse to forecast if anything but the training data is not as in this file"
+        "--lock", type=Path, metavar="FILE", help="refuse to forecast if anything but the training data differs from this file"
     )
-    command.add_argument("--write-lock", action="store_true", help="write that file after the forecast instead")
+    command.add_argument("--write-lock", action="store_true", help="instead, write the file of --lock after the forecast")
     add_model(command)
     add_measurement(command, several_saes=True)
 

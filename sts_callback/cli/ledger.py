@@ -10,7 +10,7 @@ from sts_callback.cli.options import add_json
 
 HELP = "show how good past forecasts were"
 DESCRIPTION = (
-    "Show how good the forecasts of finished runs were, for each model and SAE by itself. "
+    "Show how good the forecasts of finished runs were, for each model and SAE separately. "
     "Exit code: 0 shown, also if there are none; 2 the ledger cannot be read."
 )
 

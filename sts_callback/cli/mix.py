@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from sts_callback.remedies.mixture import MixtureConstraints
 
 
-HELP = "find how much of other data to mix in, so that every budget is kept"
+HELP = "find how much other data to mix in so that every budget is kept"
 DESCRIPTION = (
-    "Find how much of other data to mix into the training data, so that every protected domain keeps its budget. Each source is "
-    "measured by a short run on it alone (--pilot), and mixtures are extrapolated from these. "
-    "Exit code: 0 some mixture keeps them, or the training data alone; 3 none does, 4 cannot tell, 2 wrong input."
+    "Find how much other data to mix into the training data, so that every protected domain keeps its budget. Each source is "
+    "measured by a short run on it alone (--pilot); mixtures are extrapolated from these. "
+    "Exit code: 0 some mixture, or the training data alone, keeps them; 3 none does, 4 cannot tell, 2 wrong input."
 )
 
 
@@ -29,14 +29,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     command.add_argument("--train", required=True, metavar="FILE", help="training examples with answers, JSON lines")
     command.add_argument(
-        "--replay", action="append", default=[], metavar="NAME=FILE", help="what may be mixed in, JSON lines; repeatable"
+        "--replay", action="append", default=[], metavar="NAME=FILE", help="other data to mix in, JSON lines; repeatable"
     )
     command.add_argument(
         "--pilot",
         action="append",
         default=[],
         metavar="NAME=RUN_DIR",
-        help="a short run with STSCallback on one source alone, one for each; `train` is the name of --train",
+        help="folder of a short run with STSCallback on one source alone, one for each; `train` is the name of --train",
     )
     command.add_argument("--rows", type=int, metavar="N", help="rows of the mixture (default: as many as --train has)")
     command.add_argument(
@@ -46,10 +46,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--max-share", action="append", default=[], metavar="NAME=X", help="largest share of one source; repeatable"
     )
     command.add_argument(
-        "--max-repeats", type=float, default=MAX_REPEATS, metavar="X", help=f"how often a row may come (default {MAX_REPEATS:g})"
+        "--max-repeats",
+        type=float,
+        default=MAX_REPEATS,
+        metavar="X",
+        help=f"how often a row may appear (default {MAX_REPEATS:g})",
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="write the mixture, as datasets.interleave_datasets takes it")
-    command.add_argument("--seed", type=int, default=ProbeConfig.seed, help=f"of the interleaving (default {ProbeConfig.seed})")
+    command.add_argument(
+        "--seed", type=int, default=ProbeConfig.seed, help=f"random seed of the mixing (default {ProbeConfig.seed})"
+    )
     add_protect(command)
     add_json(command)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from sts_callback.config import CHAT_TEMPLATE, ProbeConfig
 
-NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
-"""Fields of `ProbeConfig` that have an option."""
+NUMBERS = {
+    "n_queries": "queries from each domain and from the training data",
+    "n_draws": "draws of demonstrations",
+    "n_features": "shifted features to look at",
+    "max_tokens": "longest query and longest answer, in tokens",
+    "seed": "random seed",
+}
+"""Fields of `ProbeConfig` that have an option, and what each is."""
 QUICK = {"n_queries": 8, "n_draws": 4, "max_tokens": 64}
 """What `--quick` sets of them. Our choice: enough to see which features move, too little to be sure of small harm. With two draws
 the training data's own place on the scale is too unsure to measure others by."""
@@ -27,7 +33,7 @@ def add_protect(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=BUDGET]",
-        help="a domain that must not suffer, your own or a shipped one, with what its answers may lose: 0.1 (nats a token), "
+        help="a domain that must not get worse, your own or a shipped one, and what its answers may lose: 0.1 (nats a token), "
         "'0.05 bits/byte' or 2points (of token accuracy); repeatable",
     )
 
@@ -39,7 +45,7 @@ def add_json(command: argparse.ArgumentParser) -> None:
 
 def add_details(command: argparse.ArgumentParser) -> None:
     """Add the option for all numbers below the table."""
-    command.add_argument("--details", action="store_true", help="below the table, print all scores and counts")
+    command.add_argument("--details", action="store_true", help="also print all scores and counts, below the table")
 
 
 def add_run_dir(command: argparse.ArgumentParser) -> None:
@@ -53,7 +59,7 @@ def chosen_probes(args: argparse.Namespace) -> ProbeConfig:
     return ProbeConfig(**(QUICK if args.quick else {}) | {name: value for name, value in given.items() if value is not None})
 
 
-def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Sequence[str] = NUMBERS) -> None:
+def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Iterable[str] = NUMBERS) -> None:
     """Add the options of all commands that measure.
 
     Args:
@@ -62,7 +68,7 @@ def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, num
         numbers: fields of `ProbeConfig` that have an option.
 
     """
-    sae = "SAELens release/sae_id, a folder, auto, or none to read raw activations (none:12, those after layer 12)"
+    sae = "SAELens release/sae_id, a folder, auto, or none to read raw activations (none:12: those after layer 12)"
     if several_saes:
         command.add_argument("--sae", action="append", help=f"{sae}; repeatable: the first decides, all are compared")
     else:
@@ -73,14 +79,18 @@ def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, num
     add_protect(command)
     add_json(command)
     command.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")
-    command.add_argument("--quick", action="store_true", help="a first look: few, short queries, unless you set their numbers")
+    command.add_argument(
+        "--quick", action="store_true", help="a first look, with few and short queries unless you set their numbers"
+    )
     defaults = ProbeConfig()
     for name in numbers:
-        quick = f", with --quick {QUICK[name]}" if name in QUICK else ""
-        command.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(defaults, name)}{quick}")
+        quick = f"; with --quick {QUICK[name]}" if name in QUICK else ""
+        command.add_argument(
+            f"--{name.replace('_', '-')}", type=int, help=f"{NUMBERS[name]} (default {getattr(defaults, name)}{quick})"
+        )
     command.add_argument(
         "--chat-template",
         choices=CHAT_TEMPLATE,
         default=defaults.chat_template,
-        help="put plain rows of domains into the model's chat template: auto, if the training data use it",
+        help="put plain rows of domains into the model's chat template (auto: if the training data use it)",
     )

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from sts_callback.runs.directory import RunDirectory
     from sts_callback.training.trials import Mixture
 
-HELP = "try learning rates and mixtures by a few real steps, before training"
+HELP = "try learning rates and mixtures with a few real steps, before training"
 DESCRIPTION = (
     "Take a few real training steps at each learning rate and with each share of replay, measure what they do to the protected "
-    "domains, and put everything back. Tells the largest rate, and the least replay, that keep every budget. "
-    "Exit code: 0 some keep them, 3 none does, 4 cannot tell, 2 wrong input."
+    "domains, and put everything back. Names the largest rate and the smallest share of replay that keep every budget. "
+    "Exit code: 0 some rate and mixture keep them, 3 none does, 4 cannot tell, 2 wrong input."
 )
 
 
@@ -33,7 +33,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     """What can be asked."""
     add_model(command)
     command.add_argument(
-        "--learning-rate", type=float, nargs="+", default=[], metavar="X", help="rates to try (default: that of --trainer-args)"
+        "--learning-rate",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="rates to try (default: the one in --trainer-args)",
     )
     how = command.add_mutually_exclusive_group()
     how.add_argument(

@@ -8,10 +8,10 @@ from pathlib import Path
 from sts_callback.cli.common import GO, write_report_of
 from sts_callback.cli.options import add_run_dir
 
-HELP = "make a page of what a run has left"
+HELP = "write the report of a run, as one page"
 DESCRIPTION = (
-    "Make report.html and report.json of what a run has left, also of one that goes on or has died. "
-    "Exit code: 0 made, 2 there is nothing to tell."
+    "Write report.html and report.json from the files of a run, also of one that goes on or has died. "
+    "Exit code: 0 written, 2 there is nothing to tell."
 )
 
 

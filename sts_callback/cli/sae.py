@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from sts_callback.data.pairs import Row
 
 HELP = "train an SAE for a model that has none"
-DESCRIPTION = "Make an SAE for a model that has none."
+DESCRIPTION = "Train an SAE for a model that has none."
 _TRAIN = (
     "Train an SAE on one hook point of any causal language model, with SAELens' trainer, and measure how good it is on texts "
-    "that are held out. A run that was killed goes on where it was when it is started again. "
-    "Exit code: 0 made, 4 made, but below the floor and refused for use, 2 wrong input."
+    "that are held out. If it was killed, the same command goes on where it stopped. "
+    "Exit code: 0 made, 4 made, but too poor to be used, 2 wrong input."
 )
 _SHIPPED = "shipped domains"
 
@@ -29,9 +29,9 @@ _SHIPPED = "shipped domains"
 def add_options(command: argparse.ArgumentParser) -> None:
     """What can be asked."""
     actions = command.add_subparsers(required=True, metavar="ACTION")
-    train = actions.add_parser("train", help="train one on texts", description=_TRAIN)
+    train = actions.add_parser("train", help="train an SAE on texts", description=_TRAIN)
     train.add_argument("--model", required=True, help="folder or hub id of the model")
-    train.add_argument("--train", metavar="FILE", help="training examples, JSON lines, of which it learns too")
+    train.add_argument("--train", metavar="FILE", help="training examples to learn from, JSON lines")
     train.add_argument(
         "--text",
         action="append",
@@ -44,17 +44,20 @@ def add_options(command: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--hook-name",
         metavar="NAME",
-        help="where it reads: blocks.N.hook_resid_post and the like, a module path, or a share of the depth such as 0.5 "
+        help="where the SAE reads: blocks.N.hook_resid_post and the like, a module path, or a share of the depth such as 0.5 "
         "(default: after two thirds of the layers)",
     )
     train.add_argument(
-        "--d-sae", type=int, metavar="N", help="features (default: the power of two up to 8 times the width of the activations)"
+        "--d-sae",
+        type=int,
+        metavar="N",
+        help="number of features (default: the power of two up to 8 times the width of the activations)",
     )
     for option, kind, default, what in (
         ("--l0", float, defaults.l0, "mean number of active features a token"),
         ("--tokens", int, defaults.n_tokens, "tokens whose activations are read"),
-        ("--passes", float, defaults.n_passes, "how often training goes through them"),
-        ("--seed", int, defaults.seed, "of all that is drawn"),
+        ("--passes", float, defaults.n_passes, "how often training goes through these tokens"),
+        ("--seed", int, defaults.seed, "random seed"),
     ):
         train.add_argument(option, type=kind, default=default, metavar="N", help=f"{what} (default {default:,g})")
     train.add_argument("--device", help="where to run, such as cuda or cpu (default: a GPU if there is one)")

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 HELP = "follow a run in the terminal"
 DESCRIPTION = (
-    "Follow a run from its folder: the newest verdict, its table, the next check, alarms. Ends when the run ends; Ctrl-C ends it "
-    "before. It may be started before the run. "
-    "Exit code, by the newest verdict: 0 go or watch, 3 an alarm stands, 4 cannot tell, or there is no run yet; 2 wrong input."
+    "Follow a run from its folder: the newest verdict, its table, the next check, alarms. Start it before or during the run. "
+    "It ends with the run, or by Ctrl-C. "
+    "Exit code, by the newest verdict: 0 go or watch, 3 no-go or alarm, 4 cannot tell, or no run yet; 2 wrong input."
 )
 INTERRUPTED = 130
 _EVERY_S = 2.0

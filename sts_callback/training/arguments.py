@@ -93,9 +93,9 @@ class STSArguments:
     sts_action: NamedAction = field(default="warn", metadata={"help": "on an alarm"})
     sts_on_forecast: OnForecast = field(default="warn", metadata={"help": "if the forecast says no-go"})
     sts_on_forecast_error: OnForecastError = field(
-        default="raise", metadata={"help": "if there can be no forecast, or no taking up after a resume"}
+        default="raise", metadata={"help": "if there can be no forecast, or no comparison with step 0 after a resume"}
     )
-    sts_on_error: OnError = field(default="warn", metadata={"help": "if a measurement fails in mid-run"})
+    sts_on_error: OnError = field(default="warn", metadata={"help": "if a measurement fails during training"})
     sts_rehearse: str = field(default="auto", metadata={"help": "a few steps before the first: auto, true or false"})
     sts_max_overhead: Optional[float] = field(default=0.01, metadata={"help": "share of training time for checks"})  # noqa: UP045
     sts_ledger: Optional[str] = field(default=None, metadata={"help": "file that keeps finished runs, to learn from"})  # noqa: UP045
