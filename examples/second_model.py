@@ -89,7 +89,7 @@ def run(sae: str, out: Path) -> dict[str, Any]:
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "forecast": {
             "seconds": forecast.seconds,
-            "fvu": forecast.fvu,
+            "fvu": forecast.fvu if forecast.identity.has_sae else None,
             "sts_net": {name: domain.sts_net.to_dict() for name, domain in forecast.domains.items()},
         },
         "rehearsal": {

@@ -218,3 +218,20 @@ def test_the_second_round() -> None:
     was_right, was_named = re.findall(r"Of these (\d+ of \d+) .*? it names (\d+ of \d+)", decision)[0]
     assert "does not decide" in decision
     assert f"They were {was_right} and {was_named}" in " ".join(section.split())
+
+
+def test_the_second_model() -> None:
+    with_sae, without = (found("second_model")[key] for key in ("sae", "none"))
+    last = [run["checks"]["20"]["domains"] for run in (with_sae, without)]
+    for name, domain in last[0].items():
+        first = with_sae["rehearsal"]["doses"][0]["domains"][name], with_sae["checks"]["5"]["domains"][name], domain
+        changes = " | ".join("{value:+.2f} [{low:+.2f}, {high:+.2f}]".format(**one["nll_change"]) for one in first)
+        moved = " | ".join(f"{run[name]['relative_drift']['value']:.0%}" for run in last)
+        assert f"| {name} | {changes} | {moved} |" in TOLD
+    assert with_sae["losses"] == without["losses"]
+    for step, check in with_sae["checks"].items():
+        for name, domain in check["domains"].items():
+            assert domain["nll_change"] == without["checks"][step]["domains"][name]["nll_change"]
+    named = [check["n_shared"] for check in with_sae["checks"].values()]
+    assert f"{min(named)} to {max(named)} of the 100 that training moved most" in TOLD
+    assert [check["verdict"]["decision"] for check in with_sae["checks"].values()] == ["go", "go", "go", "cannot tell", "go"]
