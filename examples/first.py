@@ -4,9 +4,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from gemma import cached_gemma
+from gemma import cached_gemma  # beside this script: gives the model's folder
 from sts_callback import ProbeConfig, STSCallback
-from word_problems import word_problems
+from word_problems import word_problems  # likewise: gives rows to train on
 
 callback = STSCallback(
     sae="examples/gemma-3-270m-layer-12",  # reads layer 12 of this model

@@ -40,7 +40,7 @@ def advice_on(
     Args:
         threatened: the domains that it is about.
         output_dir: of the run.
-        best_checkpoint: step of the checkpoint on disk at which the worst of the domains was best off; 0 if there is none.
+        best_checkpoint: step of the best checkpoint on disk; 0 if none keeps the budgets.
         learning_rate: that of the run; NaN if it is not known.
         step: of the check; 0 before training, where there is nothing to go back to.
         has_sae: whether the run has one.
@@ -52,9 +52,8 @@ def advice_on(
     found = []
     if step:
         back = output_dir / f"checkpoint-{best_checkpoint}"
-        none = "No checkpoint on disk is from an earlier check: start again, and save more often (save_steps)."
-        best = f"Go back to {back}, the best on disk; start again if it is over a budget too."
-        found.append(Advice(best if best_checkpoint else none))
+        none = "No checkpoint of an earlier check keeps the budgets: start again, and save more often (save_steps)."
+        found.append(Advice(f"Go back to {back}, the best on disk." if best_checkpoint else none))
     given = (*_MODEL, "--sae", "SAE" if has_sae else NO_SAE, *_TRAIN)
     run = ("--run-dir", str(output_dir)) if step else ()
     found.append(
@@ -70,7 +69,7 @@ def advice_on(
         lower = (f"{learning_rate / 10:.1g}", f"{learning_rate / 3:.1g}")
     found.append(
         Advice(
-            "Find a rate that keeps the budget, with the rank, batch and steps of your run:",
+            "Find a rate that keeps the budget; add --lora-r, --batch-size and --steps-planned as in your run:",
             ("sts-callback", "rehearse", *given, *protect, "--learning-rate", *lower),
         )
     )

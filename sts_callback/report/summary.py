@@ -123,7 +123,7 @@ def _cost_of_checks(rehearsal: Rehearsal, max_overhead: float) -> str:
     told, n_paid = f" A check takes as long as {cost:.2g} steps of training", int(max_overhead * rehearsal.steps_planned / cost)
     if max_overhead >= 1 or n_paid >= _MANY_CHECKS:
         return f"{told}."
-    paid = "none" if n_paid == 0 else counted(n_paid, "check")
+    paid = "no check" if n_paid == 0 else counted(n_paid, "check")
     return f"{told}; max_overhead={max_overhead:g} pays for {paid} before the last one."
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -228,13 +227,13 @@ class RunDirectory:
             worst_shares: by the steps of checks, how much of its budget the domain that was worst off had used up.
 
         Returns:
-            Of the steps whose checkpoint is there and whose share is known, that of the least, of equal ones the latest; or 0.
+            Of the steps whose checkpoint is there and whose share is under 1, that of the least, of equal ones the latest; or 0.
 
         """
         kept = [
             (share, -step)
             for step, share in worst_shares.items()
-            if math.isfinite(share) and (self.folder.parent / f"checkpoint-{step}" / _LAST_IN_CHECKPOINT).is_file()
+            if share < 1 and (self.folder.parent / f"checkpoint-{step}" / _LAST_IN_CHECKPOINT).is_file()
         ]
         return -min(kept)[1] if kept else 0
 

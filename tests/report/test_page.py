@@ -99,7 +99,7 @@ def test_a_whole_run_has_every_part_with_its_numbers() -> None:
     assert re.search(r"Feature 7 .*\b1 of the forecast's.*\b1 of those that moved", read.section("features"))
     assert "take another SAE" in read.section("blind-spots")
     assert "\u25b2 62%" in read.section("blind-spots")
-    assert "overhead of 2.4%" in read.section("cost") and "Allowed: 1.0%." in read.section("cost")
+    assert "overhead of 2.4%" in read.section("cost") and "Allowed: 1.0%, the last check apart." in read.section("cost")
     assert "skipped 1 time" in read.section("cost")
     assert "2 times, from step 5 to 6" in read.section("faults")
     for part in ("tiny-llama", "s" * 64, "max_norm_multiple", "0.2 nats a token", "2.9.0"):
@@ -180,7 +180,7 @@ def test_the_top_is_in_the_order_of_the_terminal_and_says_what_to_do_about_an_al
     read = made(whole_run(checks=standing("over", "within"), best_checkpoint=10))
     parts = ["ALARM", "law is over its budget since step 20", " budget ", "against step 0", "What to do", "The reasons"]
     assert sorted(parts, key=read.text.index) == parts
-    assert "Go back to OUTPUT_DIR/checkpoint-10, the best on disk; start again if it is over a budget too." in read.text
+    assert "Go back to OUTPUT_DIR/checkpoint-10, the best on disk." in read.text
     assert "--run-dir OUTPUT_DIR" in read.text
     assert "What to do" not in made(whole_run(checks=(check(10),))).text
 

@@ -172,7 +172,7 @@ def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() 
 @pytest.mark.parametrize(
     ("max_overhead", "told"),
     [
-        (0.01, "; max_overhead=0.01 pays for none before the last one."),  # 60 planned steps pay for 0.06 checks
+        (0.01, "; max_overhead=0.01 pays for no check before the last one."),  # 60 planned steps pay for 0.06 checks
         (0.2, "; max_overhead=0.2 pays for 1 check before the last one."),
         (0.5, "; max_overhead=0.5 pays for 3 checks before the last one."),
         (1.0, "."),
@@ -185,6 +185,18 @@ def test_a_rehearsal_says_how_many_checks_the_training_pays_for(max_overhead: fl
 
 def test_a_long_training_pays_for_all_checks() -> None:
     assert "10 steps of training." in " ".join(told_rehearsal(max_overhead=0.2, steps_planned=500).split())
+
+
+@pytest.mark.parametrize(("low", "is_told"), [(0.01, True), (0.0, False), (-0.01, False)])
+def test_training_that_harms_its_own_data_is_told(low: float, is_told: bool) -> None:
+    train = domain_drift("train", nll_change=estimate(0.25, low, 0.5))
+    check = dataclasses.replace(harmed(), train=train)
+    record = forecast(domain_forecast("law"))
+    told = "The training data itself has got worse: the learning rate is too high to learn."
+    before = rehearsal_view(rehearsal(check), GO, record, GO, POLICY.budgets, colour=False)
+    policy_writes = dataclasses.replace(check, output_drift=estimate(0.1, 0.0, 0.2))
+    assert (told in " ".join(during(check).split())) == (told in " ".join(before.split())) == is_told
+    assert told not in " ".join(during(policy_writes).split())  # a policy's own rollouts are no aim of training
 
 
 def test_at_the_last_check_the_end_is_no_longer_expected() -> None:
@@ -226,9 +238,7 @@ def test_an_alarm_says_what_happened_since_when_and_what_to_do_once() -> None:
     )
     assert first.startswith("STS step 10: ALARM, law is over its budget\n")
     assert "\nlaw: token accuracy 46.0% to 44.0%.\n" in first
-    assert "Go back to runs/first/checkpoint-5, the best on disk; start again if it is over a budget too." in " ".join(
-        first.split()
-    )
+    assert "Go back to runs/first/checkpoint-5, the best on disk." in " ".join(first.split())
     assert second.startswith("STS step 20: ALARM, law is over its budget since step 10\n")
     assert "What to do" not in second  # it was said when the alarm began
 
@@ -240,7 +250,7 @@ def test_the_commands_of_an_alarm_can_be_typed() -> None:
     assert [command.run.__module__.rpartition(".")[2] for command in commands] == ["blame", "rehearse"]
     assert commands[0].run_dir == Path("runs/my run") and commands[0].protect == ["law"]
     assert commands[1].learning_rate == [0.0002, 0.0007]
-    assert "No checkpoint on disk is from an earlier check" in " ".join(text.split())  # there is none on disk
+    assert "No checkpoint of an earlier check keeps the budgets" in " ".join(text.split())  # there is none on disk
 
 
 def test_an_alarm_that_another_domain_joins_says_again_what_to_do() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -317,3 +318,24 @@ def test_settings_come_back_with_the_versions_that_are_installed(log: RunDirecto
         assert log.read_looks() == Looks(40, 6)
         assert (settings.check_on, settings.action) == ("6", named)
         assert {"python", "sts-callback", "torch"} <= set(settings.versions)
+
+
+@pytest.mark.parametrize(
+    ("shares", "best"),
+    [
+        ({10: 0.5, 20: 0.25, 30: 0.75}, 20),
+        ({10: 0.5, 20: 0.5}, 20),  # the latest of equal ones
+        ({10: 0.5, 20: -3.0}, 20),  # better than before training
+        ({10: 1.0, 20: 31.6}, 0),  # none keeps the budgets
+        ({10: math.nan, 20: 0.5, 40: 0.0}, 20),  # unknown, and not on disk
+        ({}, 0),
+    ],
+)
+def test_the_checkpoint_to_go_back_to_is_on_disk_and_keeps_the_budgets(
+    shares: dict[int, float], best: int, tmp_path: Path
+) -> None:
+    for step in (10, 20, 30):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").touch()
+    assert RunDirectory(tmp_path / "sts", anew=True).best_checkpoint(shares) == best

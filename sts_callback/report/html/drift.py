@@ -93,8 +93,8 @@ def overlap_section(story: ReportData) -> Html:
     lines.append(charts.Line(list(zip(drift.steps, hit, strict=True)), "second"))
     superseded = (
         say(
-            f"From step {drift.superseded_at} on the training data itself has really moved, so that the features which did take "
-            "the place of the forecast's."
+            f"From step {drift.superseded_at} on the training data itself has moved for sure. From there the features that "
+            "training has moved count, in place of those that were forecast."
         )
         if drift.superseded_at
         else join()

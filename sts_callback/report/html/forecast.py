@@ -87,7 +87,7 @@ def _pictures(story: ReportData, forecast: Forecast) -> Html:
         _panel(
             "Does it get worse? NLL change in context",
             "How much more the right answers surprise the model with the training examples in front than with plain prose, in "
-            "nats a token. Further right fares worse than others; the side of 0 is no sure sign."
+            "nats a token. The further right, the worse a domain fares beside the others. Being left of 0 is no promise."
             + (" Dashed: the budget." if budgets else ""),
             rows,
             by_context,

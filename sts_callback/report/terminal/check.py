@@ -64,7 +64,15 @@ def beside_lines(snapshot: DriftSnapshot, verdict: Verdict, budgets: Mapping[str
             told.append(f"{name}: {found}.")
     if snapshot.diverged:
         told.append(f"Training has diverged: the model gives NaN or infinite numbers on {', '.join(snapshot.diverged)}.")
+    told += worse_on_its_own_data(snapshot)
     text = snapshot.output_drift
     if not math.isnan(text.value):
         told.append(f"What the policy writes has moved by {text.value:.1%} [{text.low:.1%}, {text.high:.1%}].")
     return wrapped(told)
+
+
+def worse_on_its_own_data(snapshot: DriftSnapshot) -> list[str]:
+    """That training harms what it trains on; of a policy's own rollouts, which are no aim of training, nothing is said."""
+    is_policy = not math.isnan(snapshot.output_drift.value)
+    is_worse = snapshot.train.nll_change.low > 0 and not is_policy
+    return ["The training data itself has got worse: the learning rate is too high to learn."] if is_worse else []

@@ -12,6 +12,7 @@ from sts_callback.records import Forecast, Verdict
 from sts_callback.records.rehearsal import Rehearsal, Trial, Trials
 from sts_callback.report import formatting
 from sts_callback.report.summary import of_rehearsal
+from sts_callback.report.terminal.check import worse_on_its_own_data
 from sts_callback.report.terminal.forecast import doubts
 from sts_callback.report.terminal.text import FINDING_COLOURS, new_table, rendered, wrapped
 from sts_callback.report.terminal.verdict import advice_lines, open_reasons, summary_parts, verdict_line
@@ -47,6 +48,7 @@ def rehearsal_view(
     if own.check.has_sae:
         moved = len(own.check.realised_features)
         beside.append(f"The forecast named {own.check.n_shared} of the {moved} features that these steps moved most.")
+    beside += worse_on_its_own_data(own.check)
     return rendered(
         [
             verdict_line("STS rehearsal", verdict),
