@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Axolotl's own command, `axolotl train`: LoRA and sample packing on a CPU, with and without the callback. It asks for Python 3.12.
+# Axolotl's own command, `axolotl train`: LoRA and sample packing on a CPU, with and without the callback. It asks for Python 3.12 or newer.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 environment torch==2.14.1 axolotl==0.21.0
 workplace
+export DO_NOT_TRACK=1
 
 cat >sts_plugin.py <<'PYTHON'
 from axolotl.integrations.base import BasePlugin
@@ -25,6 +26,10 @@ adapter: lora
 lora_r: 4
 lora_alpha: 8
 lora_target_linear: true
+lora_mlp_kernel: false # on by default, this and the next three need a GPU
+lora_qkv_kernel: false
+lora_o_kernel: false
+lora_embedding_kernel: false
 sample_packing: true
 sequence_len: 256
 micro_batch_size: 2

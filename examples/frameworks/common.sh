@@ -9,7 +9,8 @@ export HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" TOKENIZERS_PARALLELISM=false
 environment() { # what to install beside this repository
     if [ ! -x "$place/venv/bin/sts-callback" ]; then
         "${PYTHON:-python3}" -m venv "$place/venv"
-        "$place/venv/bin/pip" install -q "$@" "$here/../.."
+        "$place/venv/bin/pip" install -q uv # pip's own resolver did not come to an end over Axolotl and this package
+        "$place/venv/bin/uv" pip install -q --python "$place/venv" "$@" "$here/../.."
     fi
     export PATH="$place/venv/bin:$PATH"
 }
