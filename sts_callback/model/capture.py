@@ -147,6 +147,7 @@ class Capture:
         self._head = None if head is None else Head(model, head)
         self._n_piece = piece_size(model)
         self._takes_selection = _takes_selection(model)
+        self._cache_argument = _cache_argument(model)
 
     @property
     def device(self) -> torch.device:
@@ -305,7 +306,7 @@ class Capture:
         arguments: dict[str, Any] = {
             "input_ids": inputs.ids,
             "attention_mask": inputs.mask,
-            "past_key_values": inputs.cache,
+            self._cache_argument: inputs.cache,
             "use_cache": inputs.cache is not None,
         }
         if self._takes_selection and not self.splits_head:
@@ -388,3 +389,9 @@ def _has_parameter(node: Any) -> bool:
 def _takes_selection(model: nn.Module) -> bool:
     """Whether the language model can compute logits at chosen positions only, whatever wraps it."""
     return any("logits_to_keep" in inspect.signature(type(module).forward).parameters for module in model.modules())
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """Name of the argument that takes the cache: `past_key_values` was renamed in transformers 5.24."""
+    names = (inspect.signature(type(module).forward).parameters for module in model.modules())
+    return next((name for taken in names for name in ("cache", "past_key_values") if name in taken), "past_key_values")

@@ -65,7 +65,9 @@ def random_state_kept() -> Iterator[None]:
 
 def _device_in_use() -> Any:
     """What torch knows of the accelerator that has been used by now, if any: asking one for its state would start it."""
-    kind = torch.accelerator.current_accelerator()
+    kind = None
+    with contextlib.suppress(RuntimeError):  # torch 2.6 raises it where there is no accelerator; later versions return None
+        kind = torch.accelerator.current_accelerator()
     device = None if kind is None else torch.get_device_module(kind)
     return device if device is not None and getattr(device, "is_initialized", lambda: True)() else None
 

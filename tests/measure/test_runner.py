@@ -929,7 +929,8 @@ def test_token_that_is_a_sink_in_one_context_only_is_masked_in_all() -> None:
         return torch.where(first[..., None], output * 100, output)
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        zero_shot[0] = kwargs["past_key_values"].get_seq_length() == len(BOS)
+        cache = kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"]  # by transformers' version
+        zero_shot[0] = cache.get_seq_length() == len(BOS)
 
     zero_shot = [False]
     model.register_forward_pre_hook(look, with_kwargs=True)

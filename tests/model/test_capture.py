@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sts_callback.model.capture import Capture, Prefix
+from sts_callback.model.capture import Capture, Prefix, _cache_argument
 from sts_callback.model.head import whole_logits
 from sts_callback.model.hooks import find_layers, resolve
 from sts_callback.model.sharding import is_sharded, may_differ
@@ -758,3 +758,23 @@ def test_model_that_its_user_compiled_is_read_without_compiling() -> None:
     assert_rows_are_true("llama", found.activations[POST], LONG)
     with pytest.raises(Exception, match="compiled a graph"):  # the user's stance is back
         model(input_ids=torch.tensor([LONG]))
+
+
+def test_a_forward_that_calls_its_cache_cache_gets_it_by_that_name() -> None:
+    class Renamed(nn.Module):
+        def forward(self, input_ids: torch.Tensor, cache: Any = None) -> None: ...
+
+    class Usual(nn.Module):
+        def forward(self, input_ids: torch.Tensor, past_key_values: Any = None) -> None: ...
+
+    assert _cache_argument(nn.Sequential(Renamed())) == "cache"
+    assert _cache_argument(nn.Sequential(Usual(), Renamed())) == "past_key_values"
+
+
+def test_without_an_accelerator_torch_may_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_is_there() -> torch.device:
+        raise RuntimeError("Cannot access accelerator device when none is available.")  # as torch 2.6 does
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", none_is_there)
+    with undisturbed(tiny_model()):
+        assert not torch.is_grad_enabled()
