@@ -30,7 +30,7 @@ pytestmark = [
 def seen() -> dict[str, Any]:
     """What `on_pretended.py` tells; it names a backend, for good in its process."""
     tests = SCRIPT.parents[1]
-    paths = os.pathsep.join([str(tests), str(tests.parent)])
+    paths = os.pathsep.join([str(tests), str(tests.parent), str(tests.parent / "examples")])
     made = subprocess.run(
         [sys.executable, "-W", "ignore", str(SCRIPT)],  # warnings of libraries, which other tests do not ignore
         capture_output=True,

@@ -9,7 +9,6 @@ Importing this module names torch's spare backend for the rest of the process: o
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from watched import FROM, MOVES, TO, source_line
+
 NAME = "pretended"
-_HERE = "sts_callback/"
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -45,7 +45,6 @@ backend_registration._setup_privateuseone_for_python_backend(
 # Calls whose result, or its size, the host must read.
 _READ = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_consecutive", "is_nonzero"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-_MOVES = {"_to_copy", "copy_"}
 
 
 class MixedDevices(RuntimeError):  # noqa: N818  # says what, in the words of a reader
@@ -112,7 +111,7 @@ class Pretended(TorchDispatchMode):
         if not ours and (asked is None or torch.device(asked).type != NAME):
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
-        if name in _MOVES:
+        if name in MOVES:
             to_device = isinstance(args[0], OnDevice) if name == "copy_" else asked is None or torch.device(asked).type == NAME
             source = args[1] if name == "copy_" else args[0]
             wait_not = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
@@ -147,36 +146,23 @@ class Pretended(TorchDispatchMode):
         if name in _INDEXING:
             for index in (i for i in args[1] if isinstance(i, torch.Tensor)):
                 if isinstance(index, OnDevice) and not isinstance(args[0], OnDevice):
-                    raise MixedDevices(f"{name}: a CPU tensor is indexed by one on the device, {_where()}")
+                    raise MixedDevices(f"{name}: a CPU tensor is indexed by one on the device, {source_line()}")
                 fills = name.startswith("index_put") and args[2].dim() == 0  # becomes a fill by a mask
                 if isinstance(index, OnDevice) and index.dtype == torch.bool and not fills:
                     self._wait("booleans as an index")
                 if not isinstance(index, OnDevice) and isinstance(args[0], OnDevice):
                     self._move(index, to_device=True, waited=True)
             if len(args) > 2 and args[2].dim() and isinstance(args[0], OnDevice) != isinstance(args[2], OnDevice):
-                raise MixedDevices(f"{name}: values and tensor are in two places, {_where()}")
+                raise MixedDevices(f"{name}: values and tensor are in two places, {source_line()}")
         elif on_device and any(isinstance(x, torch.Tensor) and x.dim() and not isinstance(x, OnDevice) for x in flat):
-            raise MixedDevices(f"{name}: tensors on the CPU and on the device, {_where()}")
+            raise MixedDevices(f"{name}: tensors on the CPU and on the device, {source_line()}")
 
     def _move(self, x: torch.Tensor, *, to_device: bool, waited: bool) -> None:
         if x.numel() and isinstance(x, OnDevice) != to_device:
-            way = "to the device" if to_device else "from the device"
-            self.copied[f"{_where()} {way}"] += x.numel() * x.element_size()
+            way = TO if to_device else FROM
+            self.copied[f"{source_line()} {way}"] += x.numel() * x.element_size()
             if waited:
                 self._wait(f"copy {way}")
 
     def _wait(self, reason: str) -> None:
-        self.waits[f"{_where()} {reason}"] += 1
-
-
-def _where() -> str:
-    """The innermost line of the package, and that of transformers or SAELens if it was on the way."""
-    frame, inside = sys._getframe(2), ""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if any(f"/{other}/" in file for other in ("transformers", "sae_lens")) and not inside:
-            inside = f" in {file.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        if _HERE in file and "site-packages" not in file:
-            return f"{file.rsplit(_HERE, 1)[-1]}:{frame.f_lineno}{inside}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "elsewhere" + inside
+        self.waits[f"{source_line()} {reason}"] += 1
