@@ -39,7 +39,7 @@ test-lowest:  ## run some of the tests on the lowest versions of transformers an
 	.venv-lowest/bin/pip install -q -c tests/lowest.txt -e '.[dev]'
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "versions and not slow" -k "not ($(NEWER))" $(ARGS)
 
-bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 1 3" for some settings
+bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 1 3" for some settings, ARGS="--device cuda" on a GPU
 	$(BIN)/python examples/benchmark.py $(ARGS)
 
 check: $(INSTALLED)  ## check format, lint and types, then test

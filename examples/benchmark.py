@@ -2,6 +2,7 @@
 
     python examples/benchmark.py               all cells and a check (40 minutes on two cores), each way in a process of its own
     python examples/benchmark.py --only 1 3    the first cell and the third, beside what was measured before; 0 is the check
+    python examples/benchmark.py --device cuda another question, on a GPU: see benchmark_device.py
 
 Three ways to find the features that a context shifts, two thirds up a model, with SAEs of random weights of several widths:
 
@@ -87,8 +88,8 @@ def status(field: str) -> float:
 def measured(way: str, cell: dict[str, Any]) -> dict[str, Any]:
     """Run one way in this process."""
     import torch
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
+    from random_weights import random_sae, usual_norm
     from sts_callback.config import ProbeConfig
     from sts_callback.data.probes import ProbeSet, Query
     from sts_callback.measure.runner import ProbeRunner
@@ -103,23 +104,7 @@ def measured(way: str, cell: dict[str, Any]) -> dict[str, Any]:
     d_in, d_sae, hook_name = model.config.hidden_size, cell["d_sae"], f"blocks.{layer}.hook_resid_post"
     found: list[torch.Tensor] = []
     block = model.model.layers[layer]
-    handle = block.register_forward_hook(lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out))
-    with torch.no_grad():
-        model(input_ids=torch.arange(1000, 1020)[None], use_cache=False)  # pages the weights in
-    usual = float(found.pop()[0, 1:].norm(dim=1).median())
-    handle.remove()
-    torch.manual_seed(0)
-    passed = usual * float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - 50 / d_sae))) / d_in**0.5
-    if cell["kind"] == "topk":
-        sae: Any = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=50))
-    elif cell["kind"] == "relu":
-        sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae))
-        sae.b_enc.data.fill_(-passed)  # about 50 features of a token of usual norm pass
-    else:
-        sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae))
-        sae.threshold.data.fill_(passed)
-    sae.W_enc.data = torch.randn(d_in, d_sae) / d_in**0.5
-    sae.cfg.metadata.hook_name = hook_name
+    sae = random_sae(cell["kind"], d_in, d_sae, hook_name, usual_norm(model, layer))
     encoder = load_encoder(sae, "random", layer + 1)
     del sae
     draw = torch.Generator().manual_seed(1)
@@ -266,6 +251,11 @@ def cell_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    if any(argument.startswith("--device") for argument in sys.argv[1:]):
+        import benchmark_device
+
+        benchmark_device.main(sys.argv[1:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", choices=range(len(CELLS) + 1), metavar="N", help="cells, from 1; 0: check")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
