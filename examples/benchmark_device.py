@@ -40,10 +40,10 @@ HERE = Path(__file__).parent
 COLUMNS = ("model", "d_sae", "sets", "queries", "tokens")
 DEFAULT = (15, 32, 150)  # sets, queries of each, tokens of a query and of an answer: what `benchmark_pages` reckons with on paper
 QUICK = ("tiny", 512, 3, 8, 40)
-NO_BOS = "tiny, no BOS"  # nothing stands before a query then, which some models' masks are made otherwise for
+NO_BOS = "tiny, no BOS"  # nothing stands before a query then, for which transformers makes masks in another way
 CELLS = {
     "cuda": [(model, d_sae, *DEFAULT) for model in ("gemma", "1B", "8B") for d_sae in (16384, 65536)],
-    "pretended": [("tiny", 16384, 3, 32, 150), (NO_BOS, 16384, 3, 32, 150)],
+    "pretended": [("tiny", 4096, 3, 32, 150), (NO_BOS, 512, 2, 32, 150)],
     "cpu": [QUICK],
 }
 
@@ -195,6 +195,17 @@ def gemm_tflops(device: str) -> float:
     return 2 * n**3 / median_seconds(lambda: a @ b, device, n=20) / 1e12
 
 
+def child(what: str, device: str) -> dict[str, Any]:
+    """What a process of its own measures: a cell, or whether training stays the same."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.current_device()  # raises where there is none: a trainer would take the CPU
+    from benchmark_device_training import identity
+
+    return identity(device) if what == "identity" else measured(json.loads(what), device)
+
+
 def in_child(what: str, device: str) -> dict[str, Any]:
     run = subprocess.run(
         [sys.executable, __file__, "--device", device, "--child", what], capture_output=True, text=True, check=False
@@ -218,7 +229,9 @@ def measure(cells: list[tuple[Any, ...]], device: str, file: Path) -> None:
         ours["cells"] = [*(other for other in ours["cells"] if any(other[key] != cell[key] for key in COLUMNS)), row]
         file.write_text(json.dumps(results, indent=1) + "\n")
     if device != "pretended":  # there, no trainer trains
-        results[name]["identity"] = found = in_child("identity", device)
+        found = in_child("identity", device)
+        found.pop("name", None)
+        results[name]["identity"] = found
         print(json.dumps(found), flush=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -234,13 +247,7 @@ def main(argv: list[str]) -> None:
     if args.device == "cuda":
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one card: with several, a trainer would spread the rows
     if args.child:
-        from benchmark_device_training import identity
-
-        what, device = args.child, args.device
-        if what == "identity":
-            print(json.dumps(or_failure(lambda: identity(device))))
-        else:
-            print(json.dumps({"name": name_of(device), **or_failure(lambda: measured(json.loads(what), device))}))
+        print(json.dumps({"name": name_of(args.device), **or_failure(lambda: child(args.child, args.device))}))
         return
     file = args.out / "benchmark_device.json"
     if not args.pages:

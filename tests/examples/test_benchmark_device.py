@@ -136,6 +136,19 @@ def test_committed_counts_are_whole() -> None:
             assert n_bytes(row[part], TO) > 0 < n_bytes(row[part], FROM)
 
 
+def test_docs_tell_these_counts() -> None:
+    told = " ".join(page("docs/how-it-was-validated.md").split())
+    row = RESULTS["pretended"]["cells"][0]
+    check, forecast = row["check"], row["forecast"]
+    each = [f"{n_waits(part) / part['forwards']:.1f}" for part in (check, forecast)]
+    assert f"A check waits {each[0]} times a forward and a forecast {each[1]} times" in told
+    sent, back = n_bytes(check, TO), n_bytes(check, FROM)
+    assert f"copies {sent / 1e6:.1f} MB to the device, {sent / row['check_tokens']:.0f} bytes for each token it reads" in told
+    assert f"It copies {back / 1e6:.1f} MB back" in told
+    of_step_0 = sum(n for place, n in check["copied"].items() if place.startswith(("measure/accumulators", "metrics/sums")))
+    assert of_step_0 - back > sent / 2  # that is most
+
+
 @pytest.mark.slow
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     run("--device", "cpu", "--quick", "--out", str(tmp_path))
