@@ -40,7 +40,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             ),
         ]
     for name, found in results.items():
-        lines += ["", f"## {name}"]
+        lines += ["", "## The pretended device" if found["device"] == "pretended" else f"## {name}"]
         if found["device"] != "pretended":
             lines += ["", *speed(name, found)]
         if found["device"] != "cpu":
