@@ -22,7 +22,7 @@ FLOORS = (
     {"measure"},
     {"policy"},
     {"data", "model", "power", "records"},
-    {"metrics", "config", "distributed", "versions"},
+    {"metrics", "config", "distributed", "progress", "versions"},
     {"errors"},
 )
 """From top to bottom: a room imports from floors below its own, never from a room beside it."""

@@ -187,13 +187,14 @@ def test_what_was_hardly_seen_of_the_layer_qualifies_what_is_said_of_movement_al
     assert "drift unknown: no weight at or below the layer that is read is trained" in stays.reason
 
 
-@pytest.mark.parametrize(("sae_error_share", "is_told"), [(0.5, False), (0.5 + BARELY, True), (1.0, True), (NAN, False)])
-def test_what_the_sae_can_not_express_is_told_and_changes_no_verdict(sae_error_share: float, is_told: bool) -> None:
+@pytest.mark.parametrize(("sae_error_share", "told"), [(0.5, ""), (0.5 + BARELY, "50%"), (0.75, "75%"), (1.0, "all"), (NAN, "")])
+def test_what_the_sae_can_not_express_is_told_and_changes_no_verdict(sae_error_share: float, told: str) -> None:
     harmless = judged_forecast(sts_net=1.0, sae_error_share=sae_error_share, **IN_CONTEXT["no harm"])
     kept = judged_check(relative_drift=0.5, sae_error_share=sae_error_share, **NO_HARM)
     assert (harmless.decision, kept.decision) == ("go", "go")
     for reason in (harmless.reasons["law"], kept.reason):
-        assert (f", {sae_error_share:.0%} of it outside the SAE)" in reason) == is_told
+        assert ("outside the SAE" in reason) == bool(told)
+        assert not told or f", {told} of it outside the SAE)" in reason
 
 
 @pytest.mark.parametrize(("answer", "decision"), [("harm", "no-go"), ("unsure", "cannot tell")])

@@ -67,8 +67,6 @@ def main(argv: Sequence[str]) -> int:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between two lines of progress in a log
     from sts_callback.versions import require_versions  # here: --help does without what it imports
 
     try:

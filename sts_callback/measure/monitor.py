@@ -47,6 +47,7 @@ from sts_callback.model.hooks import find_layers, max_positions, model_name, voc
 from sts_callback.model.sae import SaeSource, require_saes
 from sts_callback.model.sharding import is_sharded
 from sts_callback.model.undisturbed import undisturbed
+from sts_callback.progress import progress_bar
 from sts_callback.records import TRAIN, UNKNOWN, Check, DomainForecast, DriftSnapshot, Estimate, Forecast, TopActivatingExamples
 
 if TYPE_CHECKING:
@@ -427,7 +428,7 @@ class Monitor:
         return sum(len(s.queries) for s in self._sets)
 
     def _bar(self, title: str, total: int) -> tqdm[Any]:
-        return tqdm(total=total, desc=title, unit="query", leave=False, disable=not self._progress)
+        return progress_bar(title, total, "query", is_shown=self._progress)
 
 
 class _Clock:

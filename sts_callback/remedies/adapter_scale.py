@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from sts_callback.config import PlainBudget, PolicyConfig, ProbeConfig, require_protected
 from sts_callback.data.chat import text_tokenizer
@@ -32,6 +31,7 @@ from sts_callback.model.hooks import max_positions, model_name, vocab_size
 from sts_callback.model.sae import SaeSource
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.policy import judge_budget
+from sts_callback.progress import progress_bar
 from sts_callback.records.remedies import AdapterScales, ScaledDomain, ScalePoint, gravest
 
 if TYPE_CHECKING:
@@ -73,8 +73,12 @@ def dial(
     require_possible(budgets, scales)
     knob = AdapterScaler(model, tokenizer, sae=sae, domains=domains, budgets=budgets, config=config)
     wanted = sorted(set(scales))
-    points = tuple(knob.at(scale) for scale in tqdm(wanted, "Scales", unit="scale", leave=False, disable=not progress))
-    return AdapterScales(knob.identity, points, time.monotonic() - started)
+    with progress_bar("Scales", len(wanted), "scale", is_shown=progress) as bar:
+        points = []
+        for scale in wanted:
+            points.append(knob.at(scale))
+            bar.update()
+    return AdapterScales(knob.identity, tuple(points), time.monotonic() - started)
 
 
 def require_possible(budgets: Mapping[str, PlainBudget], scales: Sequence[float]) -> None:

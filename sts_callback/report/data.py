@@ -189,10 +189,9 @@ def build(logged: Logged, output_dir: Path = Path("OUTPUT_DIR")) -> ReportData:
 
 def _advice(logged: Logged, output_dir: Path) -> list[Advice]:
     verdict = logged.verdict
-    if verdict is None or verdict.decision != "no-go":
+    if verdict is None:
         return []
-    best, rate = logged.best_checkpoint, logged.learning_rate
-    return advice_on(verdict.threatened, output_dir, best, rate, verdict.step, has_sae=logged.has_sae)
+    return advice_on(verdict, output_dir, logged.best_checkpoint, logged.learning_rate, has_sae=logged.has_sae)
 
 
 def _budgets(logged: Logged) -> dict[str, PlainBudget]:

@@ -123,8 +123,8 @@ def _cost_of_checks(rehearsal: Rehearsal, max_overhead: float) -> str:
     told, n_paid = f" A check takes as long as {cost:.2g} steps of training", int(max_overhead * rehearsal.steps_planned / cost)
     if max_overhead >= 1 or n_paid >= _MANY_CHECKS:
         return f"{told}."
-    paid = "no check" if n_paid == 0 else counted(n_paid, "check")
-    return f"{told}; max_overhead={max_overhead:g} pays for {paid} before the last one."
+    left = "no time for a check" if n_paid == 0 else f"time for {counted(n_paid, 'check')}"
+    return f"{told}; max_overhead={max_overhead:g} leaves {left} before the last one."
 
 
 def of_check(
@@ -144,7 +144,7 @@ def of_check(
         next_step: of the next planned check; 0 if none is known.
 
     """
-    following = f" Next check: step {next_step}." if next_step else ""
+    following = f" Next planned check: step {next_step}." if next_step else ""
     basis = f"By {_queries(snapshot.domains.values())}, against step 0; {seconds(snapshot.seconds)}.{following}"
     legend = _CHANGE + (" Expected: by the rehearsal." if expected else "")
     title = _AT_THE_END if next_step else "was expected"

@@ -19,12 +19,12 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import distributed
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 
 from sts_callback.data.reader import is_sequence
 from sts_callback.distributed import Ranks
 from sts_callback.errors import StsError
 from sts_callback.model.sharding import is_sharded
+from sts_callback.progress import progress_bar
 from sts_callback.records import DriftSnapshot
 from sts_callback.records.rehearsal import TENFOLD, Dose, Rehearsal
 from sts_callback.training.fence import put_back
@@ -142,7 +142,7 @@ def _rehearsed(
         multiples.append(min(TENFOLD, rate_sum / (N_STEPS * peaks[0])))
     doses: list[Dose] = []
     n_steps = N_STEPS * len(multiples)
-    bar = tqdm(total=n_steps, desc="Rehearsal", unit="step", leave=False, disable=not progress)
+    bar = progress_bar("Rehearsal", n_steps, "step", is_shown=progress)
     with _fenced_steps(trainer, loader, ranks, n_steps) as steps, bar:
 
         def take_up_to(n_steps: int) -> None:

@@ -23,6 +23,7 @@ from sts_callback.errors import CannotTell
 from sts_callback.measure.monitor import Monitor
 from sts_callback.policy import judge_rehearsal
 from sts_callback.power import require_power
+from sts_callback.progress import progress_bar
 from sts_callback.records import DriftSnapshot, Forecast
 from sts_callback.records.rehearsal import Rehearsal, Trial, Trials
 from sts_callback.remedies.mixture import apportioned
@@ -122,18 +123,17 @@ def try_out(
         monitor = made_monitor(tuned)
         require_power({name: len(s.queries) for name, s in monitor.domains.items()}, policy, n_looks=1)
         forecast, started, found = monitor.forecast(), time.monotonic(), list[Trial]()
-        bar = tqdm(total=len(mixtures) * len(rates), desc="Rehearsals", unit="rate", leave=False, disable=not progress)
-        with bar:
+        with progress_bar("Rehearsals", len(mixtures) * len(rates), "rate", is_shown=progress) as rehearsals:
             for mixture, some in zip(mixtures, drawn, strict=True):
                 # The same adapter for all: each rehearsal puts it back.
                 trainer = first if some is drawn[0] else sft_trainer(args, None, tuned, tokenizer, some)
-                for one in _rehearsals(trainer, rates, monitor.check, bar):
+                for one in _rehearsals(trainer, rates, monitor.check, rehearsals):
                     found.append(Trial(one.doses[0].learning_rate, dict(mixture.replay), one, judge_rehearsal(one, policy)))
     return forecast, Trials(forecast.identity, setup.name, tuple(found), dict(policy.budgets), time.monotonic() - started)
 
 
 def _rehearsals(
-    trainer: Trainer, rates: Sequence[float], check: Callable[[int], DriftSnapshot], bar: tqdm[Any]
+    trainer: Trainer, rates: Sequence[float], check: Callable[[int], DriftSnapshot], rehearsals: tqdm[Any]
 ) -> list[Rehearsal]:
     """One at each rate, where training would begin; the trainer is left there."""
     found: list[Rehearsal] = []
@@ -142,7 +142,7 @@ def _rehearsals(
         def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
             for rate in rates:
                 found.append(rehearse_at(trainer, kwargs["train_dataloader"], check, rate))
-                bar.update()
+                rehearsals.update()
             raise _Stop
 
     trainer.add_callback(BeforeStep1())

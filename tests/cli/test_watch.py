@@ -54,8 +54,9 @@ def test_an_alarm_is_shown_first_then_the_table_what_to_do_and_the_state(
     flat = " ".join(rest)
     assert "over 0.10" in flat and "within 0.20" in flat
     assert "What to do:" in flat and "--run-dir out" in flat
-    assert "No end of training is recorded; next check: step 30; 1 check skipped for their time; 2 failures of ours" in " ".join(
-        flat.split()
+    assert (
+        "No end of training is recorded; next planned check: step 30; 1 check skipped for their time; 2 failures of ours"
+        in " ".join(flat.split())
     )
 
 
@@ -68,7 +69,7 @@ def test_before_the_first_check_the_rehearsal_or_the_forecast_is_shown(
     folder_of(tmp_path / "two", whole_run(settings=LONG, checks=(), postponed=(), **alone))
     code, text = shown(tmp_path / "two", capsys)
     assert (code, text.splitlines()[0]) == (GO, "STS forecast: GO, no sign of harm to law and code before training")
-    assert "next check: step 1" in text
+    assert "next planned check: step 1" in text
 
 
 def test_an_alarm_that_has_ended_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

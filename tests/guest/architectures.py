@@ -16,7 +16,7 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from sts_callback import Monitor, ProbeConfig  # noqa: E402
 from sts_callback.errors import StsError  # noqa: E402
 from sts_callback.model.capture import Capture  # noqa: E402
+from sts_callback.model.head import whole_logits  # noqa: E402
 from sts_callback.model.hooks import find_layers, resolve, text_config  # noqa: E402
 from sts_callback.model.undisturbed import undisturbed  # noqa: E402
 from tiny import rotated_sae, rows, tiny_tokenizer  # noqa: E402
@@ -162,15 +163,15 @@ def plain(model: nn.Module, tokens: tuple[int, ...], n_skip: int) -> tuple[torch
     try:
         with torch.enable_grad():
             logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, n_skip:]
-            (gradient,) = torch.autograd.grad(loss(logits).sum(), kept[-1])
+            (gradient,) = torch.autograd.grad(loss([logits]).sum(), kept[-1])
     finally:
         handle.remove()
     return kept[-1][0, n_skip:].detach(), gradient[0, n_skip:], logits.detach()
 
 
-def loss(logits: torch.Tensor, places: slice = slice(None)) -> torch.Tensor:
+def loss(columns: Iterable[torch.Tensor], places: slice = slice(None)) -> torch.Tensor:
     """NLL of one token everywhere."""
-    return -logits.float().log_softmax(dim=-1)[:, 5]
+    return -whole_logits(columns, places).float().log_softmax(dim=-1)[:, 5]
 
 
 def found(model: nn.Module, tokens: list[tuple[int, ...]], context: tuple[int, ...], not_right: Collection[str]) -> list[Any]:

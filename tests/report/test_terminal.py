@@ -338,7 +338,7 @@ def test_blame_shows_rows_where_they_fire_and_says_what_that_means() -> None:
         "2000 of 2000000 rows were read",
         r"3 were cut\.",
         "not a proof",
-        "To leave out: 1 rows",
+        "To leave out: 1 row,",
     ):
         assert re.search(part, flat)
 

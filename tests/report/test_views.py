@@ -172,9 +172,9 @@ def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() 
 @pytest.mark.parametrize(
     ("max_overhead", "told"),
     [
-        (0.01, "; max_overhead=0.01 pays for no check before the last one."),  # 60 planned steps pay for 0.06 checks
-        (0.2, "; max_overhead=0.2 pays for 1 check before the last one."),
-        (0.5, "; max_overhead=0.5 pays for 3 checks before the last one."),
+        (0.01, "; max_overhead=0.01 leaves no time for a check before the last one."),  # 60 planned steps pay for 0.06 checks
+        (0.2, "; max_overhead=0.2 leaves time for 1 check before the last one."),
+        (0.5, "; max_overhead=0.5 leaves time for 3 checks before the last one."),
         (1.0, "."),
     ],
 )
@@ -261,8 +261,8 @@ def test_an_alarm_that_another_domain_joins_says_again_what_to_do() -> None:
 
 
 def test_a_check_says_when_the_next_one_comes() -> None:
-    assert "Next check: step 50." in during(harmed(0.0), next_step=50)
-    assert "Next check" not in during(harmed(0.0))
+    assert "Next planned check: step 50." in during(harmed(0.0), next_step=50)
+    assert "Next planned check" not in during(harmed(0.0))
 
 
 def test_a_check_shows_the_worst_first_the_training_data_last_and_few_that_nobody_protects() -> None:
@@ -306,7 +306,8 @@ def test_colour_shows_only_on_a_terminal_that_wants_it_and_changes_no_text(monke
     assert before(record, colour=None) == plain
 
 
-def test_advice_has_the_file_of_a_domain_of_ones_own_alone() -> None:
-    for one in advice_on(["law", "bikes"], Path("run"), 0, 1e-3, step=0, has_sae=True):
-        given = parser().parse_args([*one.command[1:]])
-        assert (given.domain, given.protect) == (["bikes=FILE"], ["law", "bikes"])
+def test_advice_has_the_file_of_a_domain_of_ones_own_alone_and_a_new_rate_must_suit_all() -> None:
+    verdict = Verdict("no-go", ("bikes", "law"), {"bikes": "over", "law": "over", "code": "within"}, 0)
+    blame, rehearse = (parser().parse_args([*one.command[1:]]) for one in advice_on(verdict, Path("run"), 0, 1e-3, has_sae=True))
+    assert (blame.domain, blame.protect) == (["bikes=FILE"], ["bikes", "law"])
+    assert (rehearse.domain, rehearse.protect) == (["bikes=FILE"], ["bikes", "law", "code"])

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sts_callback.config import DIGITS, Budget
 from sts_callback.records.remedies import AdapterScales, Attribution, DomainAttribution, Mix
-from sts_callback.report.formatting import budget, too_few_rows
+from sts_callback.report.formatting import budget, counted, too_few_rows
 from sts_callback.report.terminal.text import FINDING_COLOURS, WIDTH, marked, new_table, rendered
 
 _BAR = 8  # characters that stand for twice a budget
@@ -43,7 +43,9 @@ def attribution_table(found: Attribution, *, colour: bool | None = None) -> str:
         notes.append(f"{found.n_cut} were cut.")
     notes.append(found.meaning)
     parts += [Text(line, style="dim") for line in textwrap.wrap(" ".join(notes), WIDTH - 2)]
-    parts.append(Text(f"To leave out: {len(found.left_out)} rows, a tenth of those read at most.", style="bold"))
+    n = len(found.left_out)
+    told = f"To leave out: {counted(n, 'row')}, a tenth of those read at most."
+    parts.append(Text(told if n else "No row stands out, so none is to be left out: try a lower rate.", style="bold"))
     return rendered(parts, colour)
 
 

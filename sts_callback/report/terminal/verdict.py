@@ -80,11 +80,9 @@ def reason_lines(reasons: Mapping[str, str]) -> list[Text]:
 
 def advice_lines(verdict: Verdict, output_dir: Path, learning_rate: float = math.nan, *, has_sae: bool) -> list[Text]:
     """What to do about a no-go or an alarm; nothing about other verdicts."""
-    if verdict.decision != "no-go":
-        return []
-    lines = [Text("What to do:", style="bold")]
-    best, step = verdict.best_checkpoint, verdict.step
-    for one in advice_on(verdict.threatened, output_dir, best, learning_rate, step, has_sae=has_sae):
+    advice = advice_on(verdict, output_dir, verdict.best_checkpoint, learning_rate, has_sae=has_sae)
+    lines = [Text("What to do:", style="bold")] if advice else []
+    for one in advice:
         lines += [Text("  " + line) for line in textwrap.wrap(one.what, WIDTH - 2, break_long_words=False)]
         if one.command:
             words = " ".join(part.replace(" ", _KEPT) for part in one.parts)

@@ -63,7 +63,7 @@ def _state(logged: Logged, silent_s: float) -> str:
         parts.append(f"Training has ended at step {logged.ended_at or step}")
     else:
         following = next_check(logged)
-        parts.append("No end of training is recorded" + (f"; next check: step {following}" if following else ""))
+        parts.append("No end of training is recorded" + (f"; next planned check: step {following}" if following else ""))
         if math.isfinite(silent_s):
             parts.append(f"last written {seconds(silent_s)} ago")
     if logged.postponed:

@@ -1,0 +1,25 @@
+"""Progress of long work: a bar that goes when the work is done, or in a log a line now and then, which stays."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+_SECONDS_IN_A_LOG = 30.0  # between two lines
+
+
+def progress_bar(title: str, total: int, unit: str, *, is_shown: bool) -> tqdm[Any]:
+    """Make one, on standard error.
+
+    Args:
+        title: what is being done.
+        total: how many units there are.
+        unit: of what is counted.
+        is_shown: whether anything is.
+
+    """
+    in_log = not sys.stderr.isatty()
+    least, most = (_SECONDS_IN_A_LOG, _SECONDS_IN_A_LOG) if in_log else (0.1, 10.0)  # tqdm's own in a terminal
+    return tqdm(total=total, desc=title, unit=unit, leave=in_log, disable=not is_shown, mininterval=least, maxinterval=most)

@@ -1,0 +1,30 @@
+"""Bars of long work: gone from a terminal when it is done, a line that stays in a log, nothing where none is wanted."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from sts_callback.progress import progress_bar
+
+
+class Stderr(io.StringIO):
+    def __init__(self, *, is_terminal: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: is_terminal  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("is_terminal", "is_shown", "stays"), [(True, True, False), (False, True, True), (False, False, False)])
+def test_what_is_left_of_a_bar(is_terminal: bool, is_shown: bool, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Stderr(is_terminal=is_terminal)
+    monkeypatch.setattr("sys.stderr", stderr)
+    with progress_bar("Forecast", 3, "query", is_shown=is_shown) as bar:
+        for _ in range(3):
+            bar.update()
+    written = stderr.getvalue()
+    assert ("Forecast" in written) == is_shown
+    last = written.rpartition("\r")[2]
+    assert ("Forecast: 100%" in last and last.endswith("\n")) == stays
+    if is_terminal:
+        assert last.strip() == ""  # blanked
