@@ -139,7 +139,7 @@ def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]
 
 
 def _told(title: str, command: str, done: subprocess.CompletedProcess[str], most: int = MOST_LINES) -> list[str]:
-    noise = ("Warning", "warnings.warn", "it/s]", "examples/s]")  # of other libraries
+    noise = ("Warning", "warnings.warn", "%|")  # of other libraries, and bars
     lines = [*done.stdout.splitlines(), *(s for s in done.stderr.splitlines() if s and not any(one in s for one in noise))]
     if len(lines) > most:
         lines = [*lines[:most], f"... and {len(lines) - most} lines more"]
