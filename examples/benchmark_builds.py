@@ -101,7 +101,7 @@ def compared(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, 
     first, last = old[0], new[0]
     rows["same_of_100"] = len(set(first["features"]) & set(last["features"]))
     rows["largest_difference"] = {
-        "scores": max(abs(last["scores"][d][s] - value) for d, found in first["scores"].items() for s, value in found.items()),
+        **{s: max(abs(last["scores"][d][s] - found[s]) for d, found in first["scores"].items()) for s in SCORES},
         **{key: max(abs(last[key][d] - value) for d, value in first[key].items()) for key in ("nll_changes", "drifts")},
     }
     return rows
