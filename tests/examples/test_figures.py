@@ -235,3 +235,12 @@ def test_the_second_model() -> None:
     named = [check["n_shared"] for check in with_sae["checks"].values()]
     assert f"{min(named)} to {max(named)} of the 100 that training moved most" in TOLD
     assert [check["verdict"]["decision"] for check in with_sae["checks"].values()] == ["go", "go", "go", "cannot tell", "go"]
+
+
+def test_the_build_before() -> None:
+    told = found("benchmark_builds")["sizes"]["demo"]
+    ratio = {key: told[key]["new / old"] for key in ("forecast_s", "check_s", "forecast_mib")}
+    assert f"A forecast takes {ratio['forecast_s']:.2f} of the time, a check {ratio['check_s']:.2f}." in TOLD
+    assert f"peak memory is {ratio['forecast_mib']:.2f} of what it was" in TOLD
+    assert f"(before: {told['check_mib']['old']:.0f} MiB)" in TOLD
+    assert f"the same {told['same_of_100']} of 100 features" in TOLD

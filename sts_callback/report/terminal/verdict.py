@@ -83,7 +83,9 @@ def advice_lines(verdict: Verdict, output_dir: Path, learning_rate: float = math
     advice = advice_on(verdict, output_dir, verdict.best_checkpoint, learning_rate, has_sae=has_sae)
     lines = [Text("What to do:", style="bold")] if advice else []
     for one in advice:
-        lines += [Text("  " + line) for line in textwrap.wrap(one.what, WIDTH - 2, break_long_words=False)]
+        lines += [
+            Text("  " + line) for line in textwrap.wrap(one.what, WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+        ]
         if one.command:
             words = " ".join(part.replace(" ", _KEPT) for part in one.parts)
             typed = textwrap.wrap(words, WIDTH - 10, break_long_words=False, break_on_hyphens=False)
