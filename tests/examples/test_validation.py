@@ -376,4 +376,4 @@ def test_what_is_told_with_a_forecast_is_what_came_out() -> None:
     assert float(rival) >= float(value) and "raw, without an SAE, did as well" in WHAT_HOLDS
     assert f"harm by how they then fared ({fared}, {worst} to {best})" in WHAT_HOLDS
     assert f"training harmed {float(gentle):.0f}% at a gentle rate and {float(harsh):.0f}% at a harsh one" in WHAT_HOLDS
-    assert f"the direction of {sign}% of clear changes, always saying worse that of {majority}%" in WHAT_HOLDS
+    assert f"the right direction for {sign}% of clear changes; always guessing worse gives {majority}%" in WHAT_HOLDS
