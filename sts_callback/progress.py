@@ -20,6 +20,9 @@ def progress_bar(title: str, total: int, unit: str, *, is_shown: bool) -> tqdm[A
         is_shown: whether anything is.
 
     """
-    in_log = not sys.stderr.isatty()
+    stderr = sys.stderr
+    is_open = not getattr(stderr, "closed", stderr is None)
+    in_log = is_open and not stderr.isatty()
     least, most = (_SECONDS_IN_A_LOG, _SECONDS_IN_A_LOG) if in_log else (0.1, 10.0)  # tqdm's own in a terminal
-    return tqdm(total=total, desc=title, unit=unit, leave=in_log, disable=not is_shown, mininterval=least, maxinterval=most)
+    hidden = not (is_shown and is_open)
+    return tqdm(total=total, desc=title, unit=unit, leave=in_log, disable=hidden, mininterval=least, maxinterval=most)

@@ -28,3 +28,12 @@ def test_what_is_left_of_a_bar(is_terminal: bool, is_shown: bool, stays: bool, m
     assert ("Forecast: 100%" in last and last.endswith("\n")) == stays
     if is_terminal:
         assert last.strip() == ""  # blanked
+
+
+def test_without_standard_error_nothing_is_shown_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stderr in (None, closed):
+        monkeypatch.setattr("sys.stderr", stderr)
+        with progress_bar("Forecast", 1, "query", is_shown=True) as bar:
+            bar.update()
