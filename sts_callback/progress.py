@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 _SECONDS_IN_A_LOG = 30.0  # between two lines
+_IN_NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)  # whose standard error is no terminal either
 
 
 def progress_bar(title: str, total: int, unit: str, *, is_shown: bool) -> tqdm[Any]:
@@ -22,7 +23,7 @@ def progress_bar(title: str, total: int, unit: str, *, is_shown: bool) -> tqdm[A
     """
     stderr = sys.stderr
     is_open = not getattr(stderr, "closed", stderr is None)
-    in_log = is_open and not stderr.isatty()
+    in_log = is_open and not _IN_NOTEBOOK and not stderr.isatty()
     least, most = (_SECONDS_IN_A_LOG, _SECONDS_IN_A_LOG) if in_log else (0.1, 10.0)  # tqdm's own in a terminal
     hidden = not (is_shown and is_open)
     return tqdm(total=total, desc=title, unit=unit, leave=in_log, disable=hidden, mininterval=least, maxinterval=most)

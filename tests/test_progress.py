@@ -30,6 +30,13 @@ def test_what_is_left_of_a_bar(is_terminal: bool, is_shown: bool, stays: bool, m
         assert last.strip() == ""  # blanked
 
 
+def test_in_a_notebook_a_bar_goes_as_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", Stderr(is_terminal=False))
+    monkeypatch.setattr("sts_callback.progress._IN_NOTEBOOK", True)
+    with progress_bar("Forecast", 3, "query", is_shown=True) as bar:
+        assert (bar.leave, bar.mininterval) == (False, 0.1)
+
+
 def test_without_standard_error_nothing_is_shown_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
