@@ -398,7 +398,7 @@ class Verdict(Record):
     before there were parts."""
     best_checkpoint: int = 0
     """Of a check, the step of that checkpoint on disk from before it at which the domain worst off by its budget was best off; 0
-    if none is known."""
+    if none is known that keeps all budgets."""
 
     def _repr_html_(self) -> str:
         """For a notebook."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from rich.text import Text
 
 from sts_callback.data.counts import RowsRead, most_frequent
-from sts_callback.report.terminal.text import WIDTH, new_table, rendered
+from sts_callback.report.terminal.text import new_table, rendered, wrapped
+
+_INDENT = "  "
 
 
 def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
@@ -21,17 +22,17 @@ def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
         "read: until there are enough; of several turns, the first is the answer.\n"
         "cut: prompts or answers longer than max_tokens."
     )
-    return rendered([table, Text(legend, style="dim"), *_doubts(reads), Text("")], colour)
+    return rendered([table, Text(legend, style="dim"), *wrapped(_doubts(reads), "yellow", _INDENT), Text("")], colour)
 
 
 def rows_doubts(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
     """Show what was cut, the reasons for rows left out, and notes, without the table; empty if there are none."""
     cut = [f"{one.n_cut} of {one.n_used} rows of {one.name}" for one in reads if one.n_cut]
     lines = [f"cut to max_tokens: {', '.join(cut)}"] if cut else []
-    return rendered([*_wrapped(lines), *_doubts(reads)], colour)
+    return rendered([*wrapped([*lines, *_doubts(reads)], "yellow", _INDENT)], colour)
 
 
-def _doubts(reads: Sequence[RowsRead]) -> list[Text]:
+def _doubts(reads: Sequence[RowsRead]) -> list[str]:
     lines, noted = list[str](), dict[str, list[str]]()
     for one in reads:
         lines += [f"{one.name}: {n:,} left out: {reason}" for reason, n in most_frequent(one.left_out)]
@@ -39,9 +40,4 @@ def _doubts(reads: Sequence[RowsRead]) -> list[Text]:
             lines.append(f"{one.name}: columns not read: {', '.join(one.unread)}")
         for note in one.notes:
             noted.setdefault(note, []).append(one.name)
-    return _wrapped([*lines, *(f"{', '.join(names)}: {note}" for note, names in noted.items())])
-
-
-def _wrapped(lines: Sequence[str]) -> list[Text]:
-    wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
-    return [Text(part, style="yellow") for line in lines for part in wrap.wrap(line)]
+    return [*lines, *(f"{', '.join(names)}: {note}" for note, names in noted.items())]

@@ -39,9 +39,9 @@ def marked(head: str, snippet: Snippet, n_before: int) -> Text:
     return line
 
 
-def wrapped(told: Iterable[str], style: str = "") -> list[Text]:
+def wrapped(told: Iterable[str], style: str = "", indent: str = "") -> list[Text]:
     """Sentences as lines, further ones of each further in."""
-    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent="  ")
+    wrap = textwrap.TextWrapper(WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
     return [Text(line, style=style) for text in told for line in wrap.wrap(text)]
 
 
