@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sts_callback.data.probes import Candidates, Query, answer_positions, batches, candidate_rows
+from sts_callback.data.batches import Candidates, answer_positions, batches, candidate_rows
+from sts_callback.data.probes import Query
 from sts_callback.measure.accumulators import ZERO_SHOT, DriftStats, DriftSums, ProbeStats, ProbeSums
 from sts_callback.measure.sae_reader import SAEReader
 from sts_callback.model.capture import Capture

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sts_callback.data.probes import Query, answer_positions
+from sts_callback.data.batches import answer_positions
+from sts_callback.data.probes import Query
 
 
 def tune(

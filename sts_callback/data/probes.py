@@ -7,27 +7,24 @@ token. The user's tokenizer is never altered: it gets one text at a time and nei
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
-import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from sts_callback.config import TRAIN, ProbeConfig
 from sts_callback.data.chat import ChatTemplate
 from sts_callback.data.counts import RowsRead, told
 from sts_callback.data.pairs import Pair, Row, TextPair
 from sts_callback.data.reader import STREAM_ROWS, Example, RowReader, StreamSample
-from sts_callback.data.tokens import added_bytes, bos_tokens, pair_ids, text_ids, without_bos
+from sts_callback.data.tokens import added_bytes, bos_tokens, n_common, pair_ids, special_ids, text_ids, without_bos
 from sts_callback.errors import DataError
-from sts_callback.metrics.copies import sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +126,7 @@ def make_probe_set(
         why = f" Left out of {reader.n_read} rows read: {told(reader.left_out)}." if reader.left_out else ""
         raise DataError(f"{field}: {len(examples)} {needed}{why}")
     encode = _Encoder(tokenizer, config.max_tokens)
-    encoded = [encode(example.pair) for example in examples]
+    encoded = _without_opening([encode(e.pair) for e in examples], config.max_tokens, special_ids(tokenizer))
     separator = text_ids("\n\n", tokenizer)
     n_queries = min(config.n_queries, len(encoded) - n_demonstrations)
     asked = [i for i, (query, _) in enumerate(encoded) if any(query.counts)][:n_queries]
@@ -164,14 +161,34 @@ def make_probe_set(
             "asked as plain text in it, which may not be the form that the model knows"
         )
     queries = [encoded[i][0] for i in asked]
+    drawn: list[object] = [asked, shown, config.max_tokens]
+    if not all(all(q.counts) for q in queries):
+        drawn.append("marks and openings left out")  # earlier versions counted most of them
     return ProbeSet(
         name,
         tuple(replace(q, answer_bytes=added_bytes(q.query, q.answer, tokenizer)) for q in queries),
         tuple(tuple(token for i in one for token in (*encoded[i][0].tokens, *separator)) for one in shown),
         n_cut,
-        _written(examples, [asked, shown, config.max_tokens], tokenizer),
+        _written(examples, drawn, tokenizer),
         RowsRead(name, len(rows), reader.n_read, len(examples), n_cut, dict(reader.left_out), reader.unread, tuple(notes)),
     )
+
+
+def _without_opening(encoded: list[tuple[Query, bool]], max_tokens: int, special: frozenset[int]) -> list[tuple[Query, bool]]:
+    """Let what a chat template puts before all prompts count for none of them: it says nothing of any.
+
+    In models without BOS its first tokens are attention sinks too.
+    """
+    prompts = [query.query for query, _ in encoded if len(query.query) < max_tokens]  # the others may have lost their beginning
+    opening = functools.reduce(lambda one, other: one[: n_common(one, other)], prompts) if prompts else ()
+    if special.isdisjoint(opening) or opening in prompts:
+        return encoded
+
+    def without(query: Query) -> Query:
+        n = len(opening) if query.query[: len(opening)] == opening else 0
+        return replace(query, counts=(False,) * n + query.counts[n:])
+
+    return [(without(query), cut) for query, cut in encoded]
 
 
 def _written(examples: Sequence[Example], drawn: object, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -212,7 +229,7 @@ def make_completion_set(
 
     """
     examples = RowReader(tokenizer, field).examples(enumerate(rows))
-    special, encode = set(tokenizer.all_special_ids), _Encoder(tokenizer, config.max_tokens)
+    special, encode = special_ids(tokenizer), _Encoder(tokenizer, config.max_tokens)
     encoded = [encode(example.pair)[0] for example in itertools.islice(examples, min(config.n_queries, sys.maxsize))]
     counts = [(False,) * len(q.query) + tuple(token not in special for token in q.answer) for q in encoded]
     return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
@@ -237,7 +254,7 @@ def make_row_set(
         DataError: if no row holds text.
 
     """
-    special, encode = set(tokenizer.all_special_ids), _Encoder(tokenizer, config.max_tokens)
+    special, encode = special_ids(tokenizer), _Encoder(tokenizer, config.max_tokens)
     reader = RowReader(tokenizer, field)
     texts: list[Query] = []
     numbers: list[int] = []
@@ -312,7 +329,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
-        self._bos, self._special = bos_tokens(tokenizer), set(tokenizer.all_special_ids)
+        self._bos, self._special = bos_tokens(tokenizer), special_ids(tokenizer)
 
     def __call__(self, pair: Pair, *, with_rest: bool = False) -> tuple[Query, bool]:
         """Tokenise a pair and tell whether it was cut. The rest of the conversation is included if asked for."""
@@ -328,86 +345,3 @@ class _Encoder:
         cut = len(prompt) > most or len(answer) > most
         prompt, answer = prompt[-most:], answer[:most]  # the question is at the end of a prompt
         return Query(prompt, answer, tuple(token not in self._special for token in prompt)), cut
-
-
-def segments(probes: ProbeSet, batch_tokens: int) -> Iterator[range]:
-    """Split a set into runs of queries with about one batch for each group, so that memory does not grow with the set."""
-    start, n_tokens = 0, 0
-    for i, query in enumerate(probes.queries):
-        n_tokens += len(query.tokens)
-        if i > start and n_tokens > batch_tokens * len(probes.demo_sets):
-            yield range(start, i)
-            start, n_tokens = i, len(query.tokens)
-    yield range(start, len(probes.queries))
-
-
-def batches(
-    queries: Sequence[Query], members: Sequence[int], batch_tokens: int, vocab_size: int | None, n_prefix: int
-) -> Iterator[list[int]]:
-    """Sort queries into batches of similar length, the same ones every time.
-
-    A batch is full at `batch_tokens` padded tokens, or at 16 times as many keys, with those of the prefix, to which every row
-    attends. Where the model makes logits whole, it is also full at those that fit into 256 MiB of float32: if one row needs the
-    logits at a position, they are computed for every row.
-
-    Args:
-        queries: the queries of a set.
-        members: indices of the queries to batch.
-        batch_tokens: see `ProbeConfig`.
-        vocab_size: number of tokens of the model, if it makes logits whole; else None.
-        n_prefix: number of tokens before each query.
-
-    """
-    most_logits, most_keys = math.inf if vocab_size is None else 2**28 // (4 * vocab_size), 16 * batch_tokens
-    order = sorted(members, key=lambda i: (len(queries[i].tokens), i))
-    batch: list[int] = []
-    for i in order:
-        n_rows, length = len(batch) + 1, len(queries[i].tokens)
-        places = length - min(len(queries[j].query) for j in (*batch, i))
-        full = n_rows * length > batch_tokens or n_rows * (n_prefix + length) > most_keys or n_rows * places > most_logits
-        if batch and full:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-class Candidates:
-    """Where each query's candidate tokens are when all queries form one long row."""
-
-    def __init__(self, queries: Sequence[Query]) -> None:
-        n = torch.tensor([sum(q.counts) for q in queries])
-        self.owner = torch.repeat_interleave(torch.arange(len(queries)), n)
-        """The query of each candidate token, `(n_candidates,)`."""
-        self._ends = n.cumsum(0)
-        self._starts = self._ends - n
-
-    def of(self, batch: Sequence[int]) -> torch.Tensor:
-        """Positions of the tokens of some queries, in the order in which a batch returns them."""
-        return torch.cat([torch.arange(int(self._starts[i]), int(self._ends[i])) for i in batch])
-
-
-def candidate_rows(acts: torch.Tensor, queries: Sequence[Query]) -> torch.Tensor:
-    """Select the tokens that count from a batch of queries.
-
-    Args:
-        acts: `(n_rows, n_suffix, d)`, right-padded.
-        queries: the query of each row.
-
-    Returns:
-        `(n_candidates, d)`, query by query.
-
-    """
-    rows = torch.tensor([row for row, q in enumerate(queries) for counts in q.counts if counts])
-    columns = torch.tensor([column for q in queries for column, counts in enumerate(q.counts) if counts])
-    places = sent(torch.stack([rows, columns]), acts.device)
-    return acts[places[0], places[1]]
-
-
-def answer_positions(queries: Sequence[Query]) -> torch.Tensor:
-    """Mark the positions whose logits predict an answer token, `(n_rows, n_suffix)`: position p predicts token p + 1."""
-    select = torch.zeros(len(queries), max(len(q.tokens) for q in queries), dtype=torch.bool)
-    for row, q in enumerate(queries):
-        select[row, len(q.query) - 1 : len(q.tokens) - 1] = True
-    return select

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sts_callback.data.chat import ChatTemplate
 from sts_callback.data.formats import FORMATS, Words, in_words, is_empty, reference
 from sts_callback.data.pairs import NoExampleError, Pair, Row, TextPair
-from sts_callback.data.tokens import aligned, bos_tokens, preference_pair, token_pairs
+from sts_callback.data.tokens import aligned, bos_tokens, preference_pair, special_ids, token_pairs
 from sts_callback.errors import DataError
 
 if TYPE_CHECKING:
@@ -235,6 +235,10 @@ class RowReader:
         return bos_tokens(self._tokenizer)
 
     @cached_property
+    def _special(self) -> frozenset[int]:
+        return special_ids(self._tokenizer)
+
+    @cached_property
     def _template(self) -> ChatTemplate:
         return ChatTemplate(self._tokenizer)
 
@@ -251,7 +255,7 @@ class RowReader:
             self._read_columns |= words.columns
             return [Example(_told(self._rendered(words)), words.written(as_chat=self._as_chat))]
         self._read_columns |= _OF_TRAINERS
-        pairs = token_pairs(row, self._tokenizer, self._bos) if "input_ids" in row else [preference_pair(row)]
+        pairs = token_pairs(row, self._tokenizer, self._bos, self._special) if "input_ids" in row else [preference_pair(row)]
         said = self._in_words(row)
         if said is None or len(pairs) > 1:
             return [Example(_told(pair), json.dumps([pair.prompt, pair.answer])) for pair in pairs]
@@ -259,7 +263,7 @@ class RowReader:
         (pair,) = pairs
         is_untold = pair.answer is None or ("prompt_ids" not in row and "input_ids" not in row)  # a reward trainer has two
         if is_untold:
-            pair = aligned(pair.prompt + (pair.answer or ()), text, self._tokenizer, self._bos) or pair
+            pair = aligned(pair.prompt + (pair.answer or ()), text, self._tokenizer, self._bos, self._special) or pair
         return [Example(_told(pair), words.written(as_chat=False))]
 
     def _in_words(self, row: dict[str, Any]) -> tuple[Words, TextPair] | None:

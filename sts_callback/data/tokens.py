@@ -45,6 +45,15 @@ def bos_tokens(tokenizer: PreTrainedTokenizerBase) -> Ids:
     return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), ())
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that stand for no text.
+
+    Beside BOS, EOS and padding these are the marks of a chat template, which many tokenizers keep among their added tokens only.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids).union(i for i, token in added.items() if token.special)
+
+
 def without_bos(ids: Ids, bos: Ids) -> Ids:
     """Remove the tokens that the tokenizer puts before a text."""
     return ids[len(bos) :] if ids[: len(bos)] == bos else ids
@@ -80,20 +89,20 @@ def n_common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def token_pairs(row: Row, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> list[TokenPair]:
+def token_pairs(row: Row, tokenizer: PreTrainedTokenizerBase, bos: Ids, special: frozenset[int]) -> list[TokenPair]:
     """The examples in a row of `input_ids`, without padding. A packed row holds several. The first answer trained on counts.
 
     Args:
         row: its columns as plain lists.
         tokenizer: the user's; not altered.
         bos: see `bos_tokens`.
+        special: see `special_ids`.
 
     Raises:
         NoExampleError: if no token is trained on.
         DataError: if a column does not hold token ids.
 
     """
-    special = set(tokenizer.all_special_ids)
     found = [_pair(ids, trained, bos, special) for ids, trained in _texts(row, tokenizer)]
     pairs = [pair for pair in found if pair is not None]
     if not pairs:
@@ -118,7 +127,9 @@ def preference_pair(row: Row) -> TokenPair:
     return TokenPair(_ids(row, "prompt_ids"), _ids(row, "chosen_ids") or _ids(row, "completion_ids"))
 
 
-def aligned(whole: Ids, pair: TextPair, tokenizer: PreTrainedTokenizerBase, bos: Ids) -> TokenPair | None:
+def aligned(
+    whole: Ids, pair: TextPair, tokenizer: PreTrainedTokenizerBase, bos: Ids, special: frozenset[int]
+) -> TokenPair | None:
     """Split a tokenised row into prompt and answer by the text of the row. None if the tokens are not those of the text.
 
     Args:
@@ -126,12 +137,13 @@ def aligned(whole: Ids, pair: TextPair, tokenizer: PreTrainedTokenizerBase, bos:
         pair: the row's prompt and answer.
         tokenizer: the user's; not altered.
         bos: see `bos_tokens`.
+        special: see `special_ids`.
 
     """
     prompt, answer, rest = pair_ids(pair, tokenizer)
     if not answer:
         return None
-    ids, prompt, special = without_bos(whole, bos), without_bos(prompt, bos), set(tokenizer.all_special_ids)
+    ids, prompt = without_bos(whole, bos), without_bos(prompt, bos)
     read = (*prompt, *answer)
     if n_common(ids, read) == min(len(ids), len(read)) and len(ids) > len(prompt):
         start, end = len(prompt), len(read)
@@ -148,14 +160,14 @@ def aligned(whole: Ids, pair: TextPair, tokenizer: PreTrainedTokenizerBase, bos:
     return TokenPair(ids[:start], ids[start:end], ids[end:])
 
 
-def _stripped(ids: Ids, special: set[int]) -> Ids:
+def _stripped(ids: Ids, special: frozenset[int]) -> Ids:
     end = len(ids)
     while end and ids[end - 1] in special:
         end -= 1
     return ids[:end]
 
 
-def _pair(ids: Ids, trained: Sequence[bool] | None, bos: Ids, special: set[int]) -> TokenPair | None:
+def _pair(ids: Ids, trained: Sequence[bool] | None, bos: Ids, special: frozenset[int]) -> TokenPair | None:
     """The first answer trained on and what comes before it. A text trained on from its beginning is one running text."""
     spans, at = [], 0
     for is_trained, group in groupby([True] * len(ids) if trained is None else trained):

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from sts_callback.config import ProbeConfig
-from sts_callback.data.probes import Candidates, ProbeSet, Query, answer_positions, batches, candidate_rows, segments
+from sts_callback.data.batches import Candidates, answer_positions, batches, candidate_rows, segments
+from sts_callback.data.probes import ProbeSet, Query
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError, SaeError
 from sts_callback.measure.accumulators import (

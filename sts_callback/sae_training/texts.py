@@ -12,7 +12,7 @@ from sts_callback.data.counts import RowsRead, told
 from sts_callback.data.pairs import Pair, Row, TextPair
 from sts_callback.data.probes import make_row_set, uses_chat_template
 from sts_callback.data.reader import RowReader
-from sts_callback.data.tokens import bos_tokens, pair_ids, without_bos
+from sts_callback.data.tokens import bos_tokens, pair_ids, special_ids, without_bos
 from sts_callback.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def read_pieces(sources: Mapping[str, Sequence[Row]], tokenizer: PreTrainedToken
         tuple(training),
         tuple(held_out),
         bos_tokens(tokenizer),
-        frozenset(tokenizer.all_special_ids),
+        special_ids(tokenizer),
         tuple(source.read for source in drawn.values()),
     )
 

@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sts_callback.config import ProbeConfig
-from sts_callback.data.probes import ProbeSet, Query, batches, bos_tokens, check_lengths, filler_tokens, make_probe_set, segments
+from sts_callback.data.batches import batches, segments
+from sts_callback.data.probes import ProbeSet, Query, check_lengths, filler_tokens, make_probe_set
+from sts_callback.data.tokens import bos_tokens
 from sts_callback.errors import DataError
 from tiny import bos_tokenizer, rows, tiny_tokenizer
 
@@ -120,6 +122,43 @@ def test_special_tokens_do_not_count() -> None:
         assert [token for token, counts in zip(q.query, q.counts, strict=True) if not counts] == [EOS, BOS, PAD]
         assert not any(counts and token in SPECIAL for token, counts in zip(q.query, q.counts, strict=True))
         assert q.answer[-1] == EOS  # an answer keeps its end: training learns it
+
+
+def added_mark_tokenizer() -> PreTrainedTokenizerFast:
+    """A chat template whose marks are special, but stand among the added tokens only, as in Llama 3 and Qwen."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens(["<|turn|>"])
+    tokenizer.chat_template = "<|turn|>be kind{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}{{ '<|turn|>' }}"
+    return tokenizer
+
+
+def uncounted(q: Query) -> str:
+    return str(added_mark_tokenizer().decode([token for token, counts in zip(q.query, q.counts, strict=True) if not counts]))
+
+
+def chats(texts: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "so"}]} for text in texts]
+
+
+def test_what_a_chat_template_puts_first_and_its_marks_do_not_count() -> None:
+    probes = made(chats([f"{i} cats" for i in range(6)]), tokenizer=added_mark_tokenizer())
+    assert {uncounted(q) for q in probes.queries} == {"<|turn|>be kind<|turn|>" + "<|turn|>"}
+
+
+def test_a_prompt_that_lost_its_beginning_counts_whole() -> None:
+    texts = [*(f"{i} cats" for i in range(6)), "x" * 40]
+    probes = made(chats(texts), replace(CONFIG, max_tokens=30), tokenizer=added_mark_tokenizer(), n_demonstrations=1)
+    assert Counter(uncounted(q) for q in probes.queries) == {"<|turn|>be kind<|turn|><|turn|>": 5, "<|turn|>": 1}
+
+
+def test_prompts_that_are_all_alike_count() -> None:
+    probes = made(chats(["cats"] * 6), tokenizer=added_mark_tokenizer())
+    assert {uncounted(q) for q in probes.queries} == {"<|turn|>" * 3}
+
+
+def test_what_plain_prompts_have_in_common_counts() -> None:
+    probes = made([{"prompt": f"be kind to {i}", "completion": " so"} for i in range(6)])
+    assert all(all(q.counts) for q in probes.queries)
 
 
 @pytest.mark.parametrize(("n", "n_asked"), [(10, 5), (11, 6)])

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from sts_callback.data.probes import Query, answer_positions
+from sts_callback.data.batches import answer_positions
+from sts_callback.data.probes import Query
 from sts_callback.model.undisturbed import undisturbed
 from validation.lab import Lab, require_untuned
 from validation.plan import rounded
