@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from sts_callback.model.products import by_onednn
+
 # Settings by which a configuration asks every forward for more, and their values for ours: logits only.
 _LOGITS_ALONE = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False, "return_dict": True}
 
@@ -33,7 +35,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, _ in flags:
                 module.training = False
             torch.set_default_dtype(torch.float32)  # sums take no less, whatever the user's new tensors are
-            with _on_cpu(), _state_aside(model), _logits_alone(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with (
+                _on_cpu(),
+                by_onednn(),
+                _state_aside(model),
+                _logits_alone(model),
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+            ):
                 yield
         finally:
             for module, flag in flags:

@@ -1,0 +1,63 @@
+"""Float32 products on a CPU, by the library that makes them faster, if it makes them as exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_LEFT_TO_TORCH = ("none", "ieee")  # every other value is the user's own choice
+_MOST_ERROR = 1e-5  # float32 gives about 5e-7 at these sizes, bfloat16 2e-3
+
+
+@contextlib.contextmanager
+def by_onednn() -> Iterator[None]:
+    """Let oneDNN make the float32 products of a CPU, where it does so in float32. On exit torch's setting is as it was.
+
+    Torch leaves them to MKL, which keeps AMD's processors at half of their speed, unless rounding to bfloat16 is allowed. Then
+    oneDNN makes them, and it rounds nothing on processors without AMX. Whether this is one of them a few test products tell.
+    """
+    switch = _switch()
+    if switch is None or switch.fp32_precision not in _LEFT_TO_TORCH or not are_exact():
+        yield
+        return
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+@functools.cache
+def are_exact() -> bool:
+    """Whether products are made in float32 on this machine although torch allows their rounding to bfloat16."""
+    switch = _switch()
+    if switch is None:
+        return False
+    seeded = torch.Generator("cpu").manual_seed(0)
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        return all(_error(n, seeded) < _MOST_ERROR for n in (1, 16, 256))  # one row, some, and as many as a batch has
+    finally:
+        switch.fp32_precision = before
+
+
+def _switch() -> Any:
+    """What torch sets for the products that oneDNN makes; None in versions before 2.9, or without oneDNN."""
+    onednn: Any = torch.backends.mkldnn
+    return getattr(onednn, "matmul", None) if onednn.is_available() else None
+
+
+def _error(n: int, seeded: torch.Generator) -> float:
+    """Relative error of a product of `n` rows by all shapes of a forward and a backward: with a bias, and without."""
+    x, weight, bias = (
+        torch.randn(shape, generator=seeded, dtype=torch.float32, device="cpu") for shape in ((n, 512), (768, 512), (768,))
+    )
+    exact = x.double() @ weight.double().T
+    found = (x @ weight.T, (weight @ x.T).T, torch.nn.functional.linear(x, weight, bias) - bias)
+    return max(float((one.double() - exact).norm() / exact.norm()) for one in found)
