@@ -27,6 +27,7 @@ from sts_callback.runs.directory import RunDirectory
 from sts_callback.training import looks
 from sts_callback.training.arguments import Settings
 from sts_callback.training.checks import Checks, Run
+from sts_callback.training.given import given_to
 from sts_callback.training.guard import Errors, Guard, Sink
 from sts_callback.training.overhead import first_guess
 from sts_callback.training.recorder import RunRecorder
@@ -163,6 +164,7 @@ class Session:
     def _set_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline, or take up what was kept of them."""
         settings, model = self._settings, kwargs["model"]
+        self._recorder.given = given_to(settings, model, args, state, kwargs.get("optimizer"))
 
         def prepared(batch_tokens: int) -> Monitor:
             probes = dataclasses.replace(settings.probes, batch_tokens=batch_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
@@ -17,6 +18,7 @@ from sts_callback.cli import parser
 from sts_callback.config import PolicyConfig
 from sts_callback.policy import judge_drift, judge_forecast, judge_rehearsal
 from sts_callback.records import Check, DriftSnapshot, Estimate, Forecast, TokenAccuracy, Verdict
+from sts_callback.records.run import Given
 from sts_callback.report.advice import advice_on
 from sts_callback.report.headline import alarms_since
 from sts_callback.report.terminal.check import check_view
@@ -25,6 +27,9 @@ from sts_callback.report.terminal.rehearsal import not_rehearsed, rehearsal_view
 
 POLICY = PolicyConfig({"law": 0.1, "code": 0.1})
 NAN = float("nan")
+GIVEN = Given(
+    f"my models/base --x/{'long/' * 20}", "saes/layer 12", "it's.jsonl", {}, learning_rate=2e-3, steps=300, batch_size=4, lora_r=8
+)
 NAMES = ("code", "everyday", "law", "health", "translation")
 
 
@@ -94,7 +99,8 @@ def test_the_verdict_comes_first_then_one_narrow_table_of_at_most_six_columns(wh
     assert re.match(r"STS (forecast|rehearsal|step 20): (GO|NO-GO|ALARM|CANNOT TELL), ", first)
     assert sum(line.startswith("domain ") for line in rest) == 1
     assert len(titles(text)) <= 6
-    assert [line for line in text.splitlines() if len(line) > 80 and " " in line.strip()] == []
+    option = re.compile(r" +--[a-z-]+ \S+")  # of a command: it stays with its value, however long that is
+    assert [line for line in text.splitlines() if len(line) > 80 and not option.fullmatch(line)] == []
     numbers = re.findall(r"[-+]\d+\.\d+ \[", text)
     assert len(numbers) == len(set(numbers)) or what in ("wild numbers", "rehearsal")  # the table has them, and nothing else
 
@@ -231,7 +237,7 @@ def test_an_alarm_says_what_happened_since_when_and_what_to_do_once() -> None:
             POLICY.budgets,
             since=alarms_since(verdicts[:n]),
             output_dir=Path("runs/first"),
-            learning_rate=2e-3,
+            given=GIVEN,
             colour=False,
         )
         for n, (check, verdict) in enumerate(zip(checks, verdicts, strict=True), 1)
@@ -243,14 +249,41 @@ def test_an_alarm_says_what_happened_since_when_and_what_to_do_once() -> None:
     assert "What to do" not in second  # it was said when the alarm began
 
 
-def test_the_commands_of_an_alarm_can_be_typed() -> None:
-    text = during(harmed(), output_dir=Path("runs/my run"), learning_rate=2e-3)
-    typed = [line for line in text.replace(" \\\n", "").splitlines() if "sts-callback" in line]
-    commands = [parser().parse_args(shlex.split(line)[1:]) for line in typed]
-    assert [command.run.__module__.rpartition(".")[2] for command in commands] == ["blame", "rehearse"]
-    assert commands[0].run_dir == Path("runs/my run") and commands[0].protect == ["law"]
-    assert commands[1].learning_rate == [0.0002, 0.0007]
-    assert "No checkpoint of an earlier check keeps the budgets" in " ".join(text.split())  # there is none on disk
+def typed(text: str) -> list[argparse.Namespace]:
+    """The commands in a text, as the program reads them from a shell."""
+    lines = [line for line in text.replace(" \\\n", "").splitlines() if "sts-callback" in line]
+    return [parser().parse_args(shlex.split(line)[1:]) for line in lines]
+
+
+def test_the_commands_of_an_alarm_can_be_typed_as_they_stand() -> None:
+    text = during(harmed(), output_dir=Path("runs/my run"), given=GIVEN)
+    blame, rehearse = typed(text)
+    assert [command.run.__module__.rpartition(".")[2] for command in (blame, rehearse)] == ["blame", "rehearse"]
+    assert blame.run_dir == Path("runs/my run") and blame.protect == ["law"]
+    for command in (blame, rehearse):
+        assert (command.model, command.sae, command.train) == (GIVEN.model, GIVEN.sae, GIVEN.train)
+    assert rehearse.learning_rate == [0.0002, 0.0007]
+    assert (rehearse.lora_r, rehearse.full, rehearse.batch_size, rehearse.steps_planned) == (8, False, 4, 300)
+    flat = " ".join(text.split())
+    assert "Find a rate that keeps the budget: sts-callback rehearse" in flat and "Put for" not in flat
+    assert "No checkpoint of an earlier check keeps the budgets" in flat  # there is none on disk
+    *_, full = typed(during(harmed(), given=dataclasses.replace(GIVEN, lora_r=0)))
+    assert (full.lora_r, full.full) == (None, True)
+
+
+def test_what_is_not_known_of_a_run_is_left_open_and_one_line_says_what_to_put_there() -> None:
+    text = during(harmed(), given=Given())
+    assert [(one.model, one.sae, one.train) for one in typed(text.replace("RATE", "1e-3"))] == [("MODEL", "SAE", "FILE")] * 2
+    flat = " ".join(text.split())
+    assert "keeps the budget; add --lora-r, --batch-size and --steps-planned as in your run:" in flat
+    assert flat.count("Put for") == 1
+    assert flat.endswith(
+        "Put for MODEL the model's folder or hub id, for SAE the SAE's folder or name, for FILE rows as JSON lines "
+        "(Dataset.to_json writes them) and for RATE rates below the run's own."
+    )
+    assert "Put for FILE rows as JSON lines (Dataset.to_json writes them)." in " ".join(
+        during(harmed(), given=dataclasses.replace(GIVEN, train="")).split()
+    )
 
 
 def test_an_alarm_that_another_domain_joins_says_again_what_to_do() -> None:
@@ -308,6 +341,14 @@ def test_colour_shows_only_on_a_terminal_that_wants_it_and_changes_no_text(monke
 
 def test_advice_has_the_file_of_a_domain_of_ones_own_alone_and_a_new_rate_must_suit_all() -> None:
     verdict = Verdict("no-go", ("bikes", "law"), {"bikes": "over", "law": "over", "code": "within"}, 0)
-    blame, rehearse = (parser().parse_args([*one.command[1:]]) for one in advice_on(verdict, Path("run"), 0, 1e-3, has_sae=True))
-    assert (blame.domain, blame.protect) == (["bikes=FILE"], ["bikes", "law"])
-    assert (rehearse.domain, rehearse.protect) == (["bikes=FILE"], ["bikes", "law", "code"])
+
+    def domains(given: Given) -> list[list[str]]:
+        commands = [one.command[1:] for one in advice_on(verdict, Path("run"), 0, given, has_sae=True) if one.command]
+        blame, rehearse = map(parser().parse_args, commands)
+        assert (blame.protect, rehearse.protect) == (["bikes", "law"], ["bikes", "law", "code"])
+        return [blame.domain, rehearse.domain]
+
+    assert domains(GIVEN) == [["bikes=FILE"]] * 2
+    own = {"bikes": "my bikes.jsonl", "law": "", "code": "code.jsonl"}  # two of them in the place of shipped ones
+    found = ["bikes=my bikes.jsonl", "law=FILE"]
+    assert domains(dataclasses.replace(GIVEN, domains=own)) == [found, [*found, "code=code.jsonl"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sts_callback.records import Decision, Verdict, in_capitals
+from sts_callback.records.run import Given
 from sts_callback.report.advice import advice_on
 from sts_callback.report.formatting import counted
 from sts_callback.report.headline import sentence
@@ -78,9 +78,9 @@ def reason_lines(reasons: Mapping[str, str]) -> list[Text]:
     return wrapped(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def advice_lines(verdict: Verdict, output_dir: Path, learning_rate: float = math.nan, *, has_sae: bool) -> list[Text]:
+def advice_lines(verdict: Verdict, output_dir: Path, given: Given | None, *, has_sae: bool) -> list[Text]:
     """What to do about a no-go or an alarm; nothing about other verdicts."""
-    advice = advice_on(verdict, output_dir, verdict.best_checkpoint, learning_rate, has_sae=has_sae)
+    advice = advice_on(verdict, output_dir, verdict.best_checkpoint, given or Given(), has_sae=has_sae)
     lines = [Text("What to do:", style="bold")] if advice else []
     for one in advice:
         lines += [
@@ -89,5 +89,6 @@ def advice_lines(verdict: Verdict, output_dir: Path, learning_rate: float = math
         if one.command:
             words = " ".join(part.replace(" ", _KEPT) for part in one.parts)
             typed = textwrap.wrap(words, WIDTH - 10, break_long_words=False, break_on_hyphens=False)
-            lines.append(Text("    " + " \\\n      ".join(typed).replace(_KEPT, " ")))
+            shown = "    " + " \\\n      ".join(typed).replace(_KEPT, " ")
+            lines.append(Text(shown, no_wrap=True))  # also where a path is longer than a line
     return lines

@@ -40,7 +40,7 @@ def watch_view(logged: Logged, output_dir: Path, silent_s: float = math.nan, *, 
         parts += beside_lines(logged.checks[-1].snapshot, logged.checks[-1].verdict, budgets)
     if verdict is not None:
         parts += open_reasons(verdict)
-        parts += advice_lines(verdict, output_dir, logged.learning_rate, has_sae=logged.has_sae)
+        parts += advice_lines(verdict, output_dir, logged.given, has_sae=logged.has_sae)
     parts += wrapped(ended_notes(verdicts))
     parts += wrapped(logged.unreadable, "yellow")
     parts += wrapped(
