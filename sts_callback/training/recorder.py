@@ -115,7 +115,14 @@ class RunRecorder:
         self._directory.append_check(snapshot, verdict, time)
 
     def show_check(
-        self, snapshot: DriftSnapshot, verdict: Verdict, rehearsal: Rehearsal | None, since: Mapping[str, int], next_step: int
+        self,
+        snapshot: DriftSnapshot,
+        verdict: Verdict,
+        rehearsal: Rehearsal | None,
+        since: Mapping[str, int],
+        next_step: int,
+        *,
+        is_first: bool,
     ) -> None:
         """Print a check.
 
@@ -125,6 +132,7 @@ class RunRecorder:
             rehearsal: of the run, if any.
             since: of alarms that stand, the steps of the checks that began them.
             next_step: of the next planned check; 0 if none is left.
+            is_first: whether no check was made before.
 
         """
         shown = check_view(
@@ -132,6 +140,7 @@ class RunRecorder:
             verdict,
             self._settings.policy.budgets,
             since=since,
+            is_first=is_first,
             expected=rehearsal.expected if rehearsal else {},
             next_step=next_step,
             output_dir=self._directory.folder.parent,

@@ -175,6 +175,42 @@ def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() 
     assert "expected at the end" not in told_rehearsal()
 
 
+WIDE = estimate(0.7, -0.2, 1.6)
+
+
+def decides(text: str) -> str:
+    """What stands between the table and what it rests on."""
+    below = text.split("\n  train ")[1]
+    return " ".join(below[below.index("\n") : below.index("\nBy ")].split())
+
+
+def test_where_another_figure_seems_to_say_otherwise_one_line_says_which_decides() -> None:
+    measured = "law: the change after 5 steps decides, not the expected one."
+    assert decides(told_rehearsal(expected={"law": WIDE})) == measured  # a no-go, whose expected interval holds 0
+    assert decides(told_rehearsal(0.0, expected={"law": estimate(0.2, 0.1, 0.3)})) == measured  # a go, expected over the budget
+    assert decides(told_rehearsal(expected={"law": estimate(0.7, 0.2, 1.2)})) == ""
+    assert decides(told_rehearsal(0.0, expected={"law": estimate(0.05, -0.2, 0.3)})) == ""
+    assert decides(during(harmed(), expected={"law": WIDE})) == "law: the change now decides, not the expected one."
+    assert decides(during(harmed(), expected={})) == decides(during(harmed())) == ""
+
+
+def test_a_watch_by_the_expected_change_says_so() -> None:
+    check = harmed(0.0, step=5)
+    made = rehearsal(check, check, expected={"law": WIDE})
+    found = dataclasses.replace(made, doses=(made.doses[0], dataclasses.replace(made.doses[1], multiple=10.0)))
+    judged = judge_rehearsal(found, POLICY)
+    text = rehearsal_view(found, judged, forecast(domain_forecast("law")), GO, POLICY.budgets, colour=False)
+    assert text.startswith("STS rehearsal: WATCH, law may pass a budget by the end of training\n")
+    assert decides(text) == "law: the expected change decides, not that after 5 steps."
+
+
+def test_where_a_test_is_surer_than_the_interval_it_says_that_it_is_a_test() -> None:
+    check = snapshot(20, domain_drift("law", **answers(0.5, 1.43)), domain_drift("code"))
+    text = during(check, PolicyConfig({"law": 0.1}))
+    assert text.startswith("STS step 20: WATCH, ")
+    assert decides(text) == "law: a one-sided test against half the budget decides, not the interval."
+
+
 @pytest.mark.parametrize(
     ("max_overhead", "told"),
     [
@@ -284,6 +320,11 @@ def test_what_is_not_known_of_a_run_is_left_open_and_one_line_says_what_to_put_t
     assert "Put for FILE rows as JSON lines (Dataset.to_json writes them)." in " ".join(
         during(harmed(), given=dataclasses.replace(GIVEN, train="")).split()
     )
+
+
+def test_an_alarm_at_the_first_check_says_that_there_was_none_before() -> None:
+    assert during(harmed(), is_first=True).startswith("STS step 20: ALARM at the first check, law is over its budget\n")
+    assert during(harmed(0.0), is_first=True).startswith("STS step 20: GO, within budget: law and code\n")
 
 
 def test_an_alarm_that_another_domain_joins_says_again_what_to_do() -> None:

@@ -23,6 +23,7 @@ def check_view(
     budgets: Mapping[str, PlainBudget],
     *,
     since: Mapping[str, int] | None = None,
+    is_first: bool = False,
     expected: Mapping[str, Estimate] | None = None,
     next_step: int = 0,
     output_dir: Path = Path("OUTPUT_DIR"),
@@ -36,6 +37,7 @@ def check_view(
         verdict: on it.
         budgets: of the protected domains.
         since: of alarms that stand, the steps of the checks that began them.
+        is_first: whether no check was made before.
         expected: change of each domain's NLL at the end of the run, as the rehearsal had it.
         next_step: of the next planned check; 0 if none is known.
         output_dir: of the run.
@@ -47,7 +49,7 @@ def check_view(
     is_new = not all(since.get(name, snapshot.step) < snapshot.step for name in verdict.alarmed)
     return rendered(
         [
-            verdict_line(f"STS step {snapshot.step}", verdict, since),
+            verdict_line(f"STS step {snapshot.step}", verdict, since, is_first=is_first),
             *summary_parts(of_check(snapshot, verdict, budgets, expected, next_step)),
             *beside_lines(snapshot, verdict, budgets),
             *open_reasons(verdict),

@@ -35,19 +35,23 @@ _KEPT = "\N{NO-BREAK SPACE}"  # at which textwrap breaks no line
 _MOST_REASONS = 3  # of domains of which it cannot be told
 
 
-def verdict_line(what: str, verdict: Verdict, since: Mapping[str, int] | None = None) -> Text:
+def verdict_line(what: str, verdict: Verdict, since: Mapping[str, int] | None = None, *, is_first: bool = False) -> Text:
     """The verdict in a sentence.
 
     Args:
         what: was judged.
         verdict: on it.
         since: of alarms that stand, the steps of the checks that began them.
+        is_first: whether no check was made before.
 
     """
     if not verdict.reasons:
         return Text(f"{what}: no domain is protected, so there is nothing to judge", style="bold")
-    told = f"{in_capitals(verdict.decision, verdict.step)}, {sentence(verdict, during=verdict.step > 0, since=since)}"
-    first, *rest = textwrap.wrap(f"{what}: {told}", WIDTH, subsequent_indent="  ")
+    told = sentence(verdict, during=verdict.step > 0, since=since)
+    at_first = " at the first check" if is_first and verdict.alarmed else ""  # and nobody knows since when
+    first, *rest = textwrap.wrap(
+        f"{what}: {in_capitals(verdict.decision, verdict.step)}{at_first}, {told}", WIDTH, subsequent_indent="  "
+    )
     return Text("\n".join([first, *rest]), style=COLOURS[verdict.decision])
 
 
@@ -61,7 +65,8 @@ def summary_parts(summary: Summary) -> list[Text | Table]:
             *cells,
             *([Text(against, style=_STANDINGS[row.standing])] if row.standing else []),
         )
-    return [table, *wrapped([summary.basis, summary.legend], "dim")]
+    below = [summary.decides] if summary.decides else []
+    return [table, *wrapped([*below, summary.basis, summary.legend], "dim")]
 
 
 def open_reasons(verdict: Verdict) -> list[Text]:

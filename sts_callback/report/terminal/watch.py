@@ -33,7 +33,8 @@ def watch_view(logged: Logged, output_dir: Path, silent_s: float = math.nan, *, 
     parts: list[Text | Table] = []
     if verdict is not None:
         rehearsed = "STS rehearsal" if logged.rehearsal_verdict else "STS forecast"
-        parts.append(verdict_line(f"STS step {verdict.step}" if verdicts else rehearsed, verdict, alarms_since(verdicts)))
+        what = f"STS step {verdict.step}" if verdicts else rehearsed
+        parts.append(verdict_line(what, verdict, alarms_since(verdicts), is_first=len(verdicts) == 1))
     parts += summary_parts(summary) if summary is not None else []
     if logged.checks:
         budgets = logged.settings.policy.budgets if logged.settings else {}
