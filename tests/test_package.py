@@ -46,7 +46,7 @@ def test_the_wheel_has_every_file_of_the_package_and_says_what_it_is(tmp_path: P
     assert metadata.get_all("Project-URL")
 
 
-def test_the_source_archive_has_the_pages_and_a_wheel_can_be_made_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_archive_has_the_pages_and_makes_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with tarfile.open(tmp_path / backend.build_sdist(str(tmp_path))) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -35,6 +35,7 @@ from sts_callback.report.formatting import (
     seconds,
     with_ends,
 )
+from sts_callback.runs.ledger import LEVEL
 
 Standing = Literal["", "within", "on course", "over", "cannot tell"]
 """Of a protected domain, how it stands against its budget; empty for others and where nothing was judged."""
@@ -101,7 +102,7 @@ def of_forecast(
         _Column("moves", lambda name: percent(domains[name].transfer.value)),
     ]
     basis = f"By {_queries(domains.values())}, training examples in context; rate and length unknown."
-    told = " Expected: by past runs of like length and rate." if expected else ""
+    told = f" Expected: by past runs of like length and rate, {percent(LEVEL)} intervals." if expected else ""
     legend = f"{_CHANGE} Moves: 100% as the training data.{told}"
     decides = _decides(verdict, budgets, domains, expected, "in context")
     return _made(domains, columns, verdict, standings, budgets, (basis, legend), decides)

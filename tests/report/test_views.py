@@ -127,7 +127,8 @@ def test_a_forecast_says_how_each_domain_stands_against_its_budget() -> None:
 def test_past_runs_add_a_column() -> None:
     record = forecast(domain_forecast("law"), domain_forecast("code"))
     text = before(record, expected={"law": estimate(0.2, 0.1, 0.3)})
-    assert "expected at the end" in text and "Expected: by past runs" in " ".join(text.split())
+    assert "expected at the end" in text
+    assert "Expected: by past runs of like length and rate, 80% intervals." in " ".join(text.split())
     assert rows(text)["law"].startswith("+0.20 [+0.10, +0.30] 0.00 [0.00, 0.00]")
     assert "xpected" not in before(record)
 
