@@ -365,7 +365,7 @@ def test_an_alarm_names_model_sae_and_files_as_the_run_was_given_them(
     trainer.model.name_or_path = base  # as from_pretrained sets it
     trainer.train()
     blame, rehearse = advised(capsys.readouterr().out)[:2]
-    common = ["--model", base, "--sae", "sae", "--train", "my rows.jsonl", "--domain", "far=far.jsonl", "--protect", "far"]
+    common = ["--model", base, "--sae", "sae", "--train", "my rows.jsonl", "--domain", "far=far.jsonl", "--protect", "far=1e-06"]
     assert blame == ["sts-callback", "blame", *common, "--run-dir", str(tmp_path / "out")]
     own_steps = ["--full", "--batch-size", "4", "--steps-planned", "6", "--learning-rate", "0.05", "0.2"]
     assert rehearse == ["sts-callback", "rehearse", *common, *own_steps]

@@ -223,7 +223,7 @@ def test_a_run_is_resumed_as_it_began_alone(tmp_path: Path) -> None:
 def test_an_alarm_sends_nobody_to_blame(run: Path) -> None:
     def told(*, has_sae: bool) -> list[str]:
         verdict = Verdict("no-go", ("near",), {"near": "over"}, 2)
-        found = advice_on(verdict, run, 1, Given(learning_rate=1e-3), has_sae=has_sae)
+        found = advice_on(verdict, run, 1, Given(learning_rate=1e-3), {}, has_sae=has_sae)
         return [" ".join(one.command[:3]) for one in found if one.command]
 
     assert told(has_sae=True) == ["sts-callback blame --model", "sts-callback rehearse --model"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sts_callback.config import NO_SAE
+from sts_callback.config import DEFAULT_BUDGET, NO_SAE, PlainBudget
 from sts_callback.data.starter import starter_domains
 from sts_callback.records import Record, Verdict
 from sts_callback.records.run import Given
@@ -42,7 +42,15 @@ class Advice(Record):
         return [shlex.join(part) for part in parts]
 
 
-def advice_on(verdict: Verdict, output_dir: Path, best_checkpoint: int, given: Given, *, has_sae: bool) -> list[Advice]:
+def advice_on(
+    verdict: Verdict,
+    output_dir: Path,
+    best_checkpoint: int,
+    given: Given,
+    budgets: Mapping[str, PlainBudget],
+    *,
+    has_sae: bool,
+) -> list[Advice]:
     """What to do about a no-go or an alarm; nothing about other verdicts.
 
     Args:
@@ -50,6 +58,7 @@ def advice_on(verdict: Verdict, output_dir: Path, best_checkpoint: int, given: G
         output_dir: of the run.
         best_checkpoint: step of the best checkpoint on disk; 0 if none keeps the budgets.
         given: what the run was given.
+        budgets: of the protected domains.
         has_sae: whether the run has one.
 
     """
@@ -62,20 +71,17 @@ def advice_on(verdict: Verdict, output_dir: Path, best_checkpoint: int, given: G
         found.append(Advice(f"Go back to {back}, the best on disk." if best_checkpoint else none))
     model, train = ("--model", given.model or "MODEL"), ("--train", given.train or "FILE")
     common = (*model, "--sae", given.sae or ("SAE" if has_sae else NO_SAE), *train)
-    run = ("--run-dir", str(output_dir)) if verdict.step else ()
-    found.append(
-        Advice("Find the rows behind it:", ("sts-callback", "blame", *common, *_protecting(verdict.threatened, given), *run))
-        if has_sae
-        else Advice(
-            "To find the rows behind it (sts-callback blame), train an SAE first:",
-            ("sts-callback", "sae", "train", *model, *train, "--out", "sae"),
-        )
-    )
+    of_threat, of_all = (_protecting(names, given, budgets) for names in (verdict.threatened, tuple(verdict.reasons)))
+    if has_sae:
+        run = ("--run-dir", str(output_dir)) if verdict.step else ()
+        found.append(Advice("Find the rows behind it:", ("sts-callback", "blame", *common, *of_threat, *run)))
+    else:
+        train_one = ("sts-callback", "sae", "train", *model, *train, "--out", "sae")
+        found.append(Advice("To find the rows behind it (sts-callback blame), train an SAE first:", train_one))
     options, unknown = _as_in_the_run(given)
     add = f"; add {listing(unknown)} as in your run" if unknown else ""
-    protecting = _protecting(tuple(verdict.reasons) or verdict.threatened, given)
-    rehearse = ("sts-callback", "rehearse", *common, *protecting, *options, "--learning-rate", *_lower(given.learning_rate))
-    found.append(Advice(f"Find a rate that keeps the budget{add}:", rehearse))
+    asked = (*common, *(of_all or of_threat), *options, "--learning-rate", *_lower(given.learning_rate))
+    found.append(Advice(f"Find a rate that keeps the budget{add}:", ("sts-callback", "rehearse", *asked)))
     return [*found, *_to_fill_in(found)]
 
 
@@ -91,11 +97,13 @@ def _as_in_the_run(given: Given) -> tuple[list[str], list[str]]:
     return options, [str(name) for name, *value in asked if not all(value)]
 
 
-def _protecting(names: Sequence[str], given: Given) -> list[str]:
+def _protecting(names: Sequence[str], given: Given, budgets: Mapping[str, PlainBudget]) -> list[str]:
     shipped = starter_domains()
     own = [name for name in names if name in given.domains or name not in shipped]
     files = [word for name in own for word in ("--domain", f"{name}={given.domains.get(name) or 'FILE'}")]
-    return [*files, *(word for name in names for word in ("--protect", name))]
+    limits = {name: budgets.get(name, DEFAULT_BUDGET) for name in names}
+    protected = [name if limit == DEFAULT_BUDGET else f"{name}={limit}" for name, limit in limits.items()]
+    return [*files, *(word for one in protected for word in ("--protect", one))]
 
 
 def _to_fill_in(found: Sequence[Advice]) -> list[Advice]:

@@ -33,7 +33,7 @@ def given_to(settings: Settings, model: nn.Module, args: TrainingArguments, stat
         sae=_in_words(settings.saes[0]),
         train=_in_words(settings.train_data),
         domains={name: _in_words(source) for name, source in settings.domains.items() if shipped.get(name) != source},
-        learning_rate=float(groups[0].get("initial_lr", 0.0)) if groups else 0.0,
+        learning_rate=float(groups[0].get("initial_lr") or 0.0) if groups else 0.0,
         steps=state.max_steps,
         batch_size=(state.train_batch_size or 0) * args.gradient_accumulation_steps,
         lora_r=_lora_rank(model),

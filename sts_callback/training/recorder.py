@@ -34,14 +34,17 @@ class RunRecorder:
         """Name the user's settings and the folder of the run; nothing is written yet."""
         self._settings, self._directory = settings, directory
         self._expected: Mapping[str, Estimate] = {}
-        self.given = Given()
-        """What the run was given, as a command takes it."""
+        self._given = Given()
+
+    def learn_given(self, given: Given) -> None:
+        """Take what the run was given, as a command takes it, before anything is written or shown."""
+        self._given = given
 
     def write_settings(self, looks: Looks) -> None:
         """Write what the run was asked to do, and when it is planned to be checked."""
         one = self._settings
         asked = {"check_on": one.check_on, "action": one.action}
-        settings = RunSettings.of(one.policy, one.probes, **asked, max_overhead=one.max_overhead, looks=looks, given=self.given)
+        settings = RunSettings.of(one.policy, one.probes, **asked, max_overhead=one.max_overhead, looks=looks, given=self._given)
         self._directory.write_settings(settings)
 
     def write_step_zero(
@@ -84,10 +87,10 @@ class RunRecorder:
         if rehearsal is not None and verdict is not None:
             limit = self._settings.max_overhead
             tqdm.write(
-                rehearsal_view(rehearsal, verdict, first, in_context, policy.budgets, max_overhead=limit, given=self.given)
+                rehearsal_view(rehearsal, verdict, first, in_context, policy.budgets, max_overhead=limit, given=self._given)
             )
         else:
-            tqdm.write(forecast_view(first, in_context, policy, expected=self._expected, given=self.given))
+            tqdm.write(forecast_view(first, in_context, policy, expected=self._expected, given=self._given))
             if rehearsal is not None:
                 tqdm.write(not_rehearsed(rehearsal))
         if doubts := rows_doubts(monitor.reads):
@@ -144,7 +147,7 @@ class RunRecorder:
             expected=rehearsal.expected if rehearsal else {},
             next_step=next_step,
             output_dir=self._directory.folder.parent,
-            given=self.given,
+            given=self._given,
         )
         tqdm.write(shown)
 

@@ -164,7 +164,8 @@ class Session:
     def _set_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline, or take up what was kept of them."""
         settings, model = self._settings, kwargs["model"]
-        self._recorder.given = given_to(settings, model, args, state, kwargs.get("optimizer"))
+        learn = self._recorder.learn_given
+        self._guard.run(state, "settings", lambda: learn(given_to(settings, model, args, state, kwargs.get("optimizer"))))
 
         def prepared(batch_tokens: int) -> Monitor:
             probes = dataclasses.replace(settings.probes, batch_tokens=batch_tokens)

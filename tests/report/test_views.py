@@ -24,6 +24,7 @@ from sts_callback.report.headline import alarms_since
 from sts_callback.report.terminal.check import check_view
 from sts_callback.report.terminal.forecast import forecast_view
 from sts_callback.report.terminal.rehearsal import not_rehearsed, rehearsal_view
+from sts_callback.training.arguments import budgets_in
 
 POLICY = PolicyConfig({"law": 0.1, "code": 0.1})
 NAN = float("nan")
@@ -308,6 +309,15 @@ def test_the_commands_of_an_alarm_can_be_typed_as_they_stand() -> None:
     assert (full.lora_r, full.full) == (None, True)
 
 
+def test_the_commands_of_an_alarm_ask_for_the_budgets_of_the_run() -> None:
+    policy = PolicyConfig({"law": 0.05, "code": "2 points", "health": 0.1})
+    check = harmed()
+    check = dataclasses.replace(check, domains=check.domains | {"health": domain_drift("health")})
+    _, rehearse = typed(during(check, policy, given=GIVEN))
+    asked = ["law=0.05", "code=2 points", "health"]
+    assert rehearse.protect == asked and budgets_in(asked, "--protect") == policy.budgets
+
+
 def test_what_is_not_known_of_a_run_is_left_open_and_one_line_says_what_to_put_there() -> None:
     text = during(harmed(), given=Given())
     assert [(one.model, one.sae, one.train) for one in typed(text.replace("RATE", "1e-3"))] == [("MODEL", "SAE", "FILE")] * 2
@@ -385,7 +395,7 @@ def test_advice_has_the_file_of_a_domain_of_ones_own_alone_and_a_new_rate_must_s
     verdict = Verdict("no-go", ("bikes", "law"), {"bikes": "over", "law": "over", "code": "within"}, 0)
 
     def domains(given: Given) -> list[list[str]]:
-        commands = [one.command[1:] for one in advice_on(verdict, Path("run"), 0, given, has_sae=True) if one.command]
+        commands = [one.command[1:] for one in advice_on(verdict, Path("run"), 0, given, {}, has_sae=True) if one.command]
         blame, rehearse = map(parser().parse_args, commands)
         assert (blame.protect, rehearse.protect) == (["bikes", "law"], ["bikes", "law", "code"])
         return [blame.domain, rehearse.domain]

@@ -53,7 +53,7 @@ def check_view(
             *summary_parts(of_check(snapshot, verdict, budgets, expected, next_step)),
             *beside_lines(snapshot, verdict, budgets),
             *open_reasons(verdict),
-            *(advice_lines(verdict, output_dir, given, has_sae=snapshot.has_sae) if is_new else []),
+            *(advice_lines(verdict, output_dir, given, budgets, has_sae=snapshot.has_sae) if is_new else []),
         ],
         colour,
     )

@@ -46,13 +46,14 @@ def forecast_view(
         colour: whether to use colours; by default where a terminal shows them.
 
     """
+    budgets = policy.budgets if policy else {}
     return rendered(
         [
             verdict_line("STS forecast", verdict),
             *summary_parts(of_forecast(forecast, verdict, policy, expected)),
             *doubts(forecast),
             *open_reasons(verdict),
-            *advice_lines(verdict, Path("OUTPUT_DIR"), given, has_sae=forecast.identity.has_sae),
+            *advice_lines(verdict, Path("OUTPUT_DIR"), given, budgets, has_sae=forecast.identity.has_sae),
         ],
         colour,
     )

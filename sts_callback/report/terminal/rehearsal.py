@@ -59,7 +59,7 @@ def rehearsal_view(
             *(wrapped([" ".join(beside)], "dim") if beside else []),
             *doubts(forecast),
             *open_reasons(verdict),
-            *advice_lines(verdict, Path("OUTPUT_DIR"), given, has_sae=own.check.has_sae),
+            *advice_lines(verdict, Path("OUTPUT_DIR"), given, budgets, has_sae=own.check.has_sae),
         ],
         colour,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from sts_callback.config import PlainBudget
 from sts_callback.records import Decision, Verdict, in_capitals
 from sts_callback.records.run import Given
 from sts_callback.report.advice import advice_on
@@ -83,9 +84,11 @@ def reason_lines(reasons: Mapping[str, str]) -> list[Text]:
     return wrapped(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def advice_lines(verdict: Verdict, output_dir: Path, given: Given | None, *, has_sae: bool) -> list[Text]:
+def advice_lines(
+    verdict: Verdict, output_dir: Path, given: Given | None, budgets: Mapping[str, PlainBudget], *, has_sae: bool
+) -> list[Text]:
     """What to do about a no-go or an alarm; nothing about other verdicts."""
-    advice = advice_on(verdict, output_dir, verdict.best_checkpoint, given or Given(), has_sae=has_sae)
+    advice = advice_on(verdict, output_dir, verdict.best_checkpoint, given or Given(), budgets, has_sae=has_sae)
     lines = [Text("What to do:", style="bold")] if advice else []
     for one in advice:
         lines += [
