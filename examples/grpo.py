@@ -22,11 +22,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch
 from datasets import Dataset
-from peft import LoraConfig
 from scipy import stats
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
@@ -34,7 +32,7 @@ from demo import SAE_FOLDER
 from gemma import cached_gemma
 from sts_callback import ProbeConfig, STSCallback
 from sts_callback.runs.directory import RunDirectory
-from tuning import ON_CPU
+from tuning import ON_CPU, to_tune
 
 STEPS, N_PROMPTS, N_COMPLETIONS, CHECK_ON = 20, 16, 4, 5
 PROBES = ProbeConfig(n_queries=12, max_tokens=48, n_domain_demonstrations=2)
@@ -61,11 +59,10 @@ def is_right(prompts: list[str], completions: list[str], **_: object) -> list[fl
 def main() -> None:
     logging.set_verbosity_error()
     set_seed(0)
-    name = cached_gemma()
     callback = STSCallback(sae=SAE_FOLDER, protect="all", check_on=CHECK_ON, max_overhead=None, probes=PROBES)
     with tempfile.TemporaryDirectory() as out:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+            **to_tune(cached_gemma(), callback),
             reward_funcs=callback.tap(is_right),
             args=GRPOConfig(
                 output_dir=out,
@@ -79,9 +76,6 @@ def main() -> None:
                 **ON_CPU,
             ),
             train_dataset=Dataset.from_list(prompts(400)),
-            processing_class=AutoTokenizer.from_pretrained(name),
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[callback],
         )
         callback.attach(trainer)
         trainer.train()

@@ -21,10 +21,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -32,7 +30,7 @@ from qwen import cached_qwen
 from sts_callback import ProbeConfig, STSCallback
 from sts_callback.records import DriftSnapshot
 from sts_callback.runs.directory import RunDirectory
-from tuning import ON_CPU
+from tuning import ON_CPU, to_tune
 from word_problems import word_problems
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -51,7 +49,6 @@ def chats(n: int) -> list[dict[str, Any]]:
 def run(sae: str, out: Path) -> dict[str, Any]:
     """Train with the callback; what the run's folder says of it."""
     set_seed(0)
-    name = cached_qwen()
     callback = STSCallback(
         sae=sae,
         layer=LAYER if sae == "none" else None,
@@ -62,7 +59,7 @@ def run(sae: str, out: Path) -> dict[str, Any]:
         probes=PROBES,
     )
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+        **to_tune(cached_qwen(), callback),
         args=SFTConfig(
             output_dir=str(out),
             max_steps=STEPS,
@@ -73,9 +70,6 @@ def run(sae: str, out: Path) -> dict[str, Any]:
             **ON_CPU,
         ),
         train_dataset=Dataset.from_list(chats(400)),
-        processing_class=AutoTokenizer.from_pretrained(name),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[callback],
     )
     callback.attach(trainer)
     began = time.perf_counter()

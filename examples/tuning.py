@@ -26,6 +26,17 @@ ON_CPU: dict[str, Any] = {
     "gradient_checkpointing": False,
 }
 """Arguments of a TRL trainer for a short run on the CPU that keeps nothing."""
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def to_tune(name: str, callback: STSCallback, lora: LoraConfig = LORA) -> dict[str, Any]:
+    """What any trainer of TRL is given to tune a model from a folder with the callback."""
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+        "processing_class": AutoTokenizer.from_pretrained(name),
+        "peft_config": lora,
+        "callbacks": [callback],
+    }
 
 
 def tuned(
@@ -34,7 +45,7 @@ def tuned(
     """Train, and return the callback's drift checks."""
     with tempfile.TemporaryDirectory() as out:
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+            **to_tune(name, callback, lora),
             args=SFTConfig(
                 output_dir=out,
                 max_steps=steps,
@@ -44,9 +55,6 @@ def tuned(
                 **ON_CPU,
             ),
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(name),
-            peft_config=lora,
-            callbacks=[callback],
         )
         trainer.train()
         return RunDirectory(Path(out) / "sts").checks_before(steps)

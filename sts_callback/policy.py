@@ -24,6 +24,7 @@ _UNITS: Mapping[Unit, str] = {"nats/token": "nats a token", "bits/byte": "bits a
 EXPECTED_OVER = 1.34
 """What a change expected at the end must come to, as a multiple of the budget, to be called over it. The least that named at
 most 2 % of the domains without harm in the validation's first round, fine-tunes left out one by one."""
+_BY_EXPECTED = "expected at "  # how a reason begins that rests on the change expected at the end
 _SUSPICION = 0.05
 """Level of the test, of one domain at one check by itself, from which on a domain is watched."""
 
@@ -168,9 +169,14 @@ def judge_rehearsal(rehearsal: Rehearsal, policy: PolicyConfig) -> Verdict:
     for name, budget in policy.limits.items() if rehearsal.tenfold else ():
         found, expected = judged[name], rehearsal.expected_in(budget.unit, name)
         if found.decision in ("go", "cannot tell") and expected.value >= EXPECTED_OVER * budget.value:
-            at_the_end = f"expected at {_told(expected, budget)} at the end, over its budget of {_limit(budget)}"
+            at_the_end = f"{_BY_EXPECTED}{_told(expected, budget)} at the end, over its budget of {_limit(budget)}"
             judged[name] = Judgement("watch", f"{at_the_end}; {found.reason}", found.state)
     return replace(_verdict_on(check, judged, policy.alpha), step=0)
+
+
+def rests_on_expected(verdict: Verdict, name: str) -> bool:
+    """Whether a rehearsal's verdict on a domain rests on the change expected at the end, not on that after its steps."""
+    return verdict.reasons.get(name, "").startswith(_BY_EXPECTED)
 
 
 def worst_headroom(snapshot: DriftSnapshot, policy: PolicyConfig) -> float:

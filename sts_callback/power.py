@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sts_callback.config import N_LOOKS, PolicyConfig
+from sts_callback.config import N_LOOKS, PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell
 
 ENOUGH_QUERIES = 28
@@ -61,8 +61,8 @@ def require_power(n_queries: Mapping[str, int], policy: PolicyConfig, n_looks: i
     """
     if short := short_of_queries(n_queries, policy, fewest_queries(policy, n_looks)):
         raise CannotTell(
-            f"n_queries: {', '.join(f'{name} has {n}' for name, n in short.items())}; {power_needed(policy, n_looks)} Give more "
-            "rows, raise ProbeConfig(n_queries=...), or protect fewer domains."
+            f"{_each(short)}; {power_needed(policy, n_looks)} Give more rows, raise ProbeConfig(n_queries=...), or protect fewer "
+            "domains."
         )
 
 
@@ -72,3 +72,26 @@ def power_needed(policy: PolicyConfig, n_looks: int = N_LOOKS) -> str:
         f"an alarm for one of {len(policy.budgets)} protected domains at one of {n_looks} checks at alpha {policy.alpha:g} takes "
         f"{fewest_queries(policy, n_looks)}."
     )
+
+
+def little_power(n_queries: Mapping[str, int], policy: PolicyConfig, probes: ProbeConfig) -> list[str]:
+    """What to warn of where the test of harm has power, and little: sentences, none if it has enough.
+
+    Args:
+        n_queries: of each set.
+        policy: with the protected domains.
+        probes: by which queries were drawn.
+
+    """
+    few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
+    if not few:
+        return []
+    told = [f"{_each(few)}; with fewer than {ENOUGH_QUERIES} an alarm comes late or never."]
+    if min(few.values()) < probes.n_queries:  # for want of rows
+        n = probes.n_domain_demonstrations
+        told.append(f"Of a domain's rows {n} are kept as examples: give it {ENOUGH_QUERIES + n} or more.")
+    return told
+
+
+def _each(n_queries: Mapping[str, int]) -> str:
+    return f"n_queries: {', '.join(f'{name} has {n}' for name, n in n_queries.items())}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,11 @@ from guest.runs import PROBES, TINY_DOMAINS, GradNorms, checked_steps
 from sts_callback import PolicyConfig, ProbeConfig, STSCallback
 from sts_callback.errors import CannotTell, ConfigError, DataError, NoGo, SaeError
 from sts_callback.records import DriftSnapshot, Verdict
+from sts_callback.records.run import Given
+from sts_callback.report.terminal.watch import watch_view
+from sts_callback.runs.directory import RunDirectory
 from sts_callback.runs.ledger import append, read
-from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
+from tiny import rotated_sae, rows, saved_sae, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
 
 pytestmark = pytest.mark.versions
 
@@ -340,6 +344,40 @@ def test_an_alarm_is_printed_once_with_what_to_do_and_logged_for_those_who_keep_
     assert f"ALARM, far is over its budget since step {first}\n" in shown.out
     assert "alarm" not in shown.err
     assert [r.levelname for r in caplog.records if "STS alarm at step" in r.message] == ["INFO"] * begun
+
+
+def advised(text: str) -> list[list[str]]:
+    """The words of the commands that a text shows, as a shell reads them."""
+    return [shlex.split(line) for line in text.replace("\\\n", "").splitlines() if line.lstrip().startswith("sts-callback ")]
+
+
+def test_an_alarm_names_model_sae_and_files_as_the_run_was_given_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, own = Path("my rows.jsonl"), Path("far.jsonl")
+    for file, texts in ((train, rows(40)), (own, TINY_DOMAINS["far"])):
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in texts))
+    sae = saved_sae(Path("sae"))
+    harm = harmful() | {"sae": str(sae), "train_data": str(train), "domains": TINY_DOMAINS | {"far": own}}
+    trainer = made_trainer("sft", tmp_path / "out", [made_callback(**harm)], learning_rate=0.5)
+    base = str(tmp_path / "out" / "base")
+    trainer.model.name_or_path = base  # as from_pretrained sets it
+    trainer.train()
+    blame, rehearse = advised(capsys.readouterr().out)[:2]
+    common = ["--model", base, "--sae", "sae", "--train", "my rows.jsonl", "--domain", "far=far.jsonl", "--protect", "far=1e-06"]
+    assert blame == ["sts-callback", "blame", *common, "--run-dir", str(tmp_path / "out")]
+    own_steps = ["--full", "--batch-size", "4", "--steps-planned", "6", "--learning-rate", "0.05", "0.2"]
+    assert rehearse == ["sts-callback", "rehearse", *common, *own_steps]
+    logged = RunDirectory(tmp_path / "out" / "sts").read_all()
+    assert logged.given == Given(base, "sae", "my rows.jsonl", {"near": "", "far": "far.jsonl"}, 0.5, 6, 4, 0)
+    assert [blame, rehearse] == advised(watch_view(logged, tmp_path / "out", colour=False))
+
+
+def test_what_has_no_name_is_not_made_up(tmp_path: Path) -> None:
+    made_trainer("sft", tmp_path, [made_callback()], max_steps=1, lora=True).train()
+    given = RunDirectory(tmp_path / "sts").read_all().given
+    assert (given.model, given.sae, given.train, given.lora_r) == ("", "", "", 4)
 
 
 def test_a_failing_action_is_recorded_and_training_goes_on(tmp_path: Path) -> None:

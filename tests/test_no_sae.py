@@ -22,6 +22,7 @@ from sts_callback.measure.monitor import Monitor
 from sts_callback.measure.scoring import FILLER, TRAIN_ICL
 from sts_callback.model import registry
 from sts_callback.records import Verdict
+from sts_callback.records.run import Given
 from sts_callback.report.advice import advice_on
 from sts_callback.runs.directory import RunDirectory
 from tiny import rows, saved_sae, tiny_arguments, tiny_model, tiny_tokenizer
@@ -222,7 +223,7 @@ def test_a_run_is_resumed_as_it_began_alone(tmp_path: Path) -> None:
 def test_an_alarm_sends_nobody_to_blame(run: Path) -> None:
     def told(*, has_sae: bool) -> list[str]:
         verdict = Verdict("no-go", ("near",), {"near": "over"}, 2)
-        found = advice_on(verdict, run, 1, 1e-3, has_sae=has_sae)
+        found = advice_on(verdict, run, 1, Given(learning_rate=1e-3), {}, has_sae=has_sae)
         return [" ".join(one.command[:3]) for one in found if one.command]
 
     assert told(has_sae=True) == ["sts-callback blame --model", "sts-callback rehearse --model"]

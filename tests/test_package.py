@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sts_callback
-from pages import ROOT
+from pages import DOCS, ROOT
 
 backend = pytest.importorskip("hatchling.build", reason="it builds the wheel; the dev extra has it")
 
@@ -46,11 +46,12 @@ def test_the_wheel_has_every_file_of_the_package_and_says_what_it_is(tmp_path: P
     assert metadata.get_all("Project-URL")
 
 
-def test_a_wheel_can_be_made_from_the_source_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_archive_has_the_pages_and_makes_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with tarfile.open(tmp_path / backend.build_sdist(str(tmp_path))) as archive:
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert {page.name for page in (unpacked / "docs").iterdir()} == {page.name for page in DOCS}
     assert wheel_of(unpacked, tmp_path, monkeypatch)[0] == package_files()
 
 

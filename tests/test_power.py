@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sts_callback.config import PolicyConfig
+from sts_callback.config import PolicyConfig, ProbeConfig
 from sts_callback.errors import CannotTell
-from sts_callback.power import ENOUGH_QUERIES, fewest_queries, require_power, short_of_queries
+from sts_callback.power import ENOUGH_QUERIES, fewest_queries, little_power, require_power, short_of_queries
 
 POLICY = PolicyConfig({"law": 0.25})
 
@@ -29,3 +29,12 @@ def test_probes_without_power_are_refused_with_what_it_takes() -> None:
         require_power({"law": 5}, POLICY, 100)
     assert short_of_queries({"law": ENOUGH_QUERIES - 1, "code": 2}, POLICY, ENOUGH_QUERIES) == {"law": 27}
     assert short_of_queries({"law": ENOUGH_QUERIES}, POLICY, ENOUGH_QUERIES) == {}
+
+
+def test_little_power_is_warned_of_with_the_rows_that_it_takes_where_these_are_too_few() -> None:
+    probes = ProbeConfig(n_queries=32, n_domain_demonstrations=5)
+    told, rows = little_power({"law": 20, "code": 2}, POLICY, probes)
+    assert told == "n_queries: law has 20; with fewer than 28 an alarm comes late or never."
+    assert rows == "Of a domain's rows 5 are kept as examples: give it 33 or more."
+    assert little_power({"law": 20}, POLICY, ProbeConfig(n_queries=20)) == [told]  # as many as were asked for
+    assert little_power({"law": 28}, POLICY, probes) == []

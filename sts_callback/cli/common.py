@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sts_callback.data.pairs import Row
     from sts_callback.measure.monitor import Monitor
     from sts_callback.records.remedies import Attribution
+    from sts_callback.records.run import Given
     from sts_callback.runs.directory import RunDirectory
 
 GO, BUG, WRONG_INPUT, NO_GO, CANNOT_TELL = 0, 1, 2, 3, 4
@@ -55,6 +56,15 @@ def settings(args: argparse.Namespace) -> tuple[Mapping[str, Sequence[Row]], Pol
     if args.device:
         require_device(args.device)
     return rows, policy, config
+
+
+def given_by(args: argparse.Namespace) -> Given:
+    """What the options name, for the commands that are advised."""
+    from sts_callback.records.run import Given
+    from sts_callback.training.arguments import named
+
+    sae = args.sae[0] if isinstance(args.sae, list) else args.sae
+    return Given(model=args.model, sae=sae, train=args.train, domains=named(args.domain, "--domain", "NAME=FILE"))
 
 
 def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:

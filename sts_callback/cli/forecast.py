@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sts_callback.cli.common import DECISION_CODES, prepared
+from sts_callback.cli.common import DECISION_CODES, given_by, prepared
 from sts_callback.cli.options import add_details, add_measurement, add_model
 from sts_callback.errors import CannotTell
 
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         past = expected.to_dict() if expected else None
         print(json.dumps({"forecast": made[0], "verdict": verdict.to_dict(), "other_saes": made[1:], "expectations": past}))
     else:
-        print(forecast_view(forecasts[0], verdict, policy, expected=expected.nll_change if expected else {}))
+        changes = expected.nll_change if expected else {}
+        print(forecast_view(forecasts[0], verdict, policy, expected=changes, given=given_by(args)))
         if not args.details and (doubts := rows_doubts(monitor.reads)):
             print(doubts)
         if args.details:

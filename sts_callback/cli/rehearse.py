@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sts_callback.cli.common import FINDING_CODES, loaded, settings, write_report_of
+from sts_callback.cli.common import FINDING_CODES, given_by, loaded, settings, write_report_of
 from sts_callback.cli.options import add_details, add_measurement, add_model
 from sts_callback.errors import ConfigError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sts_callback.data.pairs import Row
     from sts_callback.records import Forecast
     from sts_callback.records.rehearsal import Trials
+    from sts_callback.records.run import Given
     from sts_callback.runs.directory import RunDirectory
     from sts_callback.training.trials import Mixture
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.details and not args.json:
         print(f"\n{trials_details(found)}")
     if directory:
-        _write_report(directory, forecast, found, policy, config)
+        _write_report(directory, forecast, found, policy, config, given_by(args))
     return FINDING_CODES[found.finding]
 
 
@@ -137,11 +138,14 @@ def _rates(given: Sequence[float], of_file: float | None) -> list[float]:
     return rates
 
 
-def _write_report(directory: RunDirectory, forecast: Forecast, found: Trials, policy: PolicyConfig, config: ProbeConfig) -> None:
+def _write_report(
+    directory: RunDirectory, forecast: Forecast, found: Trials, policy: PolicyConfig, config: ProbeConfig, given: Given
+) -> None:
     from sts_callback.policy import judge_forecast
     from sts_callback.records.run import RunSettings
 
-    directory.write_settings(RunSettings.of(policy, config, check_on="rehearsal", action="warn", max_overhead=1.0, looks=None))
+    asked = {"check_on": "rehearsal", "action": "warn"}
+    directory.write_settings(RunSettings.of(policy, config, **asked, max_overhead=1.0, looks=None, given=given))
     directory.write_forecast(forecast, judge_forecast(forecast, policy))
     directory.write_trials(found)
     print(f"Report: {write_report_of(directory, 'rehearse')}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -42,6 +43,7 @@ class _Site:
     beside: str = ""
 
 
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ATTENTION = ("self_attn", "attn", "attention")
 
 # Hidden-state equality of each site with TransformerLens was measured on random models of ten architectures
@@ -114,6 +116,13 @@ def text_config(model: nn.Module) -> object:
 def model_name(model: nn.Module) -> str:
     """The model's hub id or folder, or else its class."""
     return str(getattr(text_config(model), "_name_or_path", "") or type(model).__name__.removeprefix("FSDP"))
+
+
+def loaded_from(model: nn.Module) -> str:
+    """The folder or hub id that the model was loaded from, by its own word; empty if it names none."""
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    name = str(getattr(inner, "name_or_path", ""))
+    return name if _HUB_ID.fullmatch(name) or (name and Path(name).is_dir()) else ""
 
 
 def architecture(model: nn.Module) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from sts_callback import __version__
@@ -46,6 +46,28 @@ class Looks(Record):
 
 
 @dataclass(frozen=True)
+class Given(Record):
+    """What a run was given, as a command takes it. A text is empty, a number 0, where that is not known."""
+
+    model: str = ""
+    """Folder or hub id."""
+    sae: str = ""
+    """The one that decides."""
+    train: str = ""
+    """File of the training rows."""
+    domains: Mapping[str, str] = field(default_factory=dict)
+    """Files of the user's own domains; empty for one that was no file."""
+    learning_rate: float = 0.0
+    """At the peak of its schedule."""
+    steps: int = 0
+    """Planned optimizer steps."""
+    batch_size: int = 0
+    """Rows in a step on one device."""
+    lora_r: int | None = None
+    """Rank of the LoRA adapter that is trained; 0: all parameters are trained; None: something else, or not known."""
+
+
+@dataclass(frozen=True)
 class RunSettings(Record):
     """Settings of a run and versions of packages."""
 
@@ -61,6 +83,7 @@ class RunSettings(Record):
     """Of Python, of this package and of those that it stands on."""
     looks: Looks | None = None
     """The planned checks; None in files from before there was a plan."""
+    given: Given = field(default_factory=Given)
 
     @classmethod
     def of(
@@ -72,6 +95,7 @@ class RunSettings(Record):
         action: object,
         max_overhead: float,
         looks: Looks | None,
+        given: Given,
     ) -> RunSettings:
         """The settings of a run that begins now, with the versions that are installed.
 
@@ -82,11 +106,12 @@ class RunSettings(Record):
             action: likewise; of a function, its name is kept.
             max_overhead: likewise.
             looks: the planned checks; None where there are to be none.
+            given: model, SAE and data, as a command takes them.
 
         """
         named = str(getattr(action, "__qualname__", action))
         versions = {"python": platform.python_version(), **installed_versions(_PACKAGES)}
-        return cls(policy, probes, str(check_on), named, max_overhead, versions, looks)
+        return cls(policy, probes, str(check_on), named, max_overhead, versions, looks, given)
 
 
 @dataclass(frozen=True)
@@ -179,9 +204,11 @@ class Logged(Record):
         return self.rehearsal_verdict or self.forecast_verdict
 
     @property
-    def learning_rate(self) -> float:
-        """The run's highest, by its rehearsal; NaN without one."""
-        return self.rehearsal.learning_rate if self.rehearsal else math.nan
+    def given(self) -> Given:
+        """What the run was given, as far as that is known; a rate that its settings do not have is that of its rehearsal."""
+        found = self.settings.given if self.settings else Given()
+        rehearsed = self.rehearsal.learning_rate if self.rehearsal else math.nan
+        return found if found.learning_rate or math.isnan(rehearsed) else replace(found, learning_rate=rehearsed)
 
     @property
     def is_empty(self) -> bool:

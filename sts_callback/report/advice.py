@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sts_callback.config import NO_SAE
+from sts_callback.config import DEFAULT_BUDGET, NO_SAE, PlainBudget
 from sts_callback.data.starter import starter_domains
 from sts_callback.records import Record, Verdict
+from sts_callback.records.run import Given
+from sts_callback.report.formatting import listing
 
-_MODEL, _TRAIN = ("--model", "MODEL"), ("--train", "FILE")
-"""What no record of a run knows as the user spells it, like the SAE."""
+_PUT = {
+    "MODEL": "the model's folder or hub id",
+    "SAE": "the SAE's folder or name",
+    "FILE": "rows as JSON lines (Dataset.to_json writes them)",
+    "RATE": "rates below the run's own",
+}
+"""What stands in a command for what is not known of a run, and what the user puts there."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,31 @@ class Advice(Record):
     @property
     def parts(self) -> list[str]:
         """The command as it is typed, in parts between which a line may end: an option and its values stay together."""
-        return re.split(r" (?=--)", shlex.join(self.command))
+        parts: list[list[str]] = [[]]
+        for word in self.command:
+            if word.startswith("--"):
+                parts.append([])
+            parts[-1].append(word)
+        return [shlex.join(part) for part in parts]
 
 
-def advice_on(verdict: Verdict, output_dir: Path, best_checkpoint: int, learning_rate: float, *, has_sae: bool) -> list[Advice]:
+def advice_on(
+    verdict: Verdict,
+    output_dir: Path,
+    best_checkpoint: int,
+    given: Given,
+    budgets: Mapping[str, PlainBudget],
+    *,
+    has_sae: bool,
+) -> list[Advice]:
     """What to do about a no-go or an alarm; nothing about other verdicts.
 
     Args:
         verdict: at step 0 it is one before training, where there is nothing to go back to.
         output_dir: of the run.
         best_checkpoint: step of the best checkpoint on disk; 0 if none keeps the budgets.
-        learning_rate: that of the run; NaN if it is not known.
+        given: what the run was given.
+        budgets: of the protected domains.
         has_sae: whether the run has one.
 
     """
@@ -50,36 +69,45 @@ def advice_on(verdict: Verdict, output_dir: Path, best_checkpoint: int, learning
         back = output_dir / f"checkpoint-{best_checkpoint}"
         none = "No checkpoint of an earlier check keeps the budgets: start again, at a lower rate or without the rows behind it."
         found.append(Advice(f"Go back to {back}, the best on disk." if best_checkpoint else none))
-    given = (*_MODEL, "--sae", "SAE" if has_sae else NO_SAE, *_TRAIN)
-    run = ("--run-dir", str(output_dir)) if verdict.step else ()
-    found.append(
-        Advice("Find the rows behind it:", ("sts-callback", "blame", *given, *_protecting(verdict.threatened), *run))
-        if has_sae
-        else Advice(
-            "To find the rows behind it (sts-callback blame), train an SAE first:",
-            ("sts-callback", "sae", "train", *_MODEL, *_TRAIN, "--out", "DIR"),
-        )
-    )
-    lower: tuple[str, ...] = ("RATE",)
-    if math.isfinite(learning_rate):
-        lower = (f"{learning_rate / 10:.1g}", f"{learning_rate / 3:.1g}")
-    found.append(
-        Advice(
-            "Find a rate that keeps the budget; add --lora-r, --batch-size and --steps-planned as in your run:",
-            (
-                "sts-callback",
-                "rehearse",
-                *given,
-                *_protecting(tuple(verdict.reasons) or verdict.threatened),
-                "--learning-rate",
-                *lower,
-            ),
-        )
-    )
-    return found
+    model, train = ("--model", given.model or "MODEL"), ("--train", given.train or "FILE")
+    common = (*model, "--sae", given.sae or ("SAE" if has_sae else NO_SAE), *train)
+    of_threat, of_all = (_protecting(names, given, budgets) for names in (verdict.threatened, tuple(verdict.reasons)))
+    if has_sae:
+        run = ("--run-dir", str(output_dir)) if verdict.step else ()
+        found.append(Advice("Find the rows behind it:", ("sts-callback", "blame", *common, *of_threat, *run)))
+    else:
+        train_one = ("sts-callback", "sae", "train", *model, *train, "--out", "sae")
+        found.append(Advice("To find the rows behind it (sts-callback blame), train an SAE first:", train_one))
+    options, unknown = _as_in_the_run(given)
+    add = f"; add {listing(unknown)} as in your run" if unknown else ""
+    asked = (*common, *(of_all or of_threat), *options, "--learning-rate", *_lower(given.learning_rate))
+    found.append(Advice(f"Find a rate that keeps the budget{add}:", ("sts-callback", "rehearse", *asked)))
+    return [*found, *_to_fill_in(found)]
 
 
-def _protecting(names: Sequence[str]) -> list[str]:
+def _lower(rate: float) -> tuple[str, ...]:
+    return (f"{rate / 10:.1g}", f"{rate / 3:.1g}") if rate else ("RATE",)
+
+
+def _as_in_the_run(given: Given) -> tuple[list[str], list[str]]:
+    """Options of `rehearse` by which its steps are like the run's, and the names of those whose value is not known."""
+    adapter = ("--full",) if given.lora_r == 0 else ("--lora-r", given.lora_r)
+    asked = (adapter, ("--batch-size", given.batch_size), ("--steps-planned", given.steps))
+    options = [str(word) for words in asked if all(words) for word in words]
+    return options, [str(name) for name, *value in asked if not all(value)]
+
+
+def _protecting(names: Sequence[str], given: Given, budgets: Mapping[str, PlainBudget]) -> list[str]:
     shipped = starter_domains()
-    own = [word for name in names if name not in shipped for word in ("--domain", f"{name}=FILE")]
-    return [*own, *(word for name in names for word in ("--protect", name))]
+    own = [name for name in names if name in given.domains or name not in shipped]
+    files = [word for name in own for word in ("--domain", f"{name}={given.domains.get(name) or 'FILE'}")]
+    limits = {name: budgets.get(name, DEFAULT_BUDGET) for name in names}
+    protected = [name if limit == DEFAULT_BUDGET else f"{name}={limit}" for name, limit in limits.items()]
+    return [*files, *(word for one in protected for word in ("--protect", one))]
+
+
+def _to_fill_in(found: Sequence[Advice]) -> list[Advice]:
+    """One line for all that the commands leave open; nothing where they leave nothing open."""
+    ends = {word.rpartition("=")[2] for one in found for word in one.command}
+    told = [f"for {name} {what}" for name, what in _PUT.items() if name in ends]
+    return [Advice(f"Put {listing(told)}.")] if told else []

@@ -191,7 +191,8 @@ def _advice(logged: Logged, output_dir: Path) -> list[Advice]:
     verdict = logged.verdict
     if verdict is None:
         return []
-    return advice_on(verdict, output_dir, logged.best_checkpoint, logged.learning_rate, has_sae=logged.has_sae)
+    budgets = logged.settings.policy.budgets if logged.settings else {}
+    return advice_on(verdict, output_dir, logged.best_checkpoint, logged.given, budgets, has_sae=logged.has_sae)
 
 
 def _budgets(logged: Logged) -> dict[str, PlainBudget]:

@@ -64,8 +64,10 @@ def headline(logged: Logged) -> Headline:
         return Headline(None, 0, _NOTHING_JUDGED, (), {}, {}, notes)
     if not verdict.reasons:
         return Headline(None, verdict.step, _NOTHING_PROTECTED, (), {}, {}, notes)
-    told = sentence(verdict, during=bool(logged.checks), since=alarms_since([check.verdict for check in logged.checks]))
-    told = f"At step {verdict.step}, {told}." if logged.checks else f"{told[0].upper()}{told[1:]}."
+    since, is_first = alarms_since([check.verdict for check in logged.checks]), len(logged.checks) == 1
+    told = sentence(verdict, during=bool(logged.checks), since=since)
+    at = f"At step {verdict.step}, {'the first check, ' if is_first and verdict.alarmed else ''}"
+    told = f"{at}{told}." if logged.checks else f"{told[0].upper()}{told[1:]}."
     about = verdict.threatened or tuple(verdict.reasons)
     return Headline(
         decision=verdict.decision,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sts_callback.config import Budget, PlainBudget, PolicyConfig
-from sts_callback.policy import judge_domains
+from sts_callback.policy import judge_domains, rests_on_expected
 from sts_callback.records import (
+    UNKNOWN,
     Decision,
     DomainDrift,
     DomainForecast,
@@ -22,7 +23,19 @@ from sts_callback.records import (
 )
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.records.run import Logged
-from sts_callback.report.formatting import budget, counted, harm_form, nats, percent, percent_1, seconds, with_ends
+from sts_callback.report.formatting import (
+    budget,
+    counted,
+    harm_form,
+    in_nats,
+    listing,
+    nats,
+    percent,
+    percent_1,
+    seconds,
+    with_ends,
+)
+from sts_callback.runs.ledger import LEVEL
 
 Standing = Literal["", "within", "on course", "over", "cannot tell"]
 """Of a protected domain, how it stands against its budget; empty for others and where nothing was judged."""
@@ -58,6 +71,8 @@ class Summary(Record):
     """In a sentence."""
     legend: str
     """What the columns hold."""
+    decides: str = ""
+    """Which figure decides, where another that is shown seems to say something else; else empty."""
 
 
 class _Column(NamedTuple):
@@ -87,9 +102,10 @@ def of_forecast(
         _Column("moves", lambda name: percent(domains[name].transfer.value)),
     ]
     basis = f"By {_queries(domains.values())}, training examples in context; rate and length unknown."
-    told = " Expected: by past runs of like length and rate." if expected else ""
+    told = f" Expected: by past runs of like length and rate, {percent(LEVEL)} intervals." if expected else ""
     legend = f"{_CHANGE} Moves: 100% as the training data.{told}"
-    return _made(domains, columns, verdict, standings, budgets, (basis, legend))
+    decides = _decides(verdict, budgets, domains, expected, "in context")
+    return _made(domains, columns, verdict, standings, budgets, (basis, legend), decides)
 
 
 def of_rehearsal(
@@ -179,6 +195,38 @@ def standing_of(state: str) -> Standing:
     return found.get(state, "")
 
 
+def _decides(
+    verdict: Verdict,
+    budgets: Mapping[str, PlainBudget],
+    domains: Mapping[str, DomainForecast] | Mapping[str, DomainDrift],
+    expected: Mapping[str, Estimate],
+    when: str,
+) -> str:
+    """Which figure the verdict on a domain rests on, where another that is shown seems to say something else; else empty."""
+    is_threat = verdict.decision in ("no-go", "watch")
+    by_expected, by_measured, by_test = list[str](), list[str](), list[str]()
+    for name in verdict.threatened if is_threat else budgets if verdict.decision == "go" else ():
+        if name not in domains or name not in budgets:
+            continue
+        limit, change = Budget.of(budgets[name]), expected.get(name, UNKNOWN)
+        if rests_on_expected(verdict, name):
+            by_expected.append(name)
+        elif _holds_zero(change) if is_threat else in_nats(budgets[name]) <= change.value:
+            by_measured.append(name)
+        if is_threat and name not in by_expected and _holds_zero(domains[name].harm_in(limit.unit)):
+            by_test.append(name)
+    told = (
+        (by_expected, f"the expected change decides, not that {when}"),
+        (by_measured, f"the change {when} decides, not the expected one"),
+        (by_test, "a one-sided test against half the budget decides, not the interval"),
+    )
+    return " ".join(f"{listing(names)}: {what}." for names, what in told if names)
+
+
+def _holds_zero(change: Estimate) -> bool:
+    return change.low <= 0 <= change.high
+
+
 def _of_snapshot(
     snapshot: DriftSnapshot,
     verdict: Verdict,
@@ -195,7 +243,8 @@ def _of_snapshot(
         _Column(now, lambda name: _harm(sets[name], budgets.get(name))),
         _Column("moved", lambda name: percent_1(sets[name].relative_drift.value)),
     ]
-    return _made(snapshot.domains, columns, verdict, standings, budgets, basis, train=snapshot.train.name)
+    decides = _decides(verdict, budgets, snapshot.domains, changes, now)
+    return _made(snapshot.domains, columns, verdict, standings, budgets, basis, decides, train=snapshot.train.name)
 
 
 def _made(
@@ -205,6 +254,7 @@ def _made(
     standings: Mapping[str, Standing],
     budgets: Mapping[str, PlainBudget],
     basis: tuple[str, str],
+    decides: str,
     train: str = "",
 ) -> Summary:
     protected = budgets or verdict.reasons
@@ -226,7 +276,7 @@ def _made(
     )
     titles = (*(column.title for column in columns), *(["budget"] if protected else []))
     more = f" {counted(len(left_out), 'more domain')} that nobody protects: in the report." if left_out else ""
-    return Summary(titles, rows, basis[0], basis[1] + more)
+    return Summary(titles, rows, basis[0], basis[1] + more, decides)
 
 
 def _against(standings: Mapping[str, Standing], budgets: Mapping[str, PlainBudget], name: str) -> str:

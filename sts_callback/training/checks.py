@@ -247,8 +247,9 @@ class Checks:
         self._run.recorder.write_check(monitor, snapshot, verdict, time)
 
     def _show(self, snapshot: DriftSnapshot, verdict: Verdict) -> None:
-        next_step = self.history.looks.next_after(snapshot.step)
-        self._run.recorder.show_check(snapshot, verdict, self._rehearsal, self._alarms, next_step)
+        next_step, is_first = self.history.looks.next_after(snapshot.step), len(self.history.worst_shares) == 1
+        show = self._run.recorder.show_check
+        show(snapshot, verdict, self._rehearsal, self._alarms, next_step, is_first=is_first)
 
     def _act(self, verdict: Verdict, control: TrainerControl) -> None:
         action = self._run.settings.action

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from sts_callback.measure.scoring import rank_agreement
 from sts_callback.policy import judge_forecast
 from sts_callback.records import DriftSnapshot, Estimate, Forecast, Verdict
 from sts_callback.records.rehearsal import Rehearsal
-from sts_callback.records.run import Looks, RunSettings, TimeSpent
+from sts_callback.records.run import Given, Looks, RunSettings, TimeSpent
 from sts_callback.report.terminal.check import check_view
 from sts_callback.report.terminal.forecast import forecast_view, layers_table
 from sts_callback.report.terminal.rehearsal import not_rehearsed, rehearsal_view
@@ -35,12 +34,17 @@ class RunRecorder:
         """Name the user's settings and the folder of the run; nothing is written yet."""
         self._settings, self._directory = settings, directory
         self._expected: Mapping[str, Estimate] = {}
+        self._given = Given()
+
+    def learn_given(self, given: Given) -> None:
+        """Take what the run was given, as a command takes it, before anything is written or shown."""
+        self._given = given
 
     def write_settings(self, looks: Looks) -> None:
         """Write what the run was asked to do, and when it is planned to be checked."""
         one = self._settings
         asked = {"check_on": one.check_on, "action": one.action}
-        settings = RunSettings.of(one.policy, one.probes, **asked, max_overhead=one.max_overhead, looks=looks)
+        settings = RunSettings.of(one.policy, one.probes, **asked, max_overhead=one.max_overhead, looks=looks, given=self._given)
         self._directory.write_settings(settings)
 
     def write_step_zero(
@@ -82,9 +86,11 @@ class RunRecorder:
         in_context = judge_forecast(first, policy)
         if rehearsal is not None and verdict is not None:
             limit = self._settings.max_overhead
-            tqdm.write(rehearsal_view(rehearsal, verdict, first, in_context, policy.budgets, max_overhead=limit))
+            tqdm.write(
+                rehearsal_view(rehearsal, verdict, first, in_context, policy.budgets, max_overhead=limit, given=self._given)
+            )
         else:
-            tqdm.write(forecast_view(first, in_context, policy, expected=self._expected))
+            tqdm.write(forecast_view(first, in_context, policy, expected=self._expected, given=self._given))
             if rehearsal is not None:
                 tqdm.write(not_rehearsed(rehearsal))
         if doubts := rows_doubts(monitor.reads):
@@ -112,7 +118,14 @@ class RunRecorder:
         self._directory.append_check(snapshot, verdict, time)
 
     def show_check(
-        self, snapshot: DriftSnapshot, verdict: Verdict, rehearsal: Rehearsal | None, since: Mapping[str, int], next_step: int
+        self,
+        snapshot: DriftSnapshot,
+        verdict: Verdict,
+        rehearsal: Rehearsal | None,
+        since: Mapping[str, int],
+        next_step: int,
+        *,
+        is_first: bool,
     ) -> None:
         """Print a check.
 
@@ -122,6 +135,7 @@ class RunRecorder:
             rehearsal: of the run, if any.
             since: of alarms that stand, the steps of the checks that began them.
             next_step: of the next planned check; 0 if none is left.
+            is_first: whether no check was made before.
 
         """
         shown = check_view(
@@ -129,10 +143,11 @@ class RunRecorder:
             verdict,
             self._settings.policy.budgets,
             since=since,
+            is_first=is_first,
             expected=rehearsal.expected if rehearsal else {},
             next_step=next_step,
             output_dir=self._directory.folder.parent,
-            learning_rate=rehearsal.learning_rate if rehearsal else math.nan,
+            given=self._given,
         )
         tqdm.write(shown)
 

@@ -19,7 +19,7 @@ from sts_callback.errors import CannotTell, ConfigError, NoGo
 from sts_callback.measure.monitor import Monitor
 from sts_callback.model.undisturbed import undisturbed
 from sts_callback.policy import judge_forecast, judge_rehearsal
-from sts_callback.power import ENOUGH_QUERIES, require_power, short_of_queries
+from sts_callback.power import little_power, require_power
 from sts_callback.records import DriftSnapshot, Forecast, TrainSource, Verdict
 from sts_callback.records.rehearsal import Rehearsal
 from sts_callback.report.html.page import write_report
@@ -27,6 +27,7 @@ from sts_callback.runs.directory import RunDirectory
 from sts_callback.training import looks
 from sts_callback.training.arguments import Settings
 from sts_callback.training.checks import Checks, Run
+from sts_callback.training.given import given_to
 from sts_callback.training.guard import Errors, Guard, Sink
 from sts_callback.training.overhead import first_guess
 from sts_callback.training.recorder import RunRecorder
@@ -163,6 +164,8 @@ class Session:
     def _set_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forecast and take the baseline, or take up what was kept of them."""
         settings, model = self._settings, kwargs["model"]
+        learn = self._recorder.learn_given
+        self._guard.run(state, "settings", lambda: learn(given_to(settings, model, args, state, kwargs.get("optimizer"))))
 
         def prepared(batch_tokens: int) -> Monitor:
             probes = dataclasses.replace(settings.probes, batch_tokens=batch_tokens)
@@ -224,12 +227,8 @@ class Session:
         if self._is_new:
             policy, n_queries = self._settings.policy, {name: len(s.queries) for name, s in monitor.domains.items()}
             require_power(n_queries, policy, len(self.checks.history.looks.steps))
-            if few := short_of_queries(n_queries, policy, ENOUGH_QUERIES):
-                told = ", ".join(f"{name} has {n}" for name, n in few.items())
-                logger.warning("n_queries: %s; with fewer than %d an alarm comes late or never.", told, ENOUGH_QUERIES)
-                if min(few.values()) < probes.n_queries:  # for want of rows
-                    n = probes.n_domain_demonstrations
-                    logger.warning("Of a domain's rows %d are kept as examples: give it %d or more.", n, ENOUGH_QUERIES + n)
+            for told in little_power(n_queries, policy, probes):
+                logger.warning("%s", told)
         return monitor
 
     def _train_data(self, train_dataloader: Any = None, **kwargs: Any) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,14 +20,14 @@ from peft import LoraConfig, get_peft_model
 from logs import whole_run, written
 from past import lawful_runs
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
-from sts_callback.cli import PIPE_CLOSED, main
+from sts_callback.cli import PIPE_CLOSED, main, parser
 from sts_callback.cli.common import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT
 from sts_callback.cli.options import QUICK
 from sts_callback.policy import Judgement
 from sts_callback.records import Check, Forecast, Verdict
 from sts_callback.records.rehearsal import Trials
 from sts_callback.records.remedies import AdapterScales, Attribution, Mix, ScalePoint
-from sts_callback.records.run import JudgedCheck
+from sts_callback.records.run import Given, JudgedCheck
 from sts_callback.runs.directory import RunDirectory
 from sts_callback.runs.ledger import Entry, Expectations, TrackRecord, append
 from tiny import rotated_sae, rows, saved_sae, tiny_model, tiny_tokenizer
@@ -85,6 +86,11 @@ def test_budgets_may_have_units(files: Path, capsys: pytest.CaptureFixture[str])
     assert "within 90 bits/byte" in capsys.readouterr().out
 
 
+def named(files: Path) -> Given:
+    """What `command` names."""
+    return Given(*(str(files / name) for name in ("model", "sae", "train.jsonl")), {"poems": str(files / "poems.jsonl")})
+
+
 def rehearsal(files: Path, *more: str) -> list[str]:
     replay = f"poems={files / 'poems.jsonl'}:0.25"
     options = ["--protect", "poems", "--replay", replay, "--batch-size", "2", "--steps-planned", "40", *more]
@@ -108,6 +114,7 @@ def test_rates_and_mixtures_are_compared_and_reported_again_and_again(
     ]
     assert code == {"within": GO, "beyond": NO_GO, "cannot tell": CANNOT_TELL}[found.finding]
     assert (out / "sts.1" / "trials.json").is_file()
+    assert RunDirectory(out / "sts").read_all().given == named(files)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +259,18 @@ def test_each_decision_has_its_exit_code(decision: str, expected: int, files: Pa
     verdict = Verdict(decision, (), {}, 0)  # type: ignore[arg-type]
     monkeypatch.setattr("sts_callback.policy.judge_forecast", lambda forecast, policy: verdict)
     assert main(command(files, "--protect", "poems")) == expected
+
+
+def test_a_forecast_advises_what_it_was_asked_with(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdict = Verdict("no-go", ("poems",), {"poems": "is worse."}, 0)
+    monkeypatch.setattr("sts_callback.policy.judge_forecast", lambda forecast, policy: verdict)
+    assert main(command(files, "--protect", "poems=0.2")) == NO_GO
+    (blame,) = re.findall(r"sts-callback (blame .*?)\n  Find", capsys.readouterr().out.replace(" \\\n", ""), re.DOTALL)
+    asked, given = parser().parse_args(shlex.split(blame)), named(files)
+    assert (asked.model, asked.sae, asked.train) == (given.model, given.sae, given.train)
+    assert (asked.domain, asked.protect) == ([f"poems={given.domains['poems']}"], ["poems=0.2"])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_forecast_in_a_sentence(decision: Decision, threatened: tuple[str, ...
     [
         ("go", (), "At step 7, within budget: law and code."),
         ("watch", ("law",), "At step 7, law may be on course to pass a budget: not surely, or not for long enough to alarm."),
-        ("no-go", ("law", "code"), "At step 7, law and code have got worse."),
+        ("no-go", ("law", "code"), "At step 7, the first check, law and code have got worse."),
         (
             "not covered",
             ("law",),
@@ -63,16 +63,24 @@ def test_a_check_without_states_in_a_sentence(decision: Decision, threatened: tu
 @pytest.mark.parametrize(
     ("states", "sentence"),
     [
-        ({"law": "over"}, "At step 7, law is over its budget."),
-        ({"law": "on course"}, "At step 7, law is on course to pass its budget."),
-        ({"law": "over", "code": "on course"}, "At step 7, law is over its budget, and code is on course to pass its budget."),
-        ({"law": "over", "code": "over"}, "At step 7, law and code are over their budgets."),
-        ({"law": "on course", "code": "on course"}, "At step 7, law and code are on course to pass their budgets."),
+        ({"law": "over"}, "At step 7, the first check, law is over its budget."),
+        ({"law": "on course"}, "At step 7, the first check, law is on course to pass its budget."),
+        (
+            {"law": "over", "code": "on course"},
+            "At step 7, the first check, law is over its budget, and code is on course to pass its budget.",
+        ),
+        ({"law": "over", "code": "over"}, "At step 7, the first check, law and code are over their budgets."),
+        (
+            {"law": "on course", "code": "on course"},
+            "At step 7, the first check, law and code are on course to pass their budgets.",
+        ),
     ],
 )
 def test_an_alarm_says_who_is_over_and_who_on_course(states: dict[str, State], sentence: str) -> None:
     found = verdict("no-go", *states, step=7, states={"law": "within", "code": "within"} | states)
     assert headline(dataclasses.replace(EMPTY, checks=(check(7, found),))).sentence == sentence
+    later = headline(dataclasses.replace(EMPTY, checks=(check(6), check(7, found)))).sentence
+    assert later == sentence.replace("the first check, ", "")
 
 
 def test_the_best_checkpoint_on_disk_is_named_with_what_it_costs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
@@ -17,14 +18,19 @@ from sts_callback.cli import parser
 from sts_callback.config import PolicyConfig
 from sts_callback.policy import judge_drift, judge_forecast, judge_rehearsal
 from sts_callback.records import Check, DriftSnapshot, Estimate, Forecast, TokenAccuracy, Verdict
+from sts_callback.records.run import Given
 from sts_callback.report.advice import advice_on
 from sts_callback.report.headline import alarms_since
 from sts_callback.report.terminal.check import check_view
 from sts_callback.report.terminal.forecast import forecast_view
 from sts_callback.report.terminal.rehearsal import not_rehearsed, rehearsal_view
+from sts_callback.training.arguments import budgets_in
 
 POLICY = PolicyConfig({"law": 0.1, "code": 0.1})
 NAN = float("nan")
+GIVEN = Given(
+    f"my models/base --x/{'long/' * 20}", "saes/layer 12", "it's.jsonl", {}, learning_rate=2e-3, steps=300, batch_size=4, lora_r=8
+)
 NAMES = ("code", "everyday", "law", "health", "translation")
 
 
@@ -94,7 +100,8 @@ def test_the_verdict_comes_first_then_one_narrow_table_of_at_most_six_columns(wh
     assert re.match(r"STS (forecast|rehearsal|step 20): (GO|NO-GO|ALARM|CANNOT TELL), ", first)
     assert sum(line.startswith("domain ") for line in rest) == 1
     assert len(titles(text)) <= 6
-    assert [line for line in text.splitlines() if len(line) > 80 and " " in line.strip()] == []
+    option = re.compile(r" +--[a-z-]+ \S+")  # of a command: it stays with its value, however long that is
+    assert [line for line in text.splitlines() if len(line) > 80 and not option.fullmatch(line)] == []
     numbers = re.findall(r"[-+]\d+\.\d+ \[", text)
     assert len(numbers) == len(set(numbers)) or what in ("wild numbers", "rehearsal")  # the table has them, and nothing else
 
@@ -121,7 +128,8 @@ def test_a_forecast_says_how_each_domain_stands_against_its_budget() -> None:
 def test_past_runs_add_a_column() -> None:
     record = forecast(domain_forecast("law"), domain_forecast("code"))
     text = before(record, expected={"law": estimate(0.2, 0.1, 0.3)})
-    assert "expected at the end" in text and "Expected: by past runs" in " ".join(text.split())
+    assert "expected at the end" in text
+    assert "Expected: by past runs of like length and rate, 80% intervals." in " ".join(text.split())
     assert rows(text)["law"].startswith("+0.20 [+0.10, +0.30] 0.00 [0.00, 0.00]")
     assert "xpected" not in before(record)
 
@@ -167,6 +175,42 @@ def test_a_rehearsal_has_what_is_expected_what_was_found_and_what_it_rests_on() 
     assert "Go back to" not in text  # nothing has happened yet
     assert "A check takes as long as 10 steps of training." in flat  # 2.5 s against 0.25 s
     assert "expected at the end" not in told_rehearsal()
+
+
+WIDE = estimate(0.7, -0.2, 1.6)
+
+
+def decides(text: str) -> str:
+    """What stands between the table and what it rests on."""
+    below = text.split("\n  train ")[1]
+    return " ".join(below[below.index("\n") : below.index("\nBy ")].split())
+
+
+def test_where_another_figure_seems_to_say_otherwise_one_line_says_which_decides() -> None:
+    measured = "law: the change after 5 steps decides, not the expected one."
+    assert decides(told_rehearsal(expected={"law": WIDE})) == measured  # a no-go, whose expected interval holds 0
+    assert decides(told_rehearsal(0.0, expected={"law": estimate(0.2, 0.1, 0.3)})) == measured  # a go, expected over the budget
+    assert decides(told_rehearsal(expected={"law": estimate(0.7, 0.2, 1.2)})) == ""
+    assert decides(told_rehearsal(0.0, expected={"law": estimate(0.05, -0.2, 0.3)})) == ""
+    assert decides(during(harmed(), expected={"law": WIDE})) == "law: the change now decides, not the expected one."
+    assert decides(during(harmed(), expected={})) == decides(during(harmed())) == ""
+
+
+def test_a_watch_by_the_expected_change_says_so() -> None:
+    check = harmed(0.0, step=5)
+    made = rehearsal(check, check, expected={"law": WIDE})
+    found = dataclasses.replace(made, doses=(made.doses[0], dataclasses.replace(made.doses[1], multiple=10.0)))
+    judged = judge_rehearsal(found, POLICY)
+    text = rehearsal_view(found, judged, forecast(domain_forecast("law")), GO, POLICY.budgets, colour=False)
+    assert text.startswith("STS rehearsal: WATCH, law may pass a budget by the end of training\n")
+    assert decides(text) == "law: the expected change decides, not that after 5 steps."
+
+
+def test_where_a_test_is_surer_than_the_interval_it_says_that_it_is_a_test() -> None:
+    check = snapshot(20, domain_drift("law", **answers(0.5, 1.43)), domain_drift("code"))
+    text = during(check, PolicyConfig({"law": 0.1}))
+    assert text.startswith("STS step 20: WATCH, ")
+    assert decides(text) == "law: a one-sided test against half the budget decides, not the interval."
 
 
 @pytest.mark.parametrize(
@@ -231,7 +275,7 @@ def test_an_alarm_says_what_happened_since_when_and_what_to_do_once() -> None:
             POLICY.budgets,
             since=alarms_since(verdicts[:n]),
             output_dir=Path("runs/first"),
-            learning_rate=2e-3,
+            given=GIVEN,
             colour=False,
         )
         for n, (check, verdict) in enumerate(zip(checks, verdicts, strict=True), 1)
@@ -243,14 +287,55 @@ def test_an_alarm_says_what_happened_since_when_and_what_to_do_once() -> None:
     assert "What to do" not in second  # it was said when the alarm began
 
 
-def test_the_commands_of_an_alarm_can_be_typed() -> None:
-    text = during(harmed(), output_dir=Path("runs/my run"), learning_rate=2e-3)
-    typed = [line for line in text.replace(" \\\n", "").splitlines() if "sts-callback" in line]
-    commands = [parser().parse_args(shlex.split(line)[1:]) for line in typed]
-    assert [command.run.__module__.rpartition(".")[2] for command in commands] == ["blame", "rehearse"]
-    assert commands[0].run_dir == Path("runs/my run") and commands[0].protect == ["law"]
-    assert commands[1].learning_rate == [0.0002, 0.0007]
-    assert "No checkpoint of an earlier check keeps the budgets" in " ".join(text.split())  # there is none on disk
+def typed(text: str) -> list[argparse.Namespace]:
+    """The commands in a text, as the program reads them from a shell."""
+    lines = [line for line in text.replace(" \\\n", "").splitlines() if "sts-callback" in line]
+    return [parser().parse_args(shlex.split(line)[1:]) for line in lines]
+
+
+def test_the_commands_of_an_alarm_can_be_typed_as_they_stand() -> None:
+    text = during(harmed(), output_dir=Path("runs/my run"), given=GIVEN)
+    blame, rehearse = typed(text)
+    assert [command.run.__module__.rpartition(".")[2] for command in (blame, rehearse)] == ["blame", "rehearse"]
+    assert blame.run_dir == Path("runs/my run") and blame.protect == ["law"]
+    for command in (blame, rehearse):
+        assert (command.model, command.sae, command.train) == (GIVEN.model, GIVEN.sae, GIVEN.train)
+    assert rehearse.learning_rate == [0.0002, 0.0007]
+    assert (rehearse.lora_r, rehearse.full, rehearse.batch_size, rehearse.steps_planned) == (8, False, 4, 300)
+    flat = " ".join(text.split())
+    assert "Find a rate that keeps the budget: sts-callback rehearse" in flat and "Put for" not in flat
+    assert "No checkpoint of an earlier check keeps the budgets" in flat  # there is none on disk
+    *_, full = typed(during(harmed(), given=dataclasses.replace(GIVEN, lora_r=0)))
+    assert (full.lora_r, full.full) == (None, True)
+
+
+def test_the_commands_of_an_alarm_ask_for_the_budgets_of_the_run() -> None:
+    policy = PolicyConfig({"law": 0.05, "code": "2 points", "health": 0.1})
+    check = harmed()
+    check = dataclasses.replace(check, domains=check.domains | {"health": domain_drift("health")})
+    _, rehearse = typed(during(check, policy, given=GIVEN))
+    asked = ["law=0.05", "code=2 points", "health"]
+    assert rehearse.protect == asked and budgets_in(asked, "--protect") == policy.budgets
+
+
+def test_what_is_not_known_of_a_run_is_left_open_and_one_line_says_what_to_put_there() -> None:
+    text = during(harmed(), given=Given())
+    assert [(one.model, one.sae, one.train) for one in typed(text.replace("RATE", "1e-3"))] == [("MODEL", "SAE", "FILE")] * 2
+    flat = " ".join(text.split())
+    assert "keeps the budget; add --lora-r, --batch-size and --steps-planned as in your run:" in flat
+    assert flat.count("Put for") == 1
+    assert flat.endswith(
+        "Put for MODEL the model's folder or hub id, for SAE the SAE's folder or name, for FILE rows as JSON lines "
+        "(Dataset.to_json writes them) and for RATE rates below the run's own."
+    )
+    assert "Put for FILE rows as JSON lines (Dataset.to_json writes them)." in " ".join(
+        during(harmed(), given=dataclasses.replace(GIVEN, train="")).split()
+    )
+
+
+def test_an_alarm_at_the_first_check_says_that_there_was_none_before() -> None:
+    assert during(harmed(), is_first=True).startswith("STS step 20: ALARM at the first check, law is over its budget\n")
+    assert during(harmed(0.0), is_first=True).startswith("STS step 20: GO, within budget: law and code\n")
 
 
 def test_an_alarm_that_another_domain_joins_says_again_what_to_do() -> None:
@@ -308,6 +393,14 @@ def test_colour_shows_only_on_a_terminal_that_wants_it_and_changes_no_text(monke
 
 def test_advice_has_the_file_of_a_domain_of_ones_own_alone_and_a_new_rate_must_suit_all() -> None:
     verdict = Verdict("no-go", ("bikes", "law"), {"bikes": "over", "law": "over", "code": "within"}, 0)
-    blame, rehearse = (parser().parse_args([*one.command[1:]]) for one in advice_on(verdict, Path("run"), 0, 1e-3, has_sae=True))
-    assert (blame.domain, blame.protect) == (["bikes=FILE"], ["bikes", "law"])
-    assert (rehearse.domain, rehearse.protect) == (["bikes=FILE"], ["bikes", "law", "code"])
+
+    def domains(given: Given) -> list[list[str]]:
+        commands = [one.command[1:] for one in advice_on(verdict, Path("run"), 0, given, {}, has_sae=True) if one.command]
+        blame, rehearse = map(parser().parse_args, commands)
+        assert (blame.protect, rehearse.protect) == (["bikes", "law"], ["bikes", "law", "code"])
+        return [blame.domain, rehearse.domain]
+
+    assert domains(GIVEN) == [["bikes=FILE"]] * 2
+    own = {"bikes": "my bikes.jsonl", "law": "", "code": "code.jsonl"}  # two of them in the place of shipped ones
+    found = ["bikes=my bikes.jsonl", "law=FILE"]
+    assert domains(dataclasses.replace(GIVEN, domains=own)) == [found, [*found, "code=code.jsonl"]]

@@ -12,7 +12,7 @@ from logs import EMPTY, SETTINGS, whole_run, written
 from samples import GO, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
 from sts_callback.errors import CannotTell
 from sts_callback.records import Snippet, TopActivatingExamples
-from sts_callback.records.run import Looks, RunSettings, TimeSpent
+from sts_callback.records.run import Given, Looks, RunSettings, TimeSpent
 from sts_callback.runs.directory import RunDirectory
 
 
@@ -310,14 +310,26 @@ def test_time_stands_beside_a_check_where_earlier_versions_do_not_look(log: RunD
 def test_settings_come_back_with_the_versions_that_are_installed(log: RunDirectory) -> None:
     def mine() -> None: ...
 
+    given = Given("base", "none:12", "train.jsonl", {"bikes": "bikes.jsonl"}, 1e-3, 300, 4, 8)
     for action, named in ((mine, mine.__qualname__), ("stop", "stop")):
         asked = {"check_on": 6, "action": action}
-        settings = RunSettings.of(SETTINGS.policy, SETTINGS.probes, **asked, max_overhead=1.0, looks=Looks(40, 6))
+        settings = RunSettings.of(SETTINGS.policy, SETTINGS.probes, **asked, max_overhead=1.0, looks=Looks(40, 6), given=given)
         log.write_settings(settings)
         assert log.read_all().settings == settings
         assert log.read_looks() == Looks(40, 6)
         assert (settings.check_on, settings.action) == ("6", named)
         assert {"python", "sts-callback", "torch"} <= set(settings.versions)
+    assert log.read_all().given == given
+
+
+def test_of_a_run_from_before_settings_told_what_it_was_given_the_rehearsal_has_the_rate(log: RunDirectory) -> None:
+    old = SETTINGS.to_dict()
+    del old["given"]
+    log.start_anew()
+    (log.folder / "settings.json").write_text(json.dumps(old))
+    assert (log.read_all().given, log.read_all().unreadable) == (Given(), ())
+    log.write_rehearsal(rehearsal(snapshot(5, domain_drift())), None)
+    assert log.read_all().given == Given(learning_rate=0.001)
 
 
 @pytest.mark.parametrize(

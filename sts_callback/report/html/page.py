@@ -97,7 +97,9 @@ def _summary(story: ReportData) -> Html:
         )
         found = map(_with_ends_apart, cells)
         rows.append([name_row(row.name, story.budgets), *found, shown if row.is_protected else _with_ends_apart(last)])
-    return join(table(["domain", *summary.titles], rows), say(summary.basis, " ", summary.legend))
+    return join(
+        table(["domain", *summary.titles], rows), say(" ".join(filter(None, (summary.decides, summary.basis, summary.legend))))
+    )
 
 
 def _with_ends_apart(cell: str) -> Html:

@@ -11,6 +11,7 @@ from rich.text import Text
 from sts_callback.config import Budget, PlainBudget
 from sts_callback.policy import beside_loss
 from sts_callback.records import DriftSnapshot, Estimate, Verdict
+from sts_callback.records.run import Given
 from sts_callback.report.summary import of_check
 from sts_callback.report.terminal.text import rendered, wrapped
 from sts_callback.report.terminal.verdict import advice_lines, open_reasons, summary_parts, verdict_line
@@ -22,10 +23,11 @@ def check_view(
     budgets: Mapping[str, PlainBudget],
     *,
     since: Mapping[str, int] | None = None,
+    is_first: bool = False,
     expected: Mapping[str, Estimate] | None = None,
     next_step: int = 0,
     output_dir: Path = Path("OUTPUT_DIR"),
-    learning_rate: float = math.nan,
+    given: Given | None = None,
     colour: bool | None = None,
 ) -> str:
     """A check: the verdict, a row a domain, what it rests on; at an alarm what has happened and, once, what to do.
@@ -35,10 +37,11 @@ def check_view(
         verdict: on it.
         budgets: of the protected domains.
         since: of alarms that stand, the steps of the checks that began them.
+        is_first: whether no check was made before.
         expected: change of each domain's NLL at the end of the run, as the rehearsal had it.
         next_step: of the next planned check; 0 if none is known.
         output_dir: of the run.
-        learning_rate: of the run; NaN if it is not known.
+        given: what the run was given, for the commands that are advised.
         colour: whether to use colours; by default where a terminal shows them.
 
     """
@@ -46,11 +49,11 @@ def check_view(
     is_new = not all(since.get(name, snapshot.step) < snapshot.step for name in verdict.alarmed)
     return rendered(
         [
-            verdict_line(f"STS step {snapshot.step}", verdict, since),
+            verdict_line(f"STS step {snapshot.step}", verdict, since, is_first=is_first),
             *summary_parts(of_check(snapshot, verdict, budgets, expected, next_step)),
             *beside_lines(snapshot, verdict, budgets),
             *open_reasons(verdict),
-            *(advice_lines(verdict, output_dir, learning_rate, has_sae=snapshot.has_sae) if is_new else []),
+            *(advice_lines(verdict, output_dir, given, budgets, has_sae=snapshot.has_sae) if is_new else []),
         ],
         colour,
     )

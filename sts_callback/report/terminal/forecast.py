@@ -12,6 +12,7 @@ from rich.text import Text
 
 from sts_callback.config import PolicyConfig
 from sts_callback.records import Check, Estimate, Forecast, Status, TopActivatingExamples, Verdict, downwards
+from sts_callback.records.run import Given
 from sts_callback.report.summary import of_forecast
 from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered, wrapped
 from sts_callback.report.terminal.verdict import (
@@ -31,6 +32,7 @@ def forecast_view(
     policy: PolicyConfig | None,
     *,
     expected: Mapping[str, Estimate] | None = None,
+    given: Given | None = None,
     colour: bool | None = None,
 ) -> str:
     """A forecast: the verdict, a row a domain, what it rests on, doubts, and what to do about a no-go.
@@ -40,16 +42,18 @@ def forecast_view(
         verdict: on it.
         policy: with the protected domains; None where that is not known.
         expected: change of each domain's NLL at the end of the run, by past runs.
+        given: what the run was given, for the commands that are advised.
         colour: whether to use colours; by default where a terminal shows them.
 
     """
+    budgets = policy.budgets if policy else {}
     return rendered(
         [
             verdict_line("STS forecast", verdict),
             *summary_parts(of_forecast(forecast, verdict, policy, expected)),
             *doubts(forecast),
             *open_reasons(verdict),
-            *advice_lines(verdict, Path("OUTPUT_DIR"), has_sae=forecast.identity.has_sae),
+            *advice_lines(verdict, Path("OUTPUT_DIR"), given, budgets, has_sae=forecast.identity.has_sae),
         ],
         colour,
     )

@@ -10,6 +10,7 @@ from rich.text import Text
 from sts_callback.config import PlainBudget
 from sts_callback.records import Forecast, Verdict
 from sts_callback.records.rehearsal import Rehearsal, Trial, Trials
+from sts_callback.records.run import Given
 from sts_callback.report import formatting
 from sts_callback.report.summary import of_rehearsal
 from sts_callback.report.terminal.check import worse_on_its_own_data
@@ -27,6 +28,7 @@ def rehearsal_view(
     budgets: Mapping[str, PlainBudget],
     *,
     max_overhead: float = 1.0,
+    given: Given | None = None,
     colour: bool | None = None,
 ) -> str:
     """A rehearsal: the verdict, a row a domain, what it rests on, how the forecast fits to it, and what to do about a no-go.
@@ -38,6 +40,7 @@ def rehearsal_view(
         in_context: the verdict on that.
         budgets: of the protected domains.
         max_overhead: share of the training's time that checks may take; from 1 on there is no limit.
+        given: what the run was given, for the commands that are advised.
         colour: as for the others.
 
     """
@@ -56,7 +59,7 @@ def rehearsal_view(
             *(wrapped([" ".join(beside)], "dim") if beside else []),
             *doubts(forecast),
             *open_reasons(verdict),
-            *advice_lines(verdict, Path("OUTPUT_DIR"), own.learning_rate, has_sae=own.check.has_sae),
+            *advice_lines(verdict, Path("OUTPUT_DIR"), given, budgets, has_sae=own.check.has_sae),
         ],
         colour,
     )

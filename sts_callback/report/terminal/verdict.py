@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from sts_callback.config import PlainBudget
 from sts_callback.records import Decision, Verdict, in_capitals
+from sts_callback.records.run import Given
 from sts_callback.report.advice import advice_on
 from sts_callback.report.formatting import counted
 from sts_callback.report.headline import sentence
@@ -35,19 +36,23 @@ _KEPT = "\N{NO-BREAK SPACE}"  # at which textwrap breaks no line
 _MOST_REASONS = 3  # of domains of which it cannot be told
 
 
-def verdict_line(what: str, verdict: Verdict, since: Mapping[str, int] | None = None) -> Text:
+def verdict_line(what: str, verdict: Verdict, since: Mapping[str, int] | None = None, *, is_first: bool = False) -> Text:
     """The verdict in a sentence.
 
     Args:
         what: was judged.
         verdict: on it.
         since: of alarms that stand, the steps of the checks that began them.
+        is_first: whether no check was made before.
 
     """
     if not verdict.reasons:
         return Text(f"{what}: no domain is protected, so there is nothing to judge", style="bold")
-    told = f"{in_capitals(verdict.decision, verdict.step)}, {sentence(verdict, during=verdict.step > 0, since=since)}"
-    first, *rest = textwrap.wrap(f"{what}: {told}", WIDTH, subsequent_indent="  ")
+    told = sentence(verdict, during=verdict.step > 0, since=since)
+    at_first = " at the first check" if is_first and verdict.alarmed else ""  # and nobody knows since when
+    first, *rest = textwrap.wrap(
+        f"{what}: {in_capitals(verdict.decision, verdict.step)}{at_first}, {told}", WIDTH, subsequent_indent="  "
+    )
     return Text("\n".join([first, *rest]), style=COLOURS[verdict.decision])
 
 
@@ -61,7 +66,8 @@ def summary_parts(summary: Summary) -> list[Text | Table]:
             *cells,
             *([Text(against, style=_STANDINGS[row.standing])] if row.standing else []),
         )
-    return [table, *wrapped([summary.basis, summary.legend], "dim")]
+    below = [summary.decides] if summary.decides else []
+    return [table, *wrapped([*below, summary.basis, summary.legend], "dim")]
 
 
 def open_reasons(verdict: Verdict) -> list[Text]:
@@ -78,9 +84,11 @@ def reason_lines(reasons: Mapping[str, str]) -> list[Text]:
     return wrapped(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def advice_lines(verdict: Verdict, output_dir: Path, learning_rate: float = math.nan, *, has_sae: bool) -> list[Text]:
+def advice_lines(
+    verdict: Verdict, output_dir: Path, given: Given | None, budgets: Mapping[str, PlainBudget], *, has_sae: bool
+) -> list[Text]:
     """What to do about a no-go or an alarm; nothing about other verdicts."""
-    advice = advice_on(verdict, output_dir, verdict.best_checkpoint, learning_rate, has_sae=has_sae)
+    advice = advice_on(verdict, output_dir, verdict.best_checkpoint, given or Given(), budgets, has_sae=has_sae)
     lines = [Text("What to do:", style="bold")] if advice else []
     for one in advice:
         lines += [
@@ -89,5 +97,6 @@ def advice_lines(verdict: Verdict, output_dir: Path, learning_rate: float = math
         if one.command:
             words = " ".join(part.replace(" ", _KEPT) for part in one.parts)
             typed = textwrap.wrap(words, WIDTH - 10, break_long_words=False, break_on_hyphens=False)
-            lines.append(Text("    " + " \\\n      ".join(typed).replace(_KEPT, " ")))
+            shown = "    " + " \\\n      ".join(typed).replace(_KEPT, " ")
+            lines.append(Text(shown, no_wrap=True))  # also where a path is longer than a line
     return lines

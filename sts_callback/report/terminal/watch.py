@@ -33,14 +33,15 @@ def watch_view(logged: Logged, output_dir: Path, silent_s: float = math.nan, *, 
     parts: list[Text | Table] = []
     if verdict is not None:
         rehearsed = "STS rehearsal" if logged.rehearsal_verdict else "STS forecast"
-        parts.append(verdict_line(f"STS step {verdict.step}" if verdicts else rehearsed, verdict, alarms_since(verdicts)))
+        what = f"STS step {verdict.step}" if verdicts else rehearsed
+        parts.append(verdict_line(what, verdict, alarms_since(verdicts), is_first=len(verdicts) == 1))
     parts += summary_parts(summary) if summary is not None else []
+    budgets = logged.settings.policy.budgets if logged.settings else {}
     if logged.checks:
-        budgets = logged.settings.policy.budgets if logged.settings else {}
         parts += beside_lines(logged.checks[-1].snapshot, logged.checks[-1].verdict, budgets)
     if verdict is not None:
         parts += open_reasons(verdict)
-        parts += advice_lines(verdict, output_dir, logged.learning_rate, has_sae=logged.has_sae)
+        parts += advice_lines(verdict, output_dir, logged.given, budgets, has_sae=logged.has_sae)
     parts += wrapped(ended_notes(verdicts))
     parts += wrapped(logged.unreadable, "yellow")
     parts += wrapped(
