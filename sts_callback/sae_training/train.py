@@ -17,6 +17,7 @@ from sts_callback.data.pairs import Row
 from sts_callback.errors import ConfigError, DataError
 from sts_callback.model.fingerprint import weights_of
 from sts_callback.model.hooks import find_layers, model_name, resolve
+from sts_callback.model.products import by_onednn
 from sts_callback.model.quality import MOST_DENSE, QUALITY_FILE, QualityCard
 from sts_callback.model.sae import load_encoder
 from sts_callback.model.undisturbed import undisturbed
@@ -92,7 +93,8 @@ def train_sae(
             f"train: {len(data):,} tokens of text can be read, but a step of training takes {config.batch:,}; give more."
         )
     schedule = Schedule(int(config.n_passes * len(data)), config.batch, _LR, config.seed)
-    sae = fit(new_sae(data, d_sae, config.l0, reader.capture.device, config.seed), data, schedule, unfinished)
+    with by_onednn():
+        sae = fit(new_sae(data, d_sae, config.l0, reader.capture.device, config.seed), data, schedule, unfinished)
     made = unfinished / "sae"
     name = Path(model_name(model)).name if Path(model_name(model)).is_dir() else model_name(model)
     save(sae, data, reader.usual, made, model_name=name, hook_name=hook_name, context_size=CONTEXT, prepend_bos=bool(pieces.bos))

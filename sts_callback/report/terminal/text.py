@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -56,6 +57,15 @@ def rendered(parts: list[Text | Table], colour: bool | None) -> str:
         highlight=False,
     )
     for part in parts:
+        if isinstance(part, Table):
+            _space(part, console)
         console.print(part, soft_wrap=isinstance(part, Text) and bool(part.no_wrap))
     written = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in written.splitlines())
+
+
+def _space(table: Table, console: Console) -> None:
+    """Keep columns two spaces apart where all of them fit: intervals hold spaces themselves."""
+    table.width, table.padding = None, (0, 2, 0, 0)
+    natural = Measurement.get(console, console.options.update(max_width=2 * WIDTH), table).maximum
+    table.width, table.padding = WIDTH, (0, 2 if natural <= WIDTH else 1, 0, 0)
