@@ -4,6 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Tests of what the lowest versions do not have yet, or of how their layers hand on what they make.
 NEWER := push_to_hub or lfm2 or checkpointing or finite_differences
+# Only their files are imported there: others may import what the lowest versions do not have.
+MARKED = $(shell grep -rl --include='test_*.py' 'mark\.versions' tests)
 # Two processes, each of which takes file after file in the order of collection; -n 0 in ARGS for one.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -19,7 +21,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-lowest check format bench wheel
+.PHONY: help demo test test-all test-lowest test-highest check format bench wheel
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +39,12 @@ test-all: $(INSTALLED)  ## run all tests
 test-lowest:  ## run some of the tests on the lowest versions of transformers and TRL that are supported, in .venv-lowest
 	@test -x .venv-lowest/bin/pip || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install -q -c tests/lowest.txt -e '.[dev]'
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "versions and not slow" -k "not ($(NEWER))" $(ARGS)
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "versions and not slow" -k "not ($(NEWER))" $(MARKED) $(ARGS)
+
+test-highest:  ## run the same tests on the highest versions that the package index has (gigabytes), in .venv-highest
+	@test -x .venv-highest/bin/pip || $(PYTHON) -m venv .venv-highest
+	.venv-highest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-highest/bin/python -m pytest -n 2 --dist loadfile -m "versions and not slow" $(ARGS)
 
 bench: $(INSTALLED)  ## measure what a forecast costs; ARGS="--only 1 3" for some settings, ARGS="--device cuda" on a GPU
 	$(BIN)/python examples/benchmark.py $(ARGS)

@@ -5,7 +5,6 @@ Where a record has an estimate or a score, a plain number may be given: it is th
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, TypeVar, get_type_hints
 
@@ -183,7 +182,6 @@ EXAMINED = [
 """Names of the checks of a whole examination, in their order."""
 
 
-def timeless(record: Any) -> Any:
-    """A record without what it took, which no two measurements share."""
-    times: dict[str, Any] = {"seconds": 0.0, "seconds_by_part": {}}
-    return dataclasses.replace(record, **{f.name: times[f.name] for f in dataclasses.fields(record) if f.name in times})
+def timeless(record: Record) -> dict[str, Any]:
+    """What a record holds, without what it took, which no two measurements share; NaN, which is not itself, as None."""
+    return {name: value for name, value in record.to_dict().items() if name not in ("seconds", "seconds_by_part")}

@@ -148,6 +148,7 @@ class Capture:
         self._n_piece = piece_size(model)
         self._takes_selection = _takes_selection(model)
         self._cache_argument = _cache_argument(model)
+        self._learns_prompt = _learns_prompt(model)
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +165,7 @@ class Capture:
 
         """
         ids = tuple(token_ids)
-        if not ids or not self.may_cache:
+        if not ids or not self.may_cache or self._learns_prompt:
             return Prefix(ids, None)
         cache = DynamicCache(config=text_config(self.model))  # type: ignore[arg-type]
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
@@ -306,9 +307,10 @@ class Capture:
         arguments: dict[str, Any] = {
             "input_ids": inputs.ids,
             "attention_mask": inputs.mask,
-            self._cache_argument: inputs.cache,
             "use_cache": inputs.cache is not None,
         }
+        if inputs.cache is not None:  # "none" would replace what prefix tuning gives by the argument's older name
+            arguments[self._cache_argument] = inputs.cache
         if self._takes_selection and not self.splits_head:
             arguments["logits_to_keep"] = sent(inputs.columns, inputs.ids.device)
         return arguments
@@ -395,3 +397,9 @@ def _cache_argument(model: nn.Module) -> str:
     """Name of the argument that takes the cache: `past_key_values` was renamed in transformers 5.24."""
     names = (inspect.signature(type(module).forward).parameters for module in model.modules())
     return next((name for taken in names for name in ("cache", "past_key_values") if name in taken), "past_key_values")
+
+
+def _learns_prompt(model: nn.Module) -> bool:
+    """Whether PEFT puts virtual tokens before every text, or a cache of its own in the place of ours."""
+    given = (getattr(module, "peft_config", None) for module in model.modules())
+    return any(getattr(config, "is_prompt_learning", False) for configs in given if configs for config in configs.values())

@@ -433,4 +433,4 @@ def test_an_examination_stands_in_no_forecasts_way() -> None:
     monitor = patient(fitted_sae(1, 1))
     monitor.examine(PROTECT)
     one, other = monitor.forecast(), patient(fitted_sae(1, 1)).forecast()
-    assert timeless(one).to_json() == timeless(other).to_json()
+    assert timeless(one) == timeless(other)

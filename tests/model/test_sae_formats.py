@@ -255,7 +255,7 @@ def test_a_forecast_is_that_of_the_same_sae_in_sae_lens(tmp_path: Path) -> None:
     theirs, own = forecast_with(tmp_path / "layers.2"), forecast_with(tmp_path / "own")
     assert (theirs.identity.hook_name, own.identity.hook_name) == ("layers.2.output", "blocks.2.hook_out")
     assert theirs.identity.sae == own.identity.sae
-    assert (theirs.fvu, theirs.domains) == (own.fvu, own.domains)
+    assert (theirs.fvu, theirs.to_dict()["domains"]) == (own.fvu, own.to_dict()["domains"])
 
 
 def test_a_forecast_is_made_with_a_transcoder(tmp_path: Path) -> None:

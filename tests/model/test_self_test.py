@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MoshiConfig, MoshiFor
 from sts_callback import Monitor, ProbeConfig
 from sts_callback.distributed import Ranks
 from sts_callback.errors import ModelError
-from sts_callback.model.capture import Capture, Prefix
+from sts_callback.model.capture import Capture, Prefix, _cache_argument
 from sts_callback.model.hooks import find_layers, resolve
 from sts_callback.model.self_test import Findings, self_test
 from sts_callback.model.undisturbed import undisturbed
@@ -131,8 +131,8 @@ def test_a_forward_that_cannot_take_our_cache_is_measured_without() -> None:
     model = tiny_model()
     forward = model.model.forward
 
-    def plain(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None:
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        if kwargs[_cache_argument(model)] is not None:
             raise TypeError("a cache of another kind")
         return forward(*args, **kwargs)
 
@@ -284,10 +284,11 @@ def test_a_forecast_without_the_cache_says_so() -> None:
     usual = forecast_of(model)
     forward = model.model.forward
 
-    def forgetful(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None and past_key_values.get_seq_length():
-            past_key_values.crop(past_key_values.get_seq_length() - 1)
-        return forward(*args, past_key_values=past_key_values, **kwargs)
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs[_cache_argument(model)]
+        if cache is not None and cache.get_seq_length():
+            cache.crop(cache.get_seq_length() - 1)
+        return forward(*args, **kwargs)
 
     model.model.forward = forgetful
     without = forecast_of(model)
