@@ -48,7 +48,7 @@ def records(run: Path) -> str:
         since=alarms_since([check.verdict for check in logged.checks]),
         expected=rehearsal.expected if rehearsal else {},
         output_dir=run,
-        learning_rate=logged.learning_rate,
+        given=logged.given,
         colour=True,
     )
     return f"{before}\n\n{check}"

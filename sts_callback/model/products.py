@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 _LEFT_TO_TORCH = ("none", "ieee")  # every other value is the user's own choice
+_ROUNDED = "bf16"
 _MOST_ERROR = 1e-5  # float32 gives about 5e-7 at these sizes, bfloat16 2e-3
 
 
@@ -21,15 +22,11 @@ def by_onednn() -> Iterator[None]:
     oneDNN makes them, and it rounds nothing on processors without AMX. Whether this is one of them a few test products tell.
     """
     switch = _switch()
-    if switch is None or switch.fp32_precision not in _LEFT_TO_TORCH or not are_exact():
+    if switch is not None and switch.fp32_precision in _LEFT_TO_TORCH and are_exact():
+        with _set_to(_ROUNDED, switch):
+            yield
+    else:
         yield
-        return
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 @functools.cache
@@ -39,18 +36,35 @@ def are_exact() -> bool:
     if switch is None:
         return False
     seeded = torch.Generator("cpu").manual_seed(0)
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
+    with _set_to(_ROUNDED, switch):
         return all(_error(n, seeded) < _MOST_ERROR for n in (1, 16, 256))  # one row, some, and as many as a batch has
-    finally:
-        switch.fp32_precision = before
+
+
+def are_float32() -> bool:
+    """Whether torch's settings let no product of float32 be rounded, on any device, but for what `by_onednn` has set."""
+    switch = _switch()
+    ours = switch is not None and switch.fp32_precision == _ROUNDED and are_exact()
+    with _set_to(_LEFT_TO_TORCH[0], switch) if ours else contextlib.nullcontext():
+        try:
+            return torch.get_float32_matmul_precision() == "highest"
+        except RuntimeError:  # the precision is set for each backend
+            return False
 
 
 def _switch() -> Any:
     """What torch sets for the products that oneDNN makes; None in versions before 2.9, or without oneDNN."""
     onednn: Any = torch.backends.mkldnn
     return getattr(onednn, "matmul", None) if onednn.is_available() else None
+
+
+@contextlib.contextmanager
+def _set_to(value: str, switch: Any) -> Iterator[None]:
+    before = switch.fp32_precision
+    switch.fp32_precision = value
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 def _error(n: int, seeded: torch.Generator) -> float:

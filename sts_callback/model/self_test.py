@@ -19,6 +19,7 @@ from sts_callback.errors import ModelError, StsError, is_short_of_memory
 from sts_callback.model.capture import Capture, Captured, Prefix
 from sts_callback.model.head import whole_logits
 from sts_callback.model.hooks import architecture
+from sts_callback.model.products import are_float32
 from sts_callback.model.undisturbed import writes_to_weights
 
 # Measured on random models of 16 layers and six families, three of them with routed experts, a query alone against one in a batch
@@ -198,13 +199,9 @@ def _relative(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def _is_exact(model: nn.Module, found: Captured) -> bool:
     """Whether everything is computed in float32 or wider, as far as one can see."""
-    try:
-        multiplies_exactly = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # the precision is set for each backend
-        multiplies_exactly = False
     tensors = [*model.parameters(), *found.activations.values()]
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype in (torch.float32, torch.float64) for t in tensors)
-    return multiplies_exactly and plain
+    return are_float32() and plain
 
 
 def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sts_callback.model import products
-from sts_callback.model.products import are_exact, by_onednn
+from sts_callback.model.products import are_exact, are_float32, by_onednn
 from sts_callback.model.undisturbed import undisturbed
 from tiny import tiny_model
 
@@ -72,6 +72,18 @@ def test_choice_of_the_user_stays(own: str) -> None:
         with undisturbed(tiny_model()):
             assert ONEDNN.fp32_precision == chosen
         assert torch.get_float32_matmul_precision() == own
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_what_is_ours_counts_as_float32_and_what_the_user_lets_round_does_not() -> None:
+    with by_onednn():
+        assert are_float32()
+    assert are_float32()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with by_onednn():
+            assert not are_float32()
     finally:
         torch.set_float32_matmul_precision("highest")
 
