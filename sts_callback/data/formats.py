@@ -1,11 +1,13 @@
-"""Read rows that hold text, in every format that TRL takes and in ShareGPT's: prompt, first answer and later turns.
+"""Read rows that hold text, in every format that TRL takes, in ShareGPT's and in Alpaca's: prompt, first answer and later turns.
 
 Formats (TRL's names): language modelling (`text`, `messages`), prompt-completion, preference with explicit or implicit prompt
-(`chosen` is the answer), unpaired preference (rows whose `label` is true), each plain or conversational; and ShareGPT's
-`conversations` with `system` and `tools`. A plain row may say in a column `chat`, itself a row with `messages`, how it is asked
-in a chat template: so do the shipped domains of reasoning and of calls, for which templates have a form of their own. Where a row
-has only a prompt, as in reinforcement learning, the text in `solution` or `answer` is the reference answer. If a conversation has
-several turns, the first one that answers a user is the answer. Each row gives one example, so that examples are independent.
+(`chosen` is the answer), unpaired preference (rows whose `label` is true), each plain or conversational; ShareGPT's
+`conversations` with `system` and `tools`; and Alpaca's `instruction`, `input` and `output` with `system` and `history`, which
+are read as a conversation, as the frameworks that take them train on them. A plain row may say in a column `chat`, itself a row
+with `messages`, how it is asked in a chat template: so do the shipped domains of reasoning and of calls, for which templates
+have a form of their own. Where a row has only a prompt, as in reinforcement learning, the text in `solution` or `answer` is the
+reference answer. If a conversation has several turns, the first one that answers a user is the answer. Each row gives one
+example, so that examples are independent.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from sts_callback.data.pairs import NoExampleError, Row
 from sts_callback.data.tokens import n_common
 from sts_callback.errors import DataError
 
-FORMATS = "text; messages; prompt + completion; prompt + chosen + rejected; chosen + rejected; prompt + completion + label"
+FORMATS = (
+    "text; messages or conversations; prompt + completion (+ label); prompt + answer or solution; prompt + chosen + rejected; "
+    "chosen + rejected; instruction (+ input) + output"
+)
 _REFERENCES = ("solution", "answer")  # a worked solution before a bare result, where a row has both
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 Messages = list[dict[str, Any]]
@@ -82,7 +87,9 @@ def in_words(row: Row) -> Words:
             n -= 1
         return _words(row, {"chosen", "rejected"}, chosen[:n], chosen[n:])
     if "text" in row:
-        return _words(row, {"text"}, row["text"], None)
+        return _words(row, {"text"}, row["text"], None)  # where Alpaca's rows have it too, it is the text that TRL trains on
+    if {"instruction", "output"} <= set(row):
+        return _words(row, {"instruction", "input", "output", "history"}, *_alpaca(row))
     if "prompt" in row and (answer := reference(row)) is not None:
         is_text = isinstance(row["prompt"], str)
         given = {next(name for name in _REFERENCES if row.get(name) == answer)}
@@ -129,6 +136,25 @@ def _tools(tools: Any) -> Any:
         return (json.loads(tools) if isinstance(tools, str) and tools else tools) or None
     except json.JSONDecodeError as error:
         raise DataError(f"tools: got {tools!r:.100}, which is not JSON ({error}); give a list of functions.") from error
+
+
+def _alpaca(row: Row) -> tuple[Messages, Messages]:
+    """Prompt and answer of an Alpaca row. Earlier turns stand in `history`, as pairs."""
+    earlier, asked, answer = row.get("history") or [], [row["instruction"], row.get("input")], row["output"]
+    are_pairs = isinstance(earlier, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in earlier)
+    said = [*(text for turn in earlier for text in turn), *asked, answer] if are_pairs else [earlier]
+    if not (are_pairs and all(text is None or isinstance(text, str) for text in said)):
+        raise DataError(
+            f"a row of instruction, input and output holds {said!r:.200}; allowed are texts, in history pairs of them."
+        )
+    if not answer:
+        raise NoExampleError("its answer is empty")
+    question = "\n".join(text for text in asked if text)
+    if not question:
+        raise NoExampleError("its prompt is empty")
+    turns = [*earlier, [question, answer]]
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    return messages[:-1], messages[-1:]
 
 
 def _system(row: Row) -> Messages:

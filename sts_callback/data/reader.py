@@ -218,7 +218,7 @@ class RowReader:
             except (NoExampleError, DataError) as error:
                 self.left_out[str(error)] += 1
                 if isinstance(error, DataError) and self.error is None:
-                    self.error = DataError(f"{self._field}: {error} The first such row is number {number}.")
+                    self.error = DataError(f"{self._field}: {error} The first such row that was read is number {number}.")
                 continue
             yield from found
 

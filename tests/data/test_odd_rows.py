@@ -133,7 +133,9 @@ FAILING = {
 @pytest.mark.parametrize("template", list(FAILING.values()), ids=list(FAILING))
 def test_a_template_that_fails_is_an_error_of_the_data_that_names_the_row(template: str) -> None:
     tokenizer = tokenizer_with(template)
-    with pytest.raises(DataError, match=r"^train_data: the chat template fails \(.*The first such row is number 0\.$"):
+    with pytest.raises(
+        DataError, match=r"^train_data: the chat template fails \(.*The first such row that was read is number 0\.$"
+    ):
         read_pairs(GOOD, tokenizer, "train_data")
     with pytest.raises(DataError, match="the chat template fails"):
         made(GOOD, tokenizer)

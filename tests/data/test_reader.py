@@ -101,6 +101,15 @@ CHAT_CASES: dict[str, tuple[Row, TextPair]] = {
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
         TextPair(asked("Hi"), answered("Ho")),
     ),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+        TextPair(asked("Add.\n1 + 1"), answered("2")),
+    ),
+    "Alpaca, no input": ({"instruction": "Hi", "input": "", "output": "Ho"}, TextPair(asked("Hi"), answered("Ho"))),
+    "Alpaca, with all else": (
+        {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "Be kind."},
+        TextPair("<|im_start|>system\nBe kind.<|im_end|>\n" + asked("a", "b", "c"), answered("d")),
+    ),
     "system message": (
         {"messages": [{"role": SYSTEM, "content": "Be kind."}, *said("Hi", "Ho")]},
         TextPair("<|im_start|>system\nBe kind.<|im_end|>\n" + asked("Hi"), answered("Ho")),
@@ -152,6 +161,8 @@ def test_rejected_answers_and_rows_without_text_are_left_out(tokenizer: PreTrain
         {"prompt": "a", "completion": ""},
         {"text": ""},
         {"text": None},
+        {"instruction": "a", "output": ""},
+        {"instruction": "", "input": "", "output": "b"},
         {"prompt": "a", "completion": "good", "label": True},
     ]
     assert read_pairs(rows, tokenizer, "train") == [TextPair("a", "good")]
@@ -325,7 +336,7 @@ def test_a_json_file_that_is_not_json(text: str, file: File) -> None:
     ("name", "text"), [("bad.jsonl", '"a text"\n'), ("bad.jsonl", "[1]\n"), ("bad.json", '["a"]'), ("bad.json", '{"data": []}')]
 )
 def test_a_file_must_hold_one_object_a_row(name: str, text: str, file: File) -> None:
-    with pytest.raises(DataError, match=rf"^train: .*{name} must hold one JSON object a row with columns text; messages;"):
+    with pytest.raises(DataError, match=rf"^train: .*{name} must hold one JSON object a row with columns text; messages or"):
         read_rows(file(name, text), "train")
 
 
@@ -345,6 +356,11 @@ def _refused(rows: Sequence[Row], match: str, chat_template: str | None = CHATML
 
 def test_unknown_columns() -> None:
     _refused([{"question": "a", "reply": "b"}], r"^train: columns \['question', 'reply'\] fit no format; allowed are text; mess")
+
+
+@pytest.mark.parametrize("history", [["a"], "a", [[1, 2]]])
+def test_alpaca_rows_that_hold_no_texts(history: Any) -> None:
+    _refused([{"instruction": "a", "output": "b", "history": history}], "allowed are texts, in history pairs of them")
 
 
 def test_prompts_without_answers() -> None:
