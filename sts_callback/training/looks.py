@@ -1,8 +1,9 @@
 """Which checks of a run are planned, and what each may spend of the error that the run's test may make.
 
-By each planned step, at most as many checks have spent a part as were planned up to it. So a check that comes besides, such as at
-an evaluation by hand, may alarm only in place of a planned one that was skipped; the last check of a run that ends early, in
-place of one that will not come. All parts together never come to more than `PolicyConfig.alpha`, whichever checks are made.
+Each planned check has an equal part. A check spends the parts of all that were planned up to it and that nobody has spent: so
+where checks are skipped, as `max_overhead` demands, the next one is the sharper. One that comes besides, such as at an evaluation
+by hand, may alarm only in place of skipped ones; the last check of a run that ends early, also in place of those that will not
+come. All parts together never come to more than `PolicyConfig.alpha`, whichever checks are made.
 """
 
 from __future__ import annotations
@@ -64,23 +65,21 @@ def resumed(kept: Looks | None, planned: Looks, step: int) -> Looks:
     return dataclasses.replace(planned, after=step) if planned.last_step > kept.last_step else kept
 
 
-def level(alpha: float, looks: Looks, n_spent: int, step: int, *, is_last: bool = False) -> float:
-    """What a check may spend of the error of its run.
+def unspent(looks: Looks, n_spent: int, step: int, *, is_last: bool = False) -> int:
+    """How many parts of the error of its run a check may spend.
 
     Args:
-        alpha: the error of the run.
-        looks: its plan.
-        n_spent: checks of this plan that have spent something.
+        looks: the run's plan, which has as many parts as steps.
+        n_spent: parts of this plan that are spent.
         step: of the check.
         is_last: whether training has ended, so that no other will come.
 
     Returns:
-        The level of its test, 0 if it may not alarm.
+        0 if it may not alarm.
 
     """
     planned = looks.steps
-    allowed = len(planned) if is_last else bisect.bisect_right(planned, step)
-    return alpha / len(planned) if n_spent < allowed else 0.0
+    return max(0, (len(planned) if is_last else bisect.bisect_right(planned, step)) - n_spent)
 
 
 class History:
@@ -111,7 +110,8 @@ class History:
         self.looks, n_recent = looks, self._policy.patience
         self._recent = [snapshot for snapshot, _ in checks][-n_recent:]
         self._levels = [verdict.level for _, verdict in checks][-n_recent:]
-        self._n_spent = sum(verdict.level > 0 for _, verdict in checks if verdict.step > looks.after)
+        spent = sum(verdict.level for _, verdict in checks if verdict.step > looks.after)
+        self._n_spent = round(spent * len(looks.steps) / self._policy.alpha)
         self.worst_shares = {snapshot.step: worst_share(snapshot, self._policy) for snapshot, _ in checks}
 
     def add(self, snapshot: DriftSnapshot, *, is_last: bool) -> None:
@@ -122,10 +122,10 @@ class History:
             is_last: whether training has ended.
 
         """
-        part = level(self._policy.alpha, self.looks, self._n_spent, snapshot.step, is_last=is_last)
-        self._n_spent += part > 0
+        n_parts = unspent(self.looks, self._n_spent, snapshot.step, is_last=is_last)
+        self._n_spent += n_parts
         self._recent = [*self._recent, snapshot][-self._policy.patience :]
-        self._levels = [*self._levels, part][-self._policy.patience :]
+        self._levels = [*self._levels, self._policy.alpha * n_parts / len(self.looks.steps)][-self._policy.patience :]
         self.worst_shares[snapshot.step] = worst_share(snapshot, self._policy)
 
     def verdict(self) -> Verdict:

@@ -14,7 +14,7 @@ from samples import answers, domain_drift, snapshot
 from sts_callback.config import PolicyConfig
 from sts_callback.records import DriftSnapshot
 from sts_callback.records.run import Looks
-from sts_callback.training.looks import History, level, plan, resumed
+from sts_callback.training.looks import History, plan, resumed, unspent
 
 POLICY = PolicyConfig({"law": 0.25})
 
@@ -71,35 +71,42 @@ def test_a_plan_follows_what_the_trainer_will_do(check_on: Any, args: dict[str, 
 
 def test_each_planned_check_spends_an_equal_part_and_all_together_spend_it_all() -> None:
     looks = Looks(60, 25)
-    parts = [level(0.05, looks, n, step) for n, step in enumerate(looks.steps)]
-    assert parts == [0.05 / 8] * 8
+    assert [unspent(looks, n, step) for n, step in enumerate(looks.steps)] == [1] * 8
 
 
-def test_a_check_beyond_the_planned_ones_may_alarm_only_in_place_of_one_that_was_skipped() -> None:
+def test_a_check_spends_the_parts_of_those_that_were_skipped() -> None:
     looks = Looks(60)  # 1, 2, 5, 10, 20, 50, 60
-    assert level(0.07, looks, 3, 7) == 0.0  # after 1, 2 and 5
-    assert level(0.07, looks, 2, 7) == pytest.approx(0.01)  # one of them was skipped
-    assert level(0.07, looks, 3, 10) == pytest.approx(0.01)
+    assert unspent(looks, 0, 10) == 4
+    assert unspent(looks, 4, 60) == 3
+    assert unspent(looks, 0, 60) == 7  # the only one
 
 
-def test_the_last_check_of_a_run_that_ends_early_takes_the_part_of_one_that_will_not_come() -> None:
+def test_a_check_beyond_the_planned_ones_may_alarm_only_in_place_of_skipped_ones() -> None:
     looks = Looks(60)
-    assert level(0.07, looks, 4, 15) == 0.0
-    assert level(0.07, looks, 4, 15, is_last=True) == pytest.approx(0.01)
-    assert level(0.07, looks, 7, 61, is_last=True) == 0.0  # nothing is left
+    assert unspent(looks, 3, 7) == 0  # after 1, 2 and 5
+    assert unspent(looks, 2, 7) == 1  # one of them was skipped
+    assert unspent(looks, 3, 10) == 1
+
+
+def test_the_last_check_of_a_run_that_ends_early_takes_the_parts_of_those_that_will_not_come() -> None:
+    looks = Looks(60)
+    assert unspent(looks, 4, 15) == 0
+    assert unspent(looks, 4, 15, is_last=True) == 3
+    assert unspent(looks, 7, 61, is_last=True) == 0  # nothing is left
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_whichever_checks_are_made_they_never_spend_more_than_all_and_planned_ones_never_go_short(seed: int) -> None:
+def test_whichever_checks_are_made_they_spend_no_more_than_all_and_planned_ones_never_go_short(seed: int) -> None:
     draw = random.Random(seed)
     looks = Looks(draw.randrange(1, 300), draw.choice([0, 1, 7, 50]))
     made = [step for step in range(1, looks.last_step + 1) if draw.random() < draw.choice([0.1, 0.5, 0.9])]
-    spent, n_spent = 0.0, 0
+    n_spent = 0
     for step in made:
-        part = level(0.05, looks, n_spent, step, is_last=step == made[-1])
-        assert part > 0 or step not in looks.steps
-        spent, n_spent = spent + part, n_spent + (part > 0)
-    assert spent <= 0.05 + 1e-12
+        n_parts = unspent(looks, n_spent, step, is_last=step == made[-1])
+        assert n_parts > 0 or step not in looks.steps
+        n_spent += n_parts
+    assert n_spent <= len(looks.steps)
+    assert not made or n_spent == len(looks.steps)  # and the last check leaves none
 
 
 def test_a_resumed_run_keeps_its_plan_unless_it_is_to_go_on_beyond_it() -> None:
