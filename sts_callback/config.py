@@ -265,8 +265,8 @@ class PolicyConfig:
     """Successive checks that a threat must hold before it alarms."""
     alpha: float = 0.05
     """Of a whole run, the chance that some protected domain alarms though none has got worse by half its budget. It is spent in
-    equal parts over the planned checks, and a check takes those of skipped ones too; `examples/false_alarms.py` has what becomes of
-    it on real changes."""
+    equal parts over the planned checks, and a check takes those of skipped ones too; `examples/false_alarms.py` has what becomes
+    of it on real changes."""
     max_unseen: float = 0.5
     """Where more than this share of a change lies outside the SAE, a verdict says so beside what it says of movement."""
     max_masked_share: float = 0.05
