@@ -16,7 +16,7 @@ from sts_callback.cli import blame, card, dial, doctor, forecast, launch, ledger
 from sts_callback.cli.common import BUG, CANNOT_TELL, WRONG_INPUT
 from sts_callback.errors import CannotTell, ConfigError, StsError
 
-PIPE_CLOSED = 141  # the code that shells give to programs ended by this signal
+PIPE_CLOSED, INTERRUPTED = 141, 130  # the codes that shells give to programs ended by these signals
 COMMANDS = {
     "doctor": doctor,
     "forecast": forecast,
@@ -78,6 +78,9 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python prints an error when it flushes at the end
         return PIPE_CLOSED
+    except KeyboardInterrupt:
+        print("sts-callback: interrupted before its end.", file=sys.stderr)
+        return INTERRUPTED
     except CannotTell as error:
         print(f"sts-callback: {error}", file=sys.stderr)
         return CANNOT_TELL

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from logs import whole_run, written
 from past import lawful_runs
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, snapshot
-from sts_callback.cli import PIPE_CLOSED, main, parser
+from sts_callback.cli import INTERRUPTED, PIPE_CLOSED, main, parser
 from sts_callback.cli.common import BUG, CANNOT_TELL, GO, NO_GO, WRONG_INPUT
 from sts_callback.cli.options import QUICK
 from sts_callback.policy import Judgement
@@ -309,6 +309,15 @@ def test_a_bug_of_ours_is_told_apart(files: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sts_callback.policy.judge_forecast", lambda forecast, policy: 1 / 0)
     assert main(command(files)) == BUG
     assert "bug of ours" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sts_callback.cli.saes.run", interrupted)
+    assert main(["saes", "--model", "gpt2"]) == INTERRUPTED
+    assert capsys.readouterr().err == "sts-callback: interrupted before its end.\n"
 
 
 def test_a_reader_that_has_seen_enough_is_no_bug(tmp_path: Path) -> None:
