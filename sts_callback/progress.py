@@ -1,4 +1,4 @@
-"""Progress of long work: a bar that goes when the work is done, or in a log a line now and then, which stays."""
+"""Progress of long work: a bar that goes when the work is done, or in a log a line now and then; lines that stay."""
 
 from __future__ import annotations
 
@@ -21,9 +21,18 @@ def progress_bar(title: str, total: int, unit: str, *, is_shown: bool) -> tqdm[A
         is_shown: whether anything is.
 
     """
-    stderr = sys.stderr
-    is_open = not getattr(stderr, "closed", stderr is None)
-    in_log = is_open and not _IN_NOTEBOOK and not stderr.isatty()
+    is_open = _is_open()
+    in_log = is_open and not _IN_NOTEBOOK and not sys.stderr.isatty()
     least, most = (_SECONDS_IN_A_LOG, _SECONDS_IN_A_LOG) if in_log else (0.1, 10.0)  # tqdm's own in a terminal
     hidden = not (is_shown and is_open)
     return tqdm(total=total, desc=title, unit=unit, leave=in_log, disable=hidden, mininterval=least, maxinterval=most)
+
+
+def tell(line: str) -> None:
+    """Write a line that stays, on standard error, above the bars that are open."""
+    if _is_open():
+        tqdm.write(line, file=sys.stderr)
+
+
+def _is_open() -> bool:
+    return not getattr(sys.stderr, "closed", sys.stderr is None)

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,8 +182,16 @@ def test_a_domain_of_ones_own(here: Path) -> None:
     text = page("docs/protect-your-own-domain.md")
     (row,) = (json.loads(block) for block in blocks(text, "json"))
     written(here, tenancy=[row] * 3)
-    names: dict[str, Any] = {"STSCallback": STSCallback, "sae": str(saved_sae(here / "sae"))}
-    exec(blocks(text, "python")[0], names)
+    attached: list[Any] = []
+    names: dict[str, Any] = {
+        "STSCallback": STSCallback,
+        "SFTTrainer": lambda **options: SimpleNamespace(train=lambda: attached.append("trained"), **options),
+        **dict.fromkeys(("model", "args", "data")),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(STSCallback, "attach", lambda callback, trainer: attached.append(trainer.callbacks == [callback]))
+        exec(blocks(text, "python")[0], names)
+    assert attached == [True, "trained"]
     settings = names["callback"]._settings
     assert dict(settings.policy.budgets) == {"tenancy": 0.1, "code": 0.2}
     assert settings.domains["tenancy"] == "tenancy.jsonl"

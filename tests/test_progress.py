@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from sts_callback.progress import progress_bar
+from sts_callback.progress import progress_bar, tell
 
 
 class Stderr(io.StringIO):
@@ -44,3 +44,13 @@ def test_without_standard_error_nothing_is_shown_and_nothing_fails(monkeypatch: 
         monkeypatch.setattr("sys.stderr", stderr)
         with progress_bar("Forecast", 1, "query", is_shown=True) as bar:
             bar.update()
+        tell("One is done.")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_line_that_is_told_stays_as_it_is(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Stderr(is_terminal=is_terminal)
+    monkeypatch.setattr("sys.stderr", stderr)
+    tell("One is done.")
+    tell("Two are done.")
+    assert stderr.getvalue() == "One is done.\nTwo are done.\n"

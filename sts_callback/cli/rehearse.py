@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     mixtures, sources = _mixtures(args.replay)
 
     from sts_callback.measure.monitor import Monitor
+    from sts_callback.progress import tell
     from sts_callback.report.terminal.rehearsal import trials_details, trials_table
     from sts_callback.training.sft import read_setup
     from sts_callback.training.trials import Rows, try_out
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         rates,
         made_monitor,
         policy,
-        progress=True,
+        told=tell,
     )
     print(found.to_json() if args.json else trials_table(found))
     if args.details and not args.json:

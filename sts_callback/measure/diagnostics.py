@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sts_callback.config import DIGITS, N_LOOKS, PolicyConfig, Unit
+from sts_callback.config import DIGITS, N_LOOKS, Budget, PolicyConfig, Unit
 from sts_callback.data.probes import ProbeSet
 from sts_callback.errors import CannotTell, ModelError
 from sts_callback.measure.accumulators import ZERO_SHOT, ProbeStats
 from sts_callback.measure.runner import Context, ProbeRunner
 from sts_callback.measure.sae_reader import Fit
 from sts_callback.measure.scoring import FILLER
-from sts_callback.metrics.statistics import detectable_rise, resampled_ratios
+from sts_callback.metrics.statistics import detectable_rise, queries_for_rise, resampled_ratios
 from sts_callback.model.encoder import Encoder, RawActivations
 from sts_callback.model.registry import base_name
 from sts_callback.model.sae import SaeEncoder
@@ -118,7 +118,7 @@ def fit_checks(encoder: SaeEncoder, fit: Fit, layer: int, by_layer: Mapping[int,
 
 
 def probe_checks(
-    readings: Mapping[str, ProbeStats], sets: Sequence[ProbeSet], noise_floor: float, policy: PolicyConfig
+    readings: Mapping[str, ProbeStats], sets: Sequence[ProbeSet], noise_floor: float, policy: PolicyConfig, n_demonstrations: int
 ) -> tuple[Check, ...]:
     """Whether probes can tell movement and harm from nothing.
 
@@ -127,6 +127,7 @@ def probe_checks(
         sets: the same sets.
         noise_floor: relative drift of unchanged weights.
         policy: the thresholds that probes must be able to reach.
+        n_demonstrations: rows of a domain that are kept as examples.
 
     """
     masked = {name: r.n_masked / max(1, len(r.counted)) for name, r in readings.items()}
@@ -146,7 +147,7 @@ def probe_checks(
             f"unchanged weights drift by {noise_floor:.1e} in other batches; {policy.min_drift:.0%} counts as movement",
             "" if noisy == "pass" else "raise policy.min_drift, or measure in float32",
         ),
-        _power(readings, {s.name: s.answer_bytes for s in sets}, policy),
+        _power(readings, {s.name: s.answer_bytes for s in sets}, policy, n_demonstrations),
     )
 
 
@@ -246,7 +247,9 @@ def _origin(encoder: SaeEncoder, model_name: str) -> Check:
     return Check("trained on", "warn", f"{made_for}, the model is {model_name}", "explained variance says how far it has moved")
 
 
-def _power(readings: Mapping[str, ProbeStats], answer_bytes: Mapping[str, Sequence[int]], policy: PolicyConfig) -> Check:
+def _power(
+    readings: Mapping[str, ProbeStats], answer_bytes: Mapping[str, Sequence[int]], policy: PolicyConfig, n_demonstrations: int
+) -> Check:
     wanted = {name: budget for name, budget in policy.limits.items() if name in readings}
     if not wanted:
         return Check("alarm power", "warn", "no domain is protected", "name some with protect=")
@@ -254,20 +257,37 @@ def _power(readings: Mapping[str, ProbeStats], answer_bytes: Mapping[str, Sequen
     if short := short_of_queries(n_queries, policy, fewest_queries(policy)):
         found = f"queries: {_each(short)}; {power_needed(policy).rstrip('.')}"
         return Check("alarm power", "refuse", found, "give more rows, raise n_queries, or protect fewer domains")
-    smallest = {}
+    level = policy.alpha / N_LOOKS / len(wanted)
+    smallest, weak, unknown = list[str](), list[str](), list[str]()
     for name, budget in wanted.items():
         if ZERO_SHOT not in readings[name].nll:
             return Check("alarm power", "warn", "the model has no language-model head, so harm cannot be measured", "")
         taken, over = _harm_by_prose(budget.unit, readings[name], answer_bytes[name])
         error = float(resampled_ratios(taken, over, torch.arange(len(over))).std())
-        smallest[name] = budget.value / 2 + detectable_rise(error, len(over), policy.alpha / N_LOOKS / len(wanted))
-    weak = [name for name, budget in wanted.items() if not smallest[name] <= budget.value]
+        rise = detectable_rise(error, len(over), level)  # above half the budget, against which the test is
+        smallest.append(f"{name} {_number(budget.value / 2 + rise, budget.unit)} (budget {budget.plain})")
+        if not math.isfinite(rise):
+            unknown.append(name)
+        elif rise > budget.value / 2:
+            n = queries_for_rise(budget.value / 2, error, len(over), level)
+            weak.append(f"{name} {_enough(budget, rise, n, n_demonstrations)}")
     few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
-    remedies = [f"more queries for {', '.join(weak)}, whose budget is smaller"] if weak else []
+    remedies = [f"to find harm as small as the budget takes about: {', '.join(weak)}"] if weak else []
+    remedies += [f"look at the answers of {', '.join(unknown)}: their NLL is NaN or infinite"] if unknown else []
     remedies += [f"fewer than {ENOUGH_QUERIES} queries: {_each(few)}"] if few else []
-    found = ", ".join(f"{name} {_number(smallest[name], budget.unit)}" for name, budget in wanted.items())
-    found = f"smallest harm that one check finds 4 times in 5, nats a token unless another unit is named: {found}"
-    return Check("alarm power", "warn" if remedies else "pass", found, "; ".join(remedies))
+    told = (
+        "smallest harm that one check finds 4 times in 5, if training scatters the answers as much as plain prose in front of "
+        f"them does (less, if it scatters them less); nats a token unless another unit is named: {', '.join(smallest)}"
+    )
+    return Check("alarm power", "warn" if remedies else "pass", told, "; ".join(remedies))
+
+
+def _enough(budget: Budget, rise: float, n_queries: int, n_demonstrations: int) -> str:
+    """How many queries a budget takes, or which budget the queries there are; a test against half of it finds twice the rise."""
+    digits = 10 ** DIGITS[budget.unit]
+    larger = math.ceil(2 * rise * digits) / digits
+    by_budget = "" if budget.unit == "points" and larger > 100 else f" or a budget of {_number(larger, budget.unit)}"
+    return f"n_queries={n_queries} ({n_queries + n_demonstrations} rows){by_budget}"
 
 
 def _harm_by_prose(unit: Unit, r: ProbeStats, answer_bytes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

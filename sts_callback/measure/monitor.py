@@ -175,7 +175,7 @@ class Monitor:
             noise = self._noise_floors([readings[TRAIN]])[0]
         return (
             *checks,
-            *diagnostics.probe_checks(readings, self._sets, noise, policy),
+            *diagnostics.probe_checks(readings, self._sets, noise, policy, self.config.n_domain_demonstrations),
             diagnostics.cost_check(self._runner.sae_readers[0].encoder, self._sets, seconds),
             diagnostics.process_check(self._ranks.n, is_sharded(self._model)),
         )

@@ -6,6 +6,7 @@ whole groups: the queries of one draw where demonstrations matter, single querie
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -126,6 +127,27 @@ def detectable_rise(standard_error: float, n_queries: int, alpha: float, power: 
         return math.nan
     quantiles = stats.t.ppf([1 - alpha, power], n_queries - 1)
     return float(quantiles.sum() * standard_error)
+
+
+def queries_for_rise(rise: float, standard_error: float, n_queries: int, alpha: float, power: float = 0.8) -> int:
+    """The fewest queries with which a true rise is detectable, if their changes scatter as those that were measured.
+
+    Args:
+        rise: to be found, above 0.
+        standard_error: of the mean change over the queries that were measured.
+        n_queries: that were measured.
+        alpha: of the test, after correction for the number of domains.
+        power: wanted.
+
+    """
+
+    def is_enough(n: int) -> bool:
+        return detectable_rise(standard_error * math.sqrt(n_queries / n), n, alpha, power) <= rise
+
+    most = 2
+    while not is_enough(most):
+        most *= 2
+    return bisect.bisect_left(range(most), True, lo=2, key=is_enough)
 
 
 def rank_ranges(resamples: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:

@@ -211,9 +211,9 @@ def _decides(
         limit, change = Budget.of(budgets[name]), expected.get(name, UNKNOWN)
         if rests_on_expected(verdict, name):
             by_expected.append(name)
-        elif _holds_zero(change) if is_threat else in_nats(budgets[name]) <= change.value:
+        elif change.low <= 0 if is_threat else in_nats(budgets[name]) <= change.value:
             by_measured.append(name)
-        if is_threat and name not in by_expected and _holds_zero(domains[name].harm_in(limit.unit)):
+        if is_threat and name not in by_expected and domains[name].harm_in(limit.unit).low <= 0:
             by_test.append(name)
     told = (
         (by_expected, f"the expected change decides, not that {when}"),
@@ -221,10 +221,6 @@ def _decides(
         (by_test, "a one-sided test against half the budget decides, not the interval"),
     )
     return " ".join(f"{listing(names)}: {what}." for names, what in told if names)
-
-
-def _holds_zero(change: Estimate) -> bool:
-    return change.low <= 0 <= change.high
 
 
 def _of_snapshot(

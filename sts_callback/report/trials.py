@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sts_callback.records.rehearsal import Trials
+from sts_callback.config import PlainBudget, limits_of
+from sts_callback.records.rehearsal import Trial, Trials
+from sts_callback.report import formatting
+from sts_callback.report.summary import standing_of
 
 
 def answers(found: Trials) -> list[str]:
@@ -15,6 +18,45 @@ def answers(found: Trials) -> list[str]:
 
     """
     return [*(_rate_answer(found, replay) for replay in found.mixtures), *_replay_answers(found)]
+
+
+def ahead(n_rates: int, n_mixtures: int, n_steps: int, n_queries: int) -> str:
+    """What is to be done, before the first trial.
+
+    Args:
+        n_rates: to try.
+        n_mixtures: to try each rate with.
+        n_steps: of one trial.
+        n_queries: that its check reads, those of the training data included.
+
+    """
+    trials, rates, mixtures = (
+        formatting.counted(n, what) for n, what in ((n_rates * n_mixtures, "trial"), (n_rates, "rate"), (n_mixtures, "mixture"))
+    )
+    each = f"{n_steps} training steps and one pass over {n_queries} queries each"
+    return f"STS rehearse: a forecast first, then {trials} ({rates}, {mixtures}) of {each}."
+
+
+def trial_line(trial: Trial, number: int, n_trials: int, budgets: Mapping[str, PlainBudget]) -> str:
+    """A trial in a line, once it is done.
+
+    Args:
+        trial: that was made.
+        number: its place among all, from 1.
+        n_trials: how many there are to be.
+        budgets: of the protected domains, at least one.
+
+    """
+    limits = limits_of(budgets)
+    worst = trial.worst(limits)
+    unit = limits[worst.name].unit
+    change = formatting.with_ends(worst.harm_in(unit), formatting.harm_form(unit))
+    standing = standing_of(trial.verdict.states.get(worst.name, "inconclusive"))
+    how = f"rate {trial.learning_rate:g}, " + (f"replay {replay_words(trial.replay)}" if trial.replay else "no replay")
+    return (
+        f"Trial {number} of {n_trials}, {how}: {trial.verdict.decision}; worst domain {worst.name} {change}, {standing}, "
+        f"budget {formatting.budget(budgets[worst.name])}; {formatting.seconds(trial.rehearsal.seconds)}"
+    )
 
 
 def replay_words(replay: Mapping[str, float]) -> str:

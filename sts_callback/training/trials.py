@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from sts_callback.config import PolicyConfig, finite, require
@@ -23,10 +22,10 @@ from sts_callback.errors import CannotTell
 from sts_callback.measure.monitor import Monitor
 from sts_callback.policy import judge_rehearsal
 from sts_callback.power import require_power
-from sts_callback.progress import progress_bar
 from sts_callback.records import DriftSnapshot, Forecast
 from sts_callback.records.rehearsal import Rehearsal, Trial, Trials
 from sts_callback.remedies.mixture import apportioned
+from sts_callback.report.trials import ahead, trial_line
 from sts_callback.training.rehearsal import N_STEPS, NotRehearsed, rehearse_at
 from sts_callback.training.sft import SFTSetup, sft_config, sft_trainer
 
@@ -91,7 +90,7 @@ def try_out(
     made_monitor: Callable[[nn.Module], Monitor],
     policy: PolicyConfig,
     *,
-    progress: bool,
+    told: Callable[[str], None],
 ) -> tuple[Forecast, Trials]:
     """Rehearse every mixture at every learning rate.
 
@@ -104,7 +103,7 @@ def try_out(
         rates: to try, at the schedule's peak, the lowest first.
         made_monitor: makes what measures the model, with its adapter.
         policy: budgets and thresholds; at least one domain is protected.
-        progress: whether to show a progress bar.
+        told: a line before the first trial, and one after each.
 
     Returns:
         The forecast without any step, and the trials.
@@ -122,27 +121,30 @@ def try_out(
         tuned: Any = first.model
         monitor = made_monitor(tuned)
         require_power({name: len(s.queries) for name, s in monitor.domains.items()}, policy, n_looks=1)
+        n_queries = sum(len(s.queries) for s in (monitor.train, *monitor.domains.values()))
+        told(ahead(len(rates), len(mixtures), N_STEPS, n_queries))
         forecast, started, found = monitor.forecast(), time.monotonic(), list[Trial]()
-        with progress_bar("Rehearsals", len(mixtures) * len(rates), "rate", is_shown=progress) as rehearsals:
-            for mixture, some in zip(mixtures, drawn, strict=True):
-                # The same adapter for all: each rehearsal puts it back.
-                trainer = first if some is drawn[0] else sft_trainer(args, None, tuned, tokenizer, some)
-                for one in _rehearsals(trainer, rates, monitor.check, rehearsals):
-                    found.append(Trial(one.doses[0].learning_rate, dict(mixture.replay), one, judge_rehearsal(one, policy)))
+        for mixture, some in zip(mixtures, drawn, strict=True):
+
+            def add(one: Rehearsal, mixture: Mixture = mixture) -> None:
+                found.append(Trial(one.learning_rate, dict(mixture.replay), one, judge_rehearsal(one, policy)))
+                told(trial_line(found[-1], len(found), len(mixtures) * len(rates), policy.budgets))
+
+            # The same adapter for all: each rehearsal puts it back.
+            trainer = first if some is drawn[0] else sft_trainer(args, None, tuned, tokenizer, some)
+            _rehearse(trainer, rates, monitor.check, add)
     return forecast, Trials(forecast.identity, setup.name, tuple(found), dict(policy.budgets), time.monotonic() - started)
 
 
-def _rehearsals(
-    trainer: Trainer, rates: Sequence[float], check: Callable[[int], DriftSnapshot], rehearsals: tqdm[Any]
-) -> list[Rehearsal]:
-    """One at each rate, where training would begin; the trainer is left there."""
-    found: list[Rehearsal] = []
+def _rehearse(
+    trainer: Trainer, rates: Sequence[float], check: Callable[[int], DriftSnapshot], done: Callable[[Rehearsal], None]
+) -> None:
+    """At each rate, where training would begin; the trainer is left there."""
 
     class BeforeStep1(TrainerCallback):
         def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
             for rate in rates:
-                found.append(rehearse_at(trainer, kwargs["train_dataloader"], check, rate))
-                rehearsals.update()
+                done(rehearse_at(trainer, kwargs["train_dataloader"], check, rate))
             raise _Stop
 
     trainer.add_callback(BeforeStep1())
@@ -152,7 +154,6 @@ def _rehearsals(
         pass
     except NotRehearsed as reason:
         raise CannotTell(f"rehearse: such a run cannot be rehearsed: {reason}") from None
-    return found
 
 
 class _Stop(Exception):  # noqa: N818  # no error

@@ -103,7 +103,10 @@ def test_rates_and_mixtures_are_compared_and_reported_again_and_again(
     out = tmp_path / "out"
     for times in (1, 2):  # what an earlier one has left is moved aside
         code = main(rehearsal(files, "--learning-rate", "1e-5", "1e-1", "--out", str(out), *(["--json"] if times == 2 else [])))
-        shown = capsys.readouterr().out
+        shown, told = capsys.readouterr()
+        assert "then 4 trials (2 rates, 2 mixtures)" in told
+        assert len(re.findall(r"^Trial [1-4] of 4, rate .*: .*; worst domain poems ", told, re.MULTILINE)) == 4
+        assert "Trial 1" not in shown
         page = (out / "sts" / "report.html").read_text(encoding="utf-8")
         assert "Which learning rate keeps the budgets?" in page and "not what training did" not in page
         if times == 1:

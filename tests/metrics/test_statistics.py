@@ -18,6 +18,7 @@ from sts_callback.metrics.statistics import (
     holm,
     interval,
     p_above,
+    queries_for_rise,
     rank_ranges,
     resampled_ratios,
 )
@@ -291,6 +292,17 @@ def test_a_rise_of_that_size_is_found_as_often_as_promised(n_queries: int, alpha
 
 def test_nothing_is_detectable_with_one_query() -> None:
     assert math.isnan(detectable_rise(0.1, 1, 0.01))
+
+
+@pytest.mark.parametrize("rise", [0.02, 0.1, 1.0])
+def test_the_fewest_queries_for_a_rise_detect_it_and_one_less_does_not(rise: float) -> None:
+    n = queries_for_rise(rise, 0.05, 32, 0.003)
+    errors = [0.05 * math.sqrt(32 / some) for some in (n, n - 1)]
+    assert detectable_rise(errors[0], n, 0.003) <= rise < detectable_rise(errors[1], n - 1, 0.003)
+
+
+def test_without_scatter_two_queries_detect_any_rise() -> None:
+    assert queries_for_rise(0.1, 0.0, 32, 0.003) == 2
 
 
 def test_clear_ranks_are_certain() -> None:

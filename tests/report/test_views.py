@@ -189,6 +189,7 @@ def decides(text: str) -> str:
 def test_where_another_figure_seems_to_say_otherwise_one_line_says_which_decides() -> None:
     measured = "law: the change after 5 steps decides, not the expected one."
     assert decides(told_rehearsal(expected={"law": WIDE})) == measured  # a no-go, whose expected interval holds 0
+    assert decides(told_rehearsal(expected={"law": estimate(-0.3, -0.5, -0.1)})) == measured  # a no-go, expected to get better
     assert decides(told_rehearsal(0.0, expected={"law": estimate(0.2, 0.1, 0.3)})) == measured  # a go, expected over the budget
     assert decides(told_rehearsal(expected={"law": estimate(0.7, 0.2, 1.2)})) == ""
     assert decides(told_rehearsal(0.0, expected={"law": estimate(0.05, -0.2, 0.3)})) == ""

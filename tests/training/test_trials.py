@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sts_callback.policy import judge_rehearsal
 from sts_callback.records.rehearsal import Dose, Rehearsal, Trial, Trials
 from sts_callback.report.terminal.rehearsal import trials_table
 from sts_callback.report.trials import answers as said
+from sts_callback.report.trials import trial_line
 from sts_callback.training.sft import SFTSetup, read_setup
 from sts_callback.training.trials import Mixture, Rows, try_out
 from tiny import rows, saved_sae, tiny_model, tiny_tokenizer
@@ -44,7 +46,7 @@ def test_rows_of_a_small_source_come_again() -> None:
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str, torch.Tensor], Trials]:
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str, torch.Tensor], list[str], Trials]:
     sae = saved_sae(tmp_path_factory.mktemp("sae"))
     model, tokenizer = tiny_model(), tiny_tokenizer()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -56,8 +58,9 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str
 
     mixtures = [Mixture({}), Mixture({"cases": 0.5})]
     policy = PolicyConfig({"far": 0.1})
-    _, found = try_out(model, tokenizer, setup(), ALL, mixtures, [1e-5, 3e-1], monitor, policy, progress=False)
-    return model, before, found
+    told = list[str]()
+    _, found = try_out(model, tokenizer, setup(), ALL, mixtures, [1e-5, 3e-1], monitor, policy, told=told.append)
+    return model, before, told, found
 
 
 def test_a_run_that_cannot_be_put_back_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,11 +74,11 @@ def test_a_run_that_cannot_be_put_back_is_not_tried(tmp_path: Path, monkeypatch:
         )
 
     with pytest.raises(CannotTell, match="rehearse: such a run cannot be rehearsed: its model is sharded"):
-        try_out(tiny_model(), tokenizer, setup(), ALL, [Mixture({})], [1e-5], monitor, PolicyConfig({"far": 0.1}), progress=False)
+        try_out(tiny_model(), tokenizer, setup(), ALL, [Mixture({})], [1e-5], monitor, PolicyConfig({"far": 0.1}), told=print)
 
 
 def test_every_rate_and_mixture_is_tried_and_moves_the_model_by_its_own(tried: Any) -> None:
-    _, _, found = tried
+    *_, found = tried
     assert [(trial.learning_rate, dict(trial.replay)) for trial in found.trials] == [
         (1e-5, {}),
         (3e-1, {}),
@@ -88,11 +91,38 @@ def test_every_rate_and_mixture_is_tried_and_moves_the_model_by_its_own(tried: A
 
 
 def test_the_model_is_left_as_it_was_with_an_adapter_that_does_nothing(tried: Any) -> None:
-    model, before, found = tried
+    model, before, _, found = tried
     after = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items() if "lora" not in name}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     assert all((weight == 0).all() for name, weight in model.state_dict().items() if "lora_B" in name)
     assert found.trials[0].rehearsal.steps_planned == 40
+
+
+def test_what_is_ahead_is_told_and_each_trial_as_it_is_done(tried: Any) -> None:
+    _, _, (ahead, *lines), found = tried
+    assert ahead.startswith("STS rehearse: a forecast first, then 4 trials (2 rates, 2 mixtures) of 5 training steps and ")
+    assert ahead.endswith(" one pass over 56 queries each.")  # 28 of the domain, 28 of the training data
+    assert lines == [trial_line(one, number, 4, {"far": 0.1}) for number, one in enumerate(found.trials, 1)]
+
+
+def test_a_run_that_is_stopped_has_told_what_was_done(tmp_path: Path) -> None:
+    told = list[str]()
+
+    def stop_after_the_first(line: str) -> None:
+        told.append(line)
+        if line.startswith("Trial 1 of 2"):
+            raise KeyboardInterrupt
+
+    sae, tokenizer, domains = saved_sae(tmp_path), tiny_tokenizer(), {"far": rows(40, "poems", seed=90)}
+
+    def monitor(tuned: nn.Module) -> Monitor:
+        config = ProbeConfig(n_queries=28, n_features=8)
+        return Monitor(tuned, tokenizer, sae=sae, train_data=TRAIN, domains=domains, config=config, progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        rates, policy = [1e-5, 3e-1], PolicyConfig({"far": 0.1})
+        try_out(tiny_model(), tokenizer, setup(), ALL, [Mixture({})], rates, monitor, policy, told=stop_after_the_first)
+    assert len(told) == 2  # what is ahead, and the first of two trials
 
 
 def test_trials_can_be_written_and_read(tried: Any) -> None:
@@ -137,6 +167,16 @@ def test_the_table_fits_a_terminal_and_names_the_worst_domain() -> None:
     assert "law" in shown
 
 
+def test_a_trial_in_a_line_names_how_it_was_made_and_the_worst_domain_against_its_budget() -> None:
+    line = trial_line(trial(1e-3, 0.5, cases=0.25), 2, 4, {"law": 0.1})
+    assert re.fullmatch(
+        r"Trial 2 of 4, rate 0\.001, replay 25% cases: no-go; "
+        r"worst domain law \+0\.50 \[\+0\.\d\d, \+0\.\d\d\], over, budget 0\.10; 1\.0 s",
+        line,
+    )
+    assert "rate 0.0001, no replay: go; " in trial_line(trial(1e-4, 0.0), 1, 4, {"law": 0.1})
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -168,7 +208,7 @@ def run(made: SFTSetup, folder: Path, train: Any = TRAIN) -> Trials:
         [1e-3],
         refuse,
         PolicyConfig({"far": 0.1}),
-        progress=False,
+        told=print,
     )[1]
 
 
