@@ -21,7 +21,7 @@ from sts_callback.model.sae import SaeEncoder
 from sts_callback.model.self_test import Findings
 from sts_callback.policy import NOISE_MARGIN
 from sts_callback.power import ENOUGH_QUERIES, fewest_queries, power_needed, short_of_queries
-from sts_callback.records import Check, Status
+from sts_callback.records import POWER, Check, Status
 
 WARN_UNEXPLAINED, REFUSE_UNEXPLAINED = 0.3, 0.5
 """Fraction of variance unexplained at which to warn and to refuse. Published SAEs leave 0.1 to 0.3."""
@@ -146,8 +146,60 @@ def probe_checks(
             f"unchanged weights drift by {noise_floor:.1e} in other batches; {policy.min_drift:.0%} counts as movement",
             "" if noisy == "pass" else "raise policy.min_drift, or measure in float32",
         ),
-        _power(readings, {s.name: s.answer_bytes for s in sets}, policy),
+        power_check({s.name: neutral_error(readings[s.name], s, policy) for s in sets}, sets, policy),
     )
+
+
+def neutral_error(reading: ProbeStats, probes: ProbeSet, policy: PolicyConfig) -> float | None:
+    """Standard error of the harm that plain prose in front does to a set, which stands in for that of any check.
+
+    Args:
+        reading: of the set under `FILLER`.
+        probes: the set.
+        policy: with the protected domains and the units of their budgets.
+
+    Returns:
+        In the unit of the domain's budget; None where it is not protected, or there is no language-model head.
+
+    """
+    budget = policy.limits.get(probes.name)
+    if budget is None or ZERO_SHOT not in reading.nll:
+        return None
+    taken, over = _harm_by_prose(budget.unit, reading, probes.answer_bytes)
+    return float(resampled_ratios(taken, over, torch.arange(len(over))).std())
+
+
+def power_check(
+    errors: Mapping[str, float | None], sets: Sequence[ProbeSet], policy: PolicyConfig, n_looks: int = N_LOOKS
+) -> Check:
+    """Whether the queries suffice to find harm of the size of each budget.
+
+    Args:
+        errors: of each set, see `neutral_error`.
+        sets: all probes.
+        policy: budgets and test.
+        n_looks: checks that share the error of the run.
+
+    """
+    wanted = {name: budget for name, budget in policy.limits.items() if name in errors}
+    if not wanted:
+        return Check(POWER, "warn", "no domain is protected", "name some with protect=")
+    n_queries = {s.name: len(s.queries) for s in sets}
+    if short := short_of_queries(n_queries, policy, fewest_queries(policy, n_looks)):
+        found = f"queries: {_each(short)}; {power_needed(policy, n_looks).rstrip('.')}"
+        return Check(POWER, "refuse", found, "give more rows, raise n_queries, or protect fewer domains")
+    known = {name: error for name in wanted if (error := errors[name]) is not None}
+    if len(known) < len(wanted):
+        return Check(POWER, "warn", "the model has no language-model head, so harm cannot be measured", "")
+    level = policy.alpha / n_looks / len(wanted)
+    smallest = {name: wanted[name].value / 2 + detectable_rise(error, n_queries[name], level) for name, error in known.items()}
+    weak = [name for name, budget in wanted.items() if not smallest[name] <= budget.value]
+    few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
+    remedies = [f"more queries for {', '.join(weak)}, whose budget is smaller"] if weak else []
+    remedies += [f"fewer than {ENOUGH_QUERIES} queries: {_each(few)}"] if few else []
+    found = ", ".join(f"{name} {_number(smallest[name], budget.unit)}" for name, budget in wanted.items())
+    found = f"smallest harm that one check finds 4 times in 5, nats a token unless another unit is named: {found}"
+    return Check(POWER, "warn" if remedies else "pass", found, "; ".join(remedies))
 
 
 def cost_check(encoder: Encoder, sets: Sequence[ProbeSet], seconds: float) -> Check:
@@ -244,30 +296,6 @@ def _origin(encoder: SaeEncoder, model_name: str) -> Check:
     if one in other or other in one:
         return Check("trained on", "pass", made_for, "")
     return Check("trained on", "warn", f"{made_for}, the model is {model_name}", "explained variance says how far it has moved")
-
-
-def _power(readings: Mapping[str, ProbeStats], answer_bytes: Mapping[str, Sequence[int]], policy: PolicyConfig) -> Check:
-    wanted = {name: budget for name, budget in policy.limits.items() if name in readings}
-    if not wanted:
-        return Check("alarm power", "warn", "no domain is protected", "name some with protect=")
-    n_queries = {name: len(r.n_tokens) for name, r in readings.items()}
-    if short := short_of_queries(n_queries, policy, fewest_queries(policy)):
-        found = f"queries: {_each(short)}; {power_needed(policy).rstrip('.')}"
-        return Check("alarm power", "refuse", found, "give more rows, raise n_queries, or protect fewer domains")
-    smallest = {}
-    for name, budget in wanted.items():
-        if ZERO_SHOT not in readings[name].nll:
-            return Check("alarm power", "warn", "the model has no language-model head, so harm cannot be measured", "")
-        taken, over = _harm_by_prose(budget.unit, readings[name], answer_bytes[name])
-        error = float(resampled_ratios(taken, over, torch.arange(len(over))).std())
-        smallest[name] = budget.value / 2 + detectable_rise(error, len(over), policy.alpha / N_LOOKS / len(wanted))
-    weak = [name for name, budget in wanted.items() if not smallest[name] <= budget.value]
-    few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
-    remedies = [f"more queries for {', '.join(weak)}, whose budget is smaller"] if weak else []
-    remedies += [f"fewer than {ENOUGH_QUERIES} queries: {_each(few)}"] if few else []
-    found = ", ".join(f"{name} {_number(smallest[name], budget.unit)}" for name, budget in wanted.items())
-    found = f"smallest harm that one check finds 4 times in 5, nats a token unless another unit is named: {found}"
-    return Check("alarm power", "warn" if remedies else "pass", found, "; ".join(remedies))
 
 
 def _harm_by_prose(unit: Unit, r: ProbeStats, answer_bytes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

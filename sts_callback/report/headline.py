@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sts_callback.policy import worst_share
-from sts_callback.records import Decision, Record, Verdict
+from sts_callback.records import POWER, Check, Decision, Record, Verdict
 from sts_callback.records.remedies import BudgetFinding
 from sts_callback.records.run import Logged, RunSettings
 from sts_callback.report.formatting import counted, in_a_row, listing, percent, percent_1
@@ -141,6 +141,8 @@ def _notes(logged: Logged) -> Iterator[str]:
     in_context = logged.forecast_verdict
     if logged.rehearsal_verdict and in_context is not None and in_context.reasons:
         yield f"In context, without any step, the forecast said: {in_context.decision}."
+    if logged.forecast is not None and logged.trials is None and logged.verdict is not None and not logged.verdict.alarmed:
+        yield from (in_a_sentence(c) for c in logged.forecast.checks if c.name == POWER and c.status == "warn")
     if logged.rehearsal is not None and logged.rehearsal.skipped:
         yield f"The run was not rehearsed: {logged.rehearsal.skipped}"
     if logged.forecast is not None and not verdicts and logged.trials is None:
@@ -158,6 +160,11 @@ def _notes(logged: Logged) -> Iterator[str]:
     elif logged.faults:
         yield f"{counted(len(logged.faults), 'failure')} of ours, which training survived: see Faults."
     yield from logged.unreadable
+
+
+def in_a_sentence(check: Check) -> str:
+    """What a check before the forecast has found, and what to do about it."""
+    return f"{'; '.join(filter(None, (f'{check.name}: {check.found}', check.remedy)))}."
 
 
 def ended_notes(verdicts: Sequence[Verdict]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from logs import EMPTY, SETTINGS, check, verdict, whole_run, words
 from samples import answers, domain_drift, domain_forecast, forecast, snapshot
-from sts_callback.records import Decision, Snippet, State
+from sts_callback.records import Check, Decision, Snippet, State, Status
 from sts_callback.records.run import Fault, JudgedCheck, TimeSpent
 from sts_callback.report.data import ReportData, build
 from sts_callback.report.headline import alarm_rule, headline
@@ -89,6 +89,16 @@ def test_the_best_checkpoint_on_disk_is_named_with_what_it_costs() -> None:
     note = "Best checkpoint on disk: checkpoint-20; the domain worst off there had used up 25% of its budget."
     assert note in headline(whole_run(checks=(found, check(30)), best_checkpoint=20)).notes
     assert not any("checkpoint" in note for note in headline(whole_run(checks=(found,))).notes)
+
+
+@pytest.mark.parametrize(("status", "is_told"), [("warn", True), ("pass", False)])
+def test_too_few_queries_are_told_beside_a_verdict_that_is_no_alarm(status: Status, is_told: bool) -> None:
+    weak = Check("alarm power", status, "smallest harm: law 0.19", "more queries for law, whose budget is smaller")
+    note = "alarm power: smallest harm: law 0.19; more queries for law, whose budget is smaller."
+    made = forecast(domain_forecast("law"), checks=(weak,))
+    for run in (whole_run(forecast=made, checks=()), whole_run(forecast=made, checks=(check(10, verdict("go", step=10)),))):
+        assert (note in headline(run).notes) == is_told
+    assert note not in headline(whole_run(forecast=made)).notes  # the harm has been found
 
 
 def test_an_alarm_is_told_by_the_rule_that_it_followed() -> None:

@@ -148,6 +148,11 @@ def test_what_weakens_a_forecast_stands_below_it() -> None:
         assert text.count("best-rewarded rollouts") == n_lines
         assert "\nL0: 120 active features a token, 47 nominal; take another." in text
         assert "layer: 12" not in text
+    unknown = Check("layer", "warn", "the fit at other layers is unknown", "")
+    assert (
+        "\nlayer: the fit at other layers is unknown.\n"
+        in before(forecast(domain_forecast("law"), domain_forecast("code"), checks=(unknown,))) + "\n"
+    )
 
 
 def test_where_it_cannot_be_told_the_reason_stands_and_no_advice() -> None:

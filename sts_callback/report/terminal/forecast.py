@@ -13,6 +13,7 @@ from rich.text import Text
 from sts_callback.config import PolicyConfig
 from sts_callback.records import Check, Estimate, Forecast, Status, TopActivatingExamples, Verdict, downwards
 from sts_callback.records.run import Given
+from sts_callback.report.headline import in_a_sentence
 from sts_callback.report.summary import of_forecast
 from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered, wrapped
 from sts_callback.report.terminal.verdict import (
@@ -186,7 +187,7 @@ def examples_lines(words: Sequence[TopActivatingExamples], *, colour: bool | Non
 
 def doubts(forecast: Forecast) -> list[Text]:
     """What weakens a forecast, and what to do about it."""
-    told = [f"{c.name}: {c.found}; {c.remedy}." for c in forecast.checks if c.status == "warn"]
+    told = [in_a_sentence(check) for check in forecast.checks if check.status == "warn"]
     if forecast.train_source == "own rollouts":
         told.insert(0, "Training examples: the model's own best-rewarded rollouts of the first step.")
     return wrapped(told, "yellow")
