@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from sts_callback.report import formatting
 from sts_callback.report.data import ReportData
-from sts_callback.report.html.components import domain, more, say, scrolled, section, table
+from sts_callback.report.html.components import command, domain, more, say, scrolled, section, table
 from sts_callback.report.html.markup import Html, join, shortened, tag
 
 _MOST_ROWS = 12  # rows for skipped checks or failures; the log has them all
@@ -121,13 +121,9 @@ def reproduce_section(story: ReportData) -> Html:
         ]
     else:
         parts.append(say("Settings and versions are not in this run's log."))
-    parts.append(
-        say(
-            "This page again, from the same folder: ",
-            tag("code", "sts-callback report OUTPUT_DIR"),
-            ". Its numbers are in report.json.",
-        )
-    )
+    if again := story.to_report_again:
+        parts.append(say(again.what, " ", command(again)))
+    parts.append(say("Its numbers are in report.json."))
     return section("reproduce", "How to make these numbers again", *parts)
 
 
