@@ -438,7 +438,7 @@ class Monitor:
         return sum(len(s.queries) for s in self._sets)
 
     def _bar(self, title: str, total: int) -> tqdm[Any]:
-        return progress_bar(title, total, "query", is_shown=self._progress)
+        return progress_bar(title, total, "query pass", is_shown=self._progress)
 
 
 class _Clock:

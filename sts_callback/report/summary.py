@@ -213,7 +213,7 @@ def _decides(
         limit, change = Budget.of(budgets[name]), expected.get(name, UNKNOWN)
         if rests_on_expected(verdict, name):
             by_expected.append(name)
-        elif _holds_zero(change) if is_threat else in_nats(budgets[name]) <= change.value:
+        elif _holds_zero(change) if is_threat else in_nats(budgets[name]) <= max(change.value, change.high):
             by_measured.append(name)
         if is_threat and name not in by_expected and _holds_zero(domains[name].harm_in(limit.unit)):
             by_test.append(name)

@@ -102,10 +102,18 @@ def test_too_few_queries_are_told_beside_a_verdict_that_is_no_alarm(status: Stat
 
 
 def test_an_alarm_is_told_by_the_rule_that_it_followed() -> None:
-    now = alarm_rule(SETTINGS)
+    now = alarm_rule(SETTINGS, (1, 2, 5, 10, 20, 30))
     assert "surely above half the budget (one-sided t test over queries), at one check" in now
     assert "err in 5.0% of runs, over all protected domains and 6 planned checks together" in now
-    assert "permutation test at 0.05" in alarm_rule(dataclasses.replace(SETTINGS, looks=None))
+    assert now.endswith("6 planned checks together.")
+    assert alarm_rule(SETTINGS, (7, 30)).endswith("6 planned checks together, of which 1 was made.")  # 7 was not planned
+    assert "permutation test at 0.05" in alarm_rule(dataclasses.replace(SETTINGS, looks=None), ())
+
+
+def test_no_sign_of_harm_by_a_rehearsal_is_one_after_its_steps() -> None:
+    assert headline(whole_run(checks=())).sentence == "No sign of harm to law and code after the rehearsed steps."
+    forecast_alone = whole_run(checks=(), rehearsal=None, rehearsal_verdict=None)
+    assert headline(forecast_alone).sentence == "No sign of harm to law and code before training."
 
 
 def test_where_nothing_was_protected_nothing_is_judged() -> None:

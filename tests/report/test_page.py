@@ -130,7 +130,9 @@ def test_a_whole_run_has_every_part_with_its_numbers() -> None:
     assert re.search(r"Feature 7 .*\b1 of the forecast's.*\b1 of those that moved", read.section("features"))
     assert "take another SAE" in read.section("blind-spots")
     assert "\u25b2 62%" in read.section("blind-spots")
-    assert "overhead of 2.4%" in read.section("cost") and "Allowed: 1.0%, the last check apart." in read.section("cost")
+    assert "overhead of 2.4%" in read.section(
+        "cost"
+    ) and "Allowed: 1.0%, in which the last check is not counted." in read.section("cost")
     assert "skipped 1 time" in read.section("cost")
     assert "2 times, from step 5 to 6" in read.section("faults")
     for part in ("tiny-llama", "s" * 64, "max_norm_multiple", "0.2 nats a token", "2.9.0"):
@@ -177,6 +179,20 @@ def test_where_there_was_no_rehearsal_the_reason_stands() -> None:
     assert "The run was not rehearsed: its model is sharded." in read.text[: read.text.index("Forecast: what training")]
     assert "rehears" not in read.section("cost")
     assert "No rehearsal can be read" in made(whole_run(rehearsal=None, rehearsal_verdict=None)).section("rehearsal")
+
+
+@pytest.mark.parametrize("names", [("law",), ("law", "code")])
+def test_an_order_is_told_only_where_there_are_several_domains(names: tuple[str, ...]) -> None:
+    section = made(whole_run(forecast=forecast(*map(domain_forecast, names)))).section("forecast")
+    assert all(
+        (part in section) == (len(names) > 1) for part in (" rank ", " above next ", "1 the worst", "orders domains;", "others.")
+    )
+    assert "transfer 95% " in section
+
+
+def test_a_p_value_says_that_it_is_not_the_test_of_the_state() -> None:
+    section = made(whole_run()).section("drift")
+    assert "of any rise of NLL, above 0" in section and "Its test is another: against half the budget" in section
 
 
 def test_movement_and_harm_stand_apart() -> None:

@@ -51,7 +51,8 @@ def cost_section(story: ReportData) -> Html:
             sentence += " The log does not tell how long training itself took, so the overhead is not known."
         if story.settings is not None:
             limit = story.settings.max_overhead
-            sentence += f" Allowed: {formatting.percent_1(limit)}, the last check apart." if limit < 1 else " No limit was set."
+            allowed = f" Allowed: {formatting.percent_1(limit)}, in which the last check is not counted."
+            sentence += allowed if limit < 1 else " No limit was set."
         parts.append(say(sentence))
     if cost.postponed:
         rows = [[f"step {p.step}", shortened(p.reason, _LONGEST_ERROR)] for p in cost.postponed[:_MOST_ROWS]]
