@@ -416,9 +416,9 @@ def test_a_dial_shows_the_curve_and_answers(findings: dict[str, Any], answer: st
     assert answer in shown
     assert ("lora_alpha" in shown) == ("to use it" in answer)
     for scale, finding in findings.items():
-        row = rf"law +{float(scale[1:]) / 100:g} +{float(scale[1:]):.1f}% +\+0\.12 -0\.10 to \+0\.30 +0\.10 +{finding}"
+        row = rf"law +{float(scale[1:]) / 100:g} +{float(scale[1:]):.1f}% +\+0\.12 +-0\.10 to \+0\.30 +0\.10 +{finding}"
         assert re.search(row, shown), shown
-        assert re.search(rf"code .* \+1\.2 +-0\.5 to \+3\.0 2 points +{finding}", shown), shown
+        assert re.search(rf"code .* \+1\.2 +-0\.5 to \+3\.0 +2 points +{finding}", shown), shown
 
 
 def _mix(train_change: float, replay_change: float) -> Mix:
