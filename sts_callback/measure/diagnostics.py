@@ -195,7 +195,7 @@ def power_check(
     smallest = {name: wanted[name].value / 2 + detectable_rise(error, n_queries[name], level) for name, error in known.items()}
     weak = [name for name, budget in wanted.items() if not smallest[name] <= budget.value]
     few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
-    remedies = [f"more queries for {', '.join(weak)}, whose budget is smaller"] if weak else []
+    remedies = [f"more queries for {', '.join(weak)}, whose budget is smaller: a GO may miss harm of that size"] if weak else []
     remedies += [f"fewer than {ENOUGH_QUERIES} queries: {_each(few)}"] if few else []
     found = ", ".join(f"{name} {_number(smallest[name], budget.unit)}" for name, budget in wanted.items())
     found = f"smallest harm that one check finds 4 times in 5, nats a token unless another unit is named: {found}"

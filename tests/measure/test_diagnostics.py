@@ -273,7 +273,9 @@ def test_power_is_that_of_each_budget_in_its_own_unit(n_flipped: int, status: St
     policy = dataclasses.replace(POLICY, budgets={"law": "1 bits/byte", "code": "4 points"})
     check = probe_check("alarm power", policy, law=reading(rise=0.5), code=dataclasses.replace(reading(), right=right))
     assert check.status == status
-    assert check.remedy == ("more queries for code, whose budget is smaller" if status == "warn" else "")
+    assert check.remedy == (
+        "more queries for code, whose budget is smaller: a GO may miss harm of that size" if status == "warn" else ""
+    )
     found = re.fullmatch(r".*: law ([\d.]+) bits/byte, code ([\d.]+) points", check.found)
     assert found is not None
     in_bits = 0.5 + detectable_rise(0.5 / math.log(2) / 2 / 31**0.5, 32, 0.003125 / 2)
@@ -286,7 +288,7 @@ def test_power_is_that_of_each_budget_in_its_own_unit(n_flipped: int, status: St
 def test_only_weak_domains_are_named() -> None:
     policy = dataclasses.replace(POLICY, budgets={"law": 0.5, "code": 0.5})
     check = probe_check("alarm power", policy, law=reading(rise=5.0), code=reading(rise=0.1))
-    assert check.remedy == "more queries for law, whose budget is smaller"
+    assert check.remedy == "more queries for law, whose budget is smaller: a GO may miss harm of that size"
 
 
 @pytest.mark.parametrize(("budgets", "found"), [({}, "no domain is protected"), ({"code": 0.1}, "no domain is protected")])
