@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if lock and locked:
         require_same(locked, lock, args.lock)
     try:
-        forecasts = monitor.forecasts()
+        forecasts = monitor.forecasts(policy)
     except CannotTell as error:
         _write_junit(args, dict.fromkeys(policy.budgets, Judgement("cannot tell", str(error))), None)
         raise

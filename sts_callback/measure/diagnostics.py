@@ -21,7 +21,7 @@ from sts_callback.model.sae import SaeEncoder
 from sts_callback.model.self_test import Findings
 from sts_callback.policy import NOISE_MARGIN
 from sts_callback.power import ENOUGH_QUERIES, fewest_queries, power_needed, short_of_queries
-from sts_callback.records import Check, Status
+from sts_callback.records import POWER, Check, Status
 
 WARN_UNEXPLAINED, REFUSE_UNEXPLAINED = 0.3, 0.5
 """Fraction of variance unexplained at which to warn and to refuse. Published SAEs leave 0.1 to 0.3."""
@@ -147,8 +147,77 @@ def probe_checks(
             f"unchanged weights drift by {noise_floor:.1e} in other batches; {policy.min_drift:.0%} counts as movement",
             "" if noisy == "pass" else "raise policy.min_drift, or measure in float32",
         ),
-        _power(readings, {s.name: s.answer_bytes for s in sets}, policy, n_demonstrations),
+        power_check({s.name: neutral_error(readings[s.name], s, policy) for s in sets}, sets, policy, n_demonstrations),
     )
+
+
+def neutral_error(reading: ProbeStats, probes: ProbeSet, policy: PolicyConfig) -> float | None:
+    """Standard error of the harm that plain prose in front does to a set, which stands in for that of any check.
+
+    Args:
+        reading: of the set under `FILLER`.
+        probes: the set.
+        policy: with the protected domains and the units of their budgets.
+
+    Returns:
+        In the unit of the domain's budget; None where it is not protected, or there is no language-model head.
+
+    """
+    budget = policy.limits.get(probes.name)
+    if budget is None or ZERO_SHOT not in reading.nll:
+        return None
+    taken, over = _harm_by_prose(budget.unit, reading, probes.answer_bytes)
+    return float(resampled_ratios(taken, over, torch.arange(len(over))).std())
+
+
+def power_check(
+    errors: Mapping[str, float | None],
+    sets: Sequence[ProbeSet],
+    policy: PolicyConfig,
+    n_demonstrations: int,
+    n_looks: int = N_LOOKS,
+) -> Check:
+    """Whether the queries suffice to find harm of the size of each budget.
+
+    Args:
+        errors: of each set, see `neutral_error`.
+        sets: all probes.
+        policy: budgets and test.
+        n_demonstrations: rows of a domain that are shown, not asked.
+        n_looks: checks that share the error of the run.
+
+    """
+    wanted = {name: budget for name, budget in policy.limits.items() if name in errors}
+    if not wanted:
+        return Check(POWER, "warn", "no domain is protected", "name some with protect=")
+    n_queries = {s.name: len(s.queries) for s in sets}
+    if short := short_of_queries(n_queries, policy, fewest_queries(policy, n_looks)):
+        found = f"queries: {_each(short)}; {power_needed(policy, n_looks).rstrip('.')}"
+        return Check(POWER, "refuse", found, "give more rows, raise n_queries, or protect fewer domains")
+    level = policy.alpha / n_looks / len(wanted)
+    smallest, weak, unknown = list[str](), list[str](), list[str]()
+    for name, budget in wanted.items():
+        error = errors[name]
+        if error is None:
+            return Check(POWER, "warn", "the model has no language-model head, so harm cannot be measured", "")
+        rise = detectable_rise(error, n_queries[name], level)  # above half the budget, against which the test is
+        smallest.append(f"{name} {_number(budget.value / 2 + rise, budget.unit)} (budget {budget.plain})")
+        if not math.isfinite(rise):
+            unknown.append(name)
+        elif rise > budget.value / 2:
+            n = queries_for_rise(budget.value / 2, error, n_queries[name], level)
+            weak.append(f"{name} {_enough(budget, rise, n, n_demonstrations)}")
+    few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
+    remedies = (
+        [f"a GO may miss harm of that size; to find harm as small as the budget takes about: {', '.join(weak)}"] if weak else []
+    )
+    remedies += [f"look at the answers of {', '.join(unknown)}: their NLL is NaN or infinite"] if unknown else []
+    remedies += [f"fewer than {ENOUGH_QUERIES} queries: {_each(few)}"] if few else []
+    told = (
+        "smallest harm that one check finds 4 times in 5, if training scatters the answers as much as plain prose in front of "
+        f"them does (less, if it scatters them less); nats a token unless another unit is named: {', '.join(smallest)}"
+    )
+    return Check(POWER, "warn" if remedies else "pass", told, "; ".join(remedies))
 
 
 def cost_check(encoder: Encoder, sets: Sequence[ProbeSet], seconds: float) -> Check:
@@ -245,41 +314,6 @@ def _origin(encoder: SaeEncoder, model_name: str) -> Check:
     if one in other or other in one:
         return Check("trained on", "pass", made_for, "")
     return Check("trained on", "warn", f"{made_for}, the model is {model_name}", "explained variance says how far it has moved")
-
-
-def _power(
-    readings: Mapping[str, ProbeStats], answer_bytes: Mapping[str, Sequence[int]], policy: PolicyConfig, n_demonstrations: int
-) -> Check:
-    wanted = {name: budget for name, budget in policy.limits.items() if name in readings}
-    if not wanted:
-        return Check("alarm power", "warn", "no domain is protected", "name some with protect=")
-    n_queries = {name: len(r.n_tokens) for name, r in readings.items()}
-    if short := short_of_queries(n_queries, policy, fewest_queries(policy)):
-        found = f"queries: {_each(short)}; {power_needed(policy).rstrip('.')}"
-        return Check("alarm power", "refuse", found, "give more rows, raise n_queries, or protect fewer domains")
-    level = policy.alpha / N_LOOKS / len(wanted)
-    smallest, weak, unknown = list[str](), list[str](), list[str]()
-    for name, budget in wanted.items():
-        if ZERO_SHOT not in readings[name].nll:
-            return Check("alarm power", "warn", "the model has no language-model head, so harm cannot be measured", "")
-        taken, over = _harm_by_prose(budget.unit, readings[name], answer_bytes[name])
-        error = float(resampled_ratios(taken, over, torch.arange(len(over))).std())
-        rise = detectable_rise(error, len(over), level)  # above half the budget, against which the test is
-        smallest.append(f"{name} {_number(budget.value / 2 + rise, budget.unit)} (budget {budget.plain})")
-        if not math.isfinite(rise):
-            unknown.append(name)
-        elif rise > budget.value / 2:
-            n = queries_for_rise(budget.value / 2, error, len(over), level)
-            weak.append(f"{name} {_enough(budget, rise, n, n_demonstrations)}")
-    few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
-    remedies = [f"to find harm as small as the budget takes about: {', '.join(weak)}"] if weak else []
-    remedies += [f"look at the answers of {', '.join(unknown)}: their NLL is NaN or infinite"] if unknown else []
-    remedies += [f"fewer than {ENOUGH_QUERIES} queries: {_each(few)}"] if few else []
-    told = (
-        "smallest harm that one check finds 4 times in 5, if training scatters the answers as much as plain prose in front of "
-        f"them does (less, if it scatters them less); nats a token unless another unit is named: {', '.join(smallest)}"
-    )
-    return Check("alarm power", "warn" if remedies else "pass", told, "; ".join(remedies))
 
 
 def _enough(budget: Budget, rise: float, n_queries: int, n_demonstrations: int) -> str:

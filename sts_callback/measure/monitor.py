@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sts_callback.config import NO_SAE, PolicyConfig, ProbeConfig, require
+from sts_callback.config import N_LOOKS, NO_SAE, PolicyConfig, ProbeConfig, require
 from sts_callback.data.chat import text_tokenizer
 from sts_callback.data.counts import RowsRead
 from sts_callback.data.pairs import Row
@@ -184,8 +184,12 @@ class Monitor:
         """Make the forecast of the first SAE, see `forecasts`."""
         return self.forecasts()[0]
 
-    def forecasts(self) -> tuple[Forecast, ...]:
+    def forecasts(self, policy: PolicyConfig | None = None, n_looks: int = N_LOOKS) -> tuple[Forecast, ...]:
         """Measure the untuned model and forecast what training will move. This also takes the baseline for drift.
+
+        Args:
+            policy: where given, whether the queries suffice for its budgets is among the forecast's checks.
+            n_looks: checks of the run, which share the error of its test.
 
         Returns:
             One forecast for each SAE. They share all passes through the model, so each has the seconds of all.
@@ -211,6 +215,7 @@ class Monitor:
             scorers: list[ForecastScorer] = []
             found: dict[str, list[DomainForecast]] = {}
             baselines: dict[str, list[StepZeroStats]] = {}
+            errors: dict[str, float | None] = {}
             for probes in self._sets:
                 own = {}
                 if probes is not self.train:  # its own demonstrations are the training demonstrations
@@ -220,10 +225,15 @@ class Monitor:
                     readings = self._runner.read(probes, zero_shot, shared | own, bar.update, with_gradients=True)
                 diagnostics.require_finite(probes.name, readings[0])
                 with clock("scores"):
+                    if policy is not None:
+                        errors[probes.name] = diagnostics.neutral_error(readings[0], probes, policy)
                     scorers = scorers or [ForecastScorer(reading, self.config.n_features) for reading in readings]
                     pairs = list(zip(scorers, readings, strict=True))
                     found[probes.name] = [scorer.domain(probes, reading) for scorer, reading in pairs]
                     baselines[probes.name] = [scoring.step_zero_stats(reading) for reading in readings]
+            power: tuple[Check, ...] = ()
+            if policy is not None and any(error is not None for error in errors.values()):
+                power = (diagnostics.power_check(errors, self._sets, policy, self.config.n_domain_demonstrations, n_looks),)
             can_move = self._runner.can_move(self.train)
             with clock("noise floor"):
                 noise_floors = self._noise_floors(baselines[TRAIN])
@@ -242,7 +252,7 @@ class Monitor:
                         features_share=scores.shift_share(scorer.mean_shift, scorer.features),
                         median_norm=sae_reader.reference.median_norm,
                         fvu=self.fits[i].fvu,
-                        checks=checks[i],
+                        checks=(*checks[i], *power),
                         noise_floor=noise_floors[i],
                         train=domains.pop(TRAIN),
                         domains=scorer.ranked(domains),
@@ -428,7 +438,7 @@ class Monitor:
         return sum(len(s.queries) for s in self._sets)
 
     def _bar(self, title: str, total: int) -> tqdm[Any]:
-        return progress_bar(title, total, "query", is_shown=self._progress)
+        return progress_bar(title, total, "query pass", is_shown=self._progress)
 
 
 class _Clock:

@@ -1,6 +1,7 @@
 """Results as frozen, plain Python objects, written to and read from JSON."""
 
 from sts_callback.records.record import Record as Record
+from sts_callback.records.results import POWER as POWER
 from sts_callback.records.results import TRAIN as TRAIN
 from sts_callback.records.results import UNKNOWN as UNKNOWN
 from sts_callback.records.results import Check as Check

@@ -49,6 +49,10 @@ class Identity(Record):
         return self.sae != NO_SAE
 
 
+POWER = "alarm power"
+"""Name of the check of whether the queries suffice to find harm of the size of each budget."""
+
+
 @dataclass(frozen=True)
 class Check(Record):
     """One thing that was looked at before anything is measured."""

@@ -69,20 +69,49 @@ def advice_on(
         back = output_dir / f"checkpoint-{best_checkpoint}"
         none = "No checkpoint of an earlier check keeps the budgets: start again, at a lower rate or without the rows behind it."
         found.append(Advice(f"Go back to {back}, the best on disk." if best_checkpoint else none))
-    model, train = ("--model", given.model or "MODEL"), ("--train", given.train or "FILE")
-    common = (*model, "--sae", given.sae or ("SAE" if has_sae else NO_SAE), *train)
     of_threat, of_all = (_protecting(names, given, budgets) for names in (verdict.threatened, tuple(verdict.reasons)))
     if has_sae:
         run = ("--run-dir", str(output_dir)) if verdict.step else ()
-        found.append(Advice("Find the rows behind it:", ("sts-callback", "blame", *common, *of_threat, *run)))
+        found.append(Advice("Find the rows behind it:", ("sts-callback", "blame", *_given(given), *of_threat, *run)))
     else:
+        model, train = _model_and_train(given)
         train_one = ("sts-callback", "sae", "train", *model, *train, "--out", "sae")
         found.append(Advice("To find the rows behind it (sts-callback blame), train an SAE first:", train_one))
     options, unknown = _as_in_the_run(given)
     add = f"; add {listing(unknown)} as in your run" if unknown else ""
-    asked = (*common, *(of_all or of_threat), *options, "--learning-rate", *_lower(given.learning_rate))
+    asked = (*_given(given, has_sae=has_sae), *(of_all or of_threat), *options, "--learning-rate", *_lower(given.learning_rate))
     found.append(Advice(f"Find a rate that keeps the budget{add}:", ("sts-callback", "rehearse", *asked)))
     return [*found, *_to_fill_in(found)]
+
+
+def to_rank_rows(names: Sequence[str], output_dir: Path, given: Given, budgets: Mapping[str, PlainBudget]) -> list[Advice]:
+    """How the training rows to blame come into the report of a run with an SAE.
+
+    Args:
+        names: domains that they are to be ranked by.
+        output_dir: of the run.
+        given: what the run was given.
+        budgets: of the protected domains.
+
+    """
+    words = ("sts-callback", "blame", *_given(given), *_protecting(names, given, budgets), "--run-dir", str(output_dir))
+    found = [Advice("To have them here:", words)]
+    return [*found, *_to_fill_in(found)]
+
+
+def to_report_again(output_dir: Path) -> Advice:
+    """How the report of a run is written again."""
+    return Advice("This page again, from the same folder:", ("sts-callback", "report", str(output_dir)))
+
+
+def _model_and_train(given: Given) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("--model", given.model or "MODEL"), ("--train", given.train or "FILE")
+
+
+def _given(given: Given, *, has_sae: bool = True) -> tuple[str, ...]:
+    """Options by which a command measures what the run measured."""
+    model, train = _model_and_train(given)
+    return (*model, "--sae", given.sae or ("SAE" if has_sae else NO_SAE), *train)
 
 
 def _lower(rate: float) -> tuple[str, ...]:

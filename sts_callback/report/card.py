@@ -223,7 +223,7 @@ def _how(story: ReportData) -> Iterator[str]:
     if story.drift is not None:
         yield f"Drift was checked {counted(len(story.drift.steps), 'time')}, the last time at step {story.drift.steps[-1]}."
     if story.settings is not None:
-        yield alarm_rule(story.settings)
+        yield alarm_rule(story.settings, story.drift.steps if story.drift else ())
         yield f"Versions: {', '.join(f'{name} {number}' for name, number in story.settings.versions.items())}."
 
 

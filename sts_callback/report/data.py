@@ -26,7 +26,7 @@ from sts_callback.records.record import StoredAs
 from sts_callback.records.rehearsal import Rehearsal, Trials
 from sts_callback.records.remedies import Attribution
 from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed, RunSettings
-from sts_callback.report.advice import Advice, advice_on
+from sts_callback.report.advice import Advice, advice_on, to_rank_rows, to_report_again
 from sts_callback.report.headline import Headline, headline
 from sts_callback.report.summary import Summary, of_run
 
@@ -150,6 +150,10 @@ class ReportData(Record):
     """The one table of what was measured last; None where nothing was."""
     advice: tuple[Advice, ...] = ()
     """What to do about a no-go or an alarm."""
+    to_rank_rows: tuple[Advice, ...] = ()
+    """How the training rows to blame come into the report."""
+    to_report_again: Advice | None = None
+    """How the report is written again."""
     has_sae: bool = True
     """Whether an SAE was used; true also if that cannot be read."""
 
@@ -183,6 +187,8 @@ def build(logged: Logged, output_dir: Path = Path("OUTPUT_DIR")) -> ReportData:
         rehearsal_verdict=logged.rehearsal_verdict,
         summary=of_run(logged),
         advice=tuple(_advice(logged, output_dir)),
+        to_rank_rows=tuple(_to_rank_rows(logged, output_dir, top.threatened)),
+        to_report_again=to_report_again(output_dir),
         has_sae=logged.has_sae,
     )
 
@@ -193,6 +199,11 @@ def _advice(logged: Logged, output_dir: Path) -> list[Advice]:
         return []
     budgets = logged.settings.policy.budgets if logged.settings else {}
     return advice_on(verdict, output_dir, logged.best_checkpoint, logged.given, budgets, has_sae=logged.has_sae)
+
+
+def _to_rank_rows(logged: Logged, output_dir: Path, threatened: Sequence[str]) -> list[Advice]:
+    names = threatened or tuple(_budgets(logged)) or _order(logged, ())
+    return to_rank_rows(names, output_dir, logged.given, logged.settings.policy.budgets if logged.settings else {})
 
 
 def _budgets(logged: Logged) -> dict[str, PlainBudget]:

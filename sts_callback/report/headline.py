@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sts_callback.policy import worst_share
-from sts_callback.records import Decision, Record, Verdict
+from sts_callback.records import POWER, Check, Decision, Record, Verdict
 from sts_callback.records.remedies import BudgetFinding
 from sts_callback.records.run import Logged, RunSettings
 from sts_callback.report.formatting import counted, in_a_row, listing, percent, percent_1
 from sts_callback.report.trials import answers
+
+Stage = Literal["forecast", "rehearsal", "check"]
+"""What a verdict is on."""
 
 _BEFORE: dict[Decision, str] = {
     "go": "no sign of harm to {protected} before training",
@@ -25,6 +29,11 @@ _DURING: dict[Decision, str] = {
     "no-go": "{standing}",
     "not covered": "nothing speaks against {threatened}, but most of the change there lies outside the SAE",
     "cannot tell": "the evidence does not suffice for {threatened}",
+}
+_SENTENCES: dict[Stage, dict[Decision, str]] = {
+    "forecast": _BEFORE,
+    "rehearsal": _BEFORE | {"go": "no sign of harm to {protected} after the rehearsed steps"},
+    "check": _DURING,
 }
 _OF_TRIALS: dict[BudgetFinding, Decision] = {"within": "go", "beyond": "no-go", "cannot tell": "cannot tell"}
 _NOTHING_PROTECTED = "No domain was protected, so there is nothing to judge; the numbers below are for reading."
@@ -65,7 +74,7 @@ def headline(logged: Logged) -> Headline:
     if not verdict.reasons:
         return Headline(None, verdict.step, _NOTHING_PROTECTED, (), {}, {}, notes)
     since, is_first = alarms_since([check.verdict for check in logged.checks]), len(logged.checks) == 1
-    told = sentence(verdict, during=bool(logged.checks), since=since)
+    told = sentence(verdict, stage_of(logged), since)
     at = f"At step {verdict.step}, {'the first check, ' if is_first and verdict.alarmed else ''}"
     told = f"{at}{told}." if logged.checks else f"{told[0].upper()}{told[1:]}."
     about = verdict.threatened or tuple(verdict.reasons)
@@ -80,16 +89,21 @@ def headline(logged: Logged) -> Headline:
     )
 
 
-def sentence(verdict: Verdict, *, during: bool, since: Mapping[str, int] | None = None) -> str:
+def stage_of(logged: Logged) -> Stage:
+    """What the newest verdict of a run is on."""
+    return "check" if logged.checks else "rehearsal" if logged.rehearsal_verdict else "forecast"
+
+
+def sentence(verdict: Verdict, stage: Stage, since: Mapping[str, int] | None = None) -> str:
     """What a verdict on protected domains says: a sentence without its capital and its full stop.
 
     Args:
         verdict: with reasons.
-        during: whether it is on a check of a run, not on what was measured before the first step.
+        stage: of the run that it is on.
         since: of alarms that stand, the steps of the checks that began them.
 
     """
-    return (_DURING if during else _BEFORE)[verdict.decision].format(
+    return _SENTENCES[stage][verdict.decision].format(
         threatened=listing(verdict.threatened),
         standing=_standing(verdict, since or {}),
         protected=listing(list(verdict.reasons)),
@@ -141,6 +155,8 @@ def _notes(logged: Logged) -> Iterator[str]:
     in_context = logged.forecast_verdict
     if logged.rehearsal_verdict and in_context is not None and in_context.reasons:
         yield f"In context, without any step, the forecast said: {in_context.decision}."
+    if logged.forecast is not None and logged.trials is None and logged.verdict is not None and not logged.verdict.alarmed:
+        yield from (in_a_sentence(c) for c in logged.forecast.checks if c.name == POWER and c.status == "warn")
     if logged.rehearsal is not None and logged.rehearsal.skipped:
         yield f"The run was not rehearsed: {logged.rehearsal.skipped}"
     if logged.forecast is not None and not verdicts and logged.trials is None:
@@ -158,6 +174,11 @@ def _notes(logged: Logged) -> Iterator[str]:
     elif logged.faults:
         yield f"{counted(len(logged.faults), 'failure')} of ours, which training survived: see Faults."
     yield from logged.unreadable
+
+
+def in_a_sentence(check: Check) -> str:
+    """What a check before the forecast has found, and what to do about it."""
+    return f"{'; '.join(filter(None, (f'{check.name}: {check.found}', check.remedy)))}."
 
 
 def ended_notes(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -185,11 +206,12 @@ def ended_alarms(verdicts: Sequence[Verdict]) -> dict[str, list[int]]:
     return {name: steps for name, steps in alarmed.items() if name not in verdicts[-1].alarmed}
 
 
-def alarm_rule(settings: RunSettings) -> str:
+def alarm_rule(settings: RunSettings, steps: Sequence[int]) -> str:
     """What an alarm of a run takes, in sentences.
 
     Args:
         settings: of the run.
+        steps: of the checks that were made.
 
     """
     policy, held = settings.policy, in_a_row(settings.policy.patience)
@@ -198,8 +220,11 @@ def alarm_rule(settings: RunSettings) -> str:
             "An alarm took a rise of NLL of at least the budget, its interval above 0, and a permutation test at "
             f"{policy.alpha:g} over all protected domains of a check together, all that at {held}; this was an earlier version."
         )
-    n_looks = counted(len(settings.looks.steps), "planned check")
+    planned = settings.looks.steps
+    n_made = len({*planned} & {*steps})
+    made = f", of which {n_made} {'was' if n_made == 1 else 'were'} made" if n_made < len(planned) else ""
     return (
         f"An alarm takes harm that is surely above half the budget (one-sided t test over queries), at {held}. The test "
-        f"may err in {percent_1(policy.alpha)} of runs, over all protected domains and {n_looks} together."
+        f"may err in {percent_1(policy.alpha)} of runs, over all protected domains and "
+        f"{counted(len(planned), 'planned check')} together{made}."
     )

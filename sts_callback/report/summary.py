@@ -123,7 +123,8 @@ def of_rehearsal(
     own, *further = rehearsal.doses
     then = "".join(f", then {dose.n_steps} at {dose.learning_rate:.2g}" for dose in further)
     basis = (
-        f"By {own.n_steps} steps at a rate of {own.learning_rate:.2g}{then}, put back; {rehearsal.steps_planned} are planned; "
+        f"By {own.n_steps} steps at the peak rate of {own.learning_rate:.2g}{then}, put back; "
+        f"{rehearsal.steps_planned} are planned; "
         f"{_queries(own.check.domains.values())}; {seconds(rehearsal.seconds)}." + _cost_of_checks(rehearsal, max_overhead)
     )
     legend = _CHANGE + (" Expected: by past runs of a model of this size." if rehearsal.expected else "")
@@ -140,7 +141,8 @@ def _cost_of_checks(rehearsal: Rehearsal, max_overhead: float) -> str:
     if max_overhead >= 1 or n_paid >= _MANY_CHECKS:
         return f"{told}."
     left = "no time for a check" if n_paid == 0 else f"time for {counted(n_paid, 'check')}"
-    return f"{told}; max_overhead={max_overhead:g} leaves {left} before the last one."
+    remedy = "max_overhead=None checks whenever asked"
+    return f"{told}; max_overhead={max_overhead:g} leaves {left} before the last one, {remedy}."
 
 
 def of_check(
@@ -211,7 +213,7 @@ def _decides(
         limit, change = Budget.of(budgets[name]), expected.get(name, UNKNOWN)
         if rests_on_expected(verdict, name):
             by_expected.append(name)
-        elif change.low <= 0 if is_threat else in_nats(budgets[name]) <= change.value:
+        elif change.low <= 0 if is_threat else in_nats(budgets[name]) <= max(change.value, change.high):
             by_measured.append(name)
         if is_threat and name not in by_expected and domains[name].harm_in(limit.unit).low <= 0:
             by_test.append(name)

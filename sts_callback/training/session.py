@@ -177,7 +177,8 @@ class Session:
                 if self._is_new:
                     source: TrainSource = "own rollouts" if self._forecasts_from_rollouts else "reference answers"
                     # The first process's own for all: on other hardware the last bits may differ, and a decision with them.
-                    made = self._ranks.gathered(monitor.forecasts)[0]
+                    n_looks = len(self.checks.history.looks.steps)
+                    made = self._ranks.gathered(lambda: monitor.forecasts(settings.policy, n_looks))[0]
                     self._forecasts = tuple(dataclasses.replace(one, train_source=source) for one in made)
             return monitor
 

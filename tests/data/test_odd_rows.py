@@ -504,7 +504,7 @@ def test_without_the_table_cuts_reasons_and_what_several_sources_share_are_told_
     law, code = (RowsRead(name, 40, 40, 40, n_cut, {}, (), (note,)) for name, n_cut in (("law", 0), ("code", 5)))
     lines = [line.strip() for line in rows_doubts([train, law, code], colour=False).splitlines()]
     assert lines == [
-        "cut to max_tokens: 3 of 72 rows of train, 5 of 40 rows of code",
+        "rows drawn as probes, cut to max_tokens: 3 of 72 of train, 5 of 40 of code",
         "train: 7 left out: its answer is empty",
         f"law, code: {note}",
     ]

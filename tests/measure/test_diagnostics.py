@@ -289,7 +289,8 @@ def test_only_weak_domains_are_named() -> None:
     policy = dataclasses.replace(POLICY, budgets={"law": 0.5, "code": 0.5})
     check = probe_check("alarm power", policy, law=reading(rise=5.0), code=reading(rise=0.1))
     assert re.fullmatch(
-        r"to find harm as small as the budget takes about: law n_queries=\d+ \(\d+ rows\) or a budget of [\d.]+", check.remedy
+        r"a GO may miss harm of that size; to find harm as small as the budget takes about: law n_queries=\d+ \(\d+ rows\) or a budget of [\d.]+",
+        check.remedy,
     )
 
 
@@ -468,3 +469,12 @@ def test_an_examination_stands_in_no_forecasts_way() -> None:
     monitor.examine(PROTECT)
     one, other = monitor.forecast(), patient(fitted_sae(1, 1)).forecast()
     assert timeless(one) == timeless(other)
+
+
+def test_a_forecast_finds_the_power_that_an_examination_finds() -> None:
+    monitor = patient(fitted_sae(1, 1))
+    power = examined(monitor)["alarm power"]
+    assert (power.status, monitor.forecasts(PROTECT)[0].checks[-1]) == ("warn", power)
+    more_looks = monitor.forecasts(PROTECT, 100)[0].checks[-1]
+    assert float(more_looks.found.split()[-1]) > float(power.found.split()[-1])  # each check has less of the error to spend
+    assert "alarm power" not in {check.name for check in monitor.forecasts(PolicyConfig({}))[0].checks}

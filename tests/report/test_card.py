@@ -59,7 +59,7 @@ def test_a_run_is_told_with_forecast_and_outcome_side_by_side(section_of: Callab
     assert rows_of["`code`"][0] == "0.20"
     assert "Change that the SAE cannot express, so that nothing said of movement sees it: `law` 25%, `code` 25%." in section
     assert "surely above half the budget (one-sided t test over queries), at one check" in section
-    assert "may err in 5.0% of runs, over all protected domains and 6 planned checks together." in section
+    assert "may err in 5.0% of runs, over all protected domains and 6 planned checks together, of which 3 were made." in section
     assert "Of the 3 features that training moved most on its own data, the forecast had named 2." in section
     assert "`tiny-sae` at `blocks.2.hook_resid_post`" in section
     assert re.search(r"weights .*step 30\b", section)

@@ -11,7 +11,7 @@ import pytest
 
 from logs import EMPTY, SETTINGS, check, verdict, whole_run, words
 from samples import answers, domain_drift, domain_forecast, forecast, snapshot
-from sts_callback.records import Decision, Snippet, State
+from sts_callback.records import Check, Decision, Snippet, State, Status
 from sts_callback.records.run import Fault, JudgedCheck, TimeSpent
 from sts_callback.report.data import ReportData, build
 from sts_callback.report.headline import alarm_rule, headline
@@ -91,11 +91,29 @@ def test_the_best_checkpoint_on_disk_is_named_with_what_it_costs() -> None:
     assert not any("checkpoint" in note for note in headline(whole_run(checks=(found,))).notes)
 
 
+@pytest.mark.parametrize(("status", "is_told"), [("warn", True), ("pass", False)])
+def test_too_few_queries_are_told_beside_a_verdict_that_is_no_alarm(status: Status, is_told: bool) -> None:
+    weak = Check("alarm power", status, "smallest harm: law 0.19", "more queries for law, whose budget is smaller")
+    note = "alarm power: smallest harm: law 0.19; more queries for law, whose budget is smaller."
+    made = forecast(domain_forecast("law"), checks=(weak,))
+    for run in (whole_run(forecast=made, checks=()), whole_run(forecast=made, checks=(check(10, verdict("go", step=10)),))):
+        assert (note in headline(run).notes) == is_told
+    assert note not in headline(whole_run(forecast=made)).notes  # the harm has been found
+
+
 def test_an_alarm_is_told_by_the_rule_that_it_followed() -> None:
-    now = alarm_rule(SETTINGS)
+    now = alarm_rule(SETTINGS, (1, 2, 5, 10, 20, 30))
     assert "surely above half the budget (one-sided t test over queries), at one check" in now
     assert "err in 5.0% of runs, over all protected domains and 6 planned checks together" in now
-    assert "permutation test at 0.05" in alarm_rule(dataclasses.replace(SETTINGS, looks=None))
+    assert now.endswith("6 planned checks together.")
+    assert alarm_rule(SETTINGS, (7, 30)).endswith("6 planned checks together, of which 1 was made.")  # 7 was not planned
+    assert "permutation test at 0.05" in alarm_rule(dataclasses.replace(SETTINGS, looks=None), ())
+
+
+def test_no_sign_of_harm_by_a_rehearsal_is_one_after_its_steps() -> None:
+    assert headline(whole_run(checks=())).sentence == "No sign of harm to law and code after the rehearsed steps."
+    forecast_alone = whole_run(checks=(), rehearsal=None, rehearsal_verdict=None)
+    assert headline(forecast_alone).sentence == "No sign of harm to law and code before training."
 
 
 def test_where_nothing_was_protected_nothing_is_judged() -> None:

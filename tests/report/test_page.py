@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import itertools
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 from logs import EMPTY, SETTINGS, blamed, check, verdict, whole_run, words, written
 from reading import Page
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, rehearsal, snapshot
+from sts_callback.cli import parser
 from sts_callback.config import PolicyConfig
 from sts_callback.errors import DataError
-from sts_callback.records import Check, Snippet, TokenAccuracy
+from sts_callback.records import Check, Decision, Snippet, TokenAccuracy
 from sts_callback.records.rehearsal import Trial, Trials
-from sts_callback.records.run import Fault, JudgedCheck, Logged, Postponed
+from sts_callback.records.run import Fault, Given, JudgedCheck, Logged, Postponed
 from sts_callback.report.data import ReportData, build
 from sts_callback.report.html.page import page, write_report
 from sts_callback.runs.directory import RunDirectory
@@ -79,8 +82,36 @@ def many(n_domains: int, n_checks: int) -> Logged:
     )
 
 
-def test_without_ranked_rows_the_page_says_how_to_have_them() -> None:
-    assert "sts-callback blame ... --run-dir OUTPUT_DIR" in made(whole_run(blame=None)).section("blame")
+def commands(source: str) -> list[list[str]]:
+    """Those of a page, as a shell reads them."""
+    found = re.findall(r'<code class="command">(.*?)</code>', source)
+    return [shlex.split(html.unescape(re.sub("<.*?>", "", one))) for one in found]
+
+
+@pytest.mark.parametrize("decision", ["go", "no-go"])
+def test_the_pages_commands_name_the_runs_folder_and_what_it_was_given(decision: Decision) -> None:
+    given = Given("models/base", "saes/my layer", "train.jsonl", {"law": "law's.jsonl"}, learning_rate=1e-3, lora_r=8)
+    settings = dataclasses.replace(SETTINGS, given=given)
+    judged = (check(30, verdict(decision, *(["law"] if decision == "no-go" else []), step=30)),)
+    source = page(build(whole_run(settings=settings, checks=judged, blame=None), Path("runs/my first")))
+    told = commands(source)
+    blame = next(words for words in reversed(told) if words[1] == "blame")
+    read = parser().parse_args(blame[1:])
+    assert (read.model, read.sae, read.train, read.run_dir) == (
+        "models/base",
+        "saes/my layer",
+        "train.jsonl",
+        Path("runs/my first"),
+    )
+    assert read.protect == (["law"] if decision == "no-go" else ["law", "code=0.2"]) and read.domain == ["law=law's.jsonl"]
+    assert told[-1] == ["sts-callback", "report", "runs/my first"]
+    assert "OUTPUT_DIR" not in source and "..." not in Page(source).section("blame")
+
+
+def test_without_ranked_rows_the_page_says_how_to_have_them_and_what_is_left_open() -> None:
+    told = made(whole_run(blame=None)).section("blame")
+    assert "No training rows were ranked. To have them here: sts-callback blame --model MODEL --sae SAE --train FILE " in told
+    assert "Put for MODEL the model's folder or hub id, for SAE the SAE's folder or name and for FILE rows as JSON lines" in told
 
 
 def test_a_whole_run_has_every_part_with_its_numbers() -> None:
@@ -99,7 +130,9 @@ def test_a_whole_run_has_every_part_with_its_numbers() -> None:
     assert re.search(r"Feature 7 .*\b1 of the forecast's.*\b1 of those that moved", read.section("features"))
     assert "take another SAE" in read.section("blind-spots")
     assert "\u25b2 62%" in read.section("blind-spots")
-    assert "overhead of 2.4%" in read.section("cost") and "Allowed: 1.0%, the last check apart." in read.section("cost")
+    assert "overhead of 2.4%" in read.section(
+        "cost"
+    ) and "Allowed: 1.0%, in which the last check is not counted." in read.section("cost")
     assert "skipped 1 time" in read.section("cost")
     assert "2 times, from step 5 to 6" in read.section("faults")
     for part in ("tiny-llama", "s" * 64, "max_norm_multiple", "0.2 nats a token", "2.9.0"):
@@ -134,10 +167,10 @@ def test_what_was_said_in_context_is_not_called_the_verdict_where_there_was_a_re
 def test_every_line_of_a_picture_has_its_colour_in_the_key() -> None:
     check_of_law = snapshot(5, domain_drift("law"))
     some = tuple(Trial(1e-3, replay, rehearsal(check_of_law), verdict("go")) for replay in ({}, {"cases": 0.1}, {"cases": 0.2}))
-    html = page(build(whole_run(trials=Trials(IDENTITY, "LoRA of rank 16", some, {"law": 0.1}, 1.0))))
-    kinds = set(re.findall(r'class="key (\w+)"', html))
+    source = page(build(whole_run(trials=Trials(IDENTITY, "LoRA of rank 16", some, {"law": 0.1}, 1.0))))
+    kinds = set(re.findall(r'class="key (\w+)"', source))
     assert kinds == {"harm", "dashed", "movement", "second"}
-    assert all(re.search(rf"\.key\.{kind} \{{ color:", html) for kind in kinds)
+    assert all(re.search(rf"\.key\.{kind} \{{ color:", source) for kind in kinds)
 
 
 def test_where_there_was_no_rehearsal_the_reason_stands() -> None:
@@ -146,6 +179,20 @@ def test_where_there_was_no_rehearsal_the_reason_stands() -> None:
     assert "The run was not rehearsed: its model is sharded." in read.text[: read.text.index("Forecast: what training")]
     assert "rehears" not in read.section("cost")
     assert "No rehearsal can be read" in made(whole_run(rehearsal=None, rehearsal_verdict=None)).section("rehearsal")
+
+
+@pytest.mark.parametrize("names", [("law",), ("law", "code")])
+def test_an_order_is_told_only_where_there_are_several_domains(names: tuple[str, ...]) -> None:
+    section = made(whole_run(forecast=forecast(*map(domain_forecast, names)))).section("forecast")
+    assert all(
+        (part in section) == (len(names) > 1) for part in (" rank ", " above next ", "1 the worst", "orders domains;", "others.")
+    )
+    assert "transfer 95% " in section
+
+
+def test_a_p_value_says_that_it_is_not_the_test_of_the_state() -> None:
+    section = made(whole_run()).section("drift")
+    assert "of any rise of NLL, above 0" in section and "Its test is another: against half the budget" in section
 
 
 def test_movement_and_harm_stand_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from past import forecast_of, lawful_runs, run
 from samples import IDENTITY, domain_drift, domain_forecast, estimate, forecast, score, snapshot
-from sts_callback.config import PolicyConfig
+from sts_callback.config import NO_SAE, PolicyConfig
 from sts_callback.data.starter import starter_domains
 from sts_callback.policy import judge_forecast
 from sts_callback.records import UNKNOWN, Check, DriftSnapshot, Estimate, Forecast, Snippet, TopActivatingExamples, Verdict
@@ -135,7 +136,7 @@ def test_missing_numbers_are_shown_as_such() -> None:
         "sae_error_share": NAN,
         "cosine": NAN,
     }
-    record = forecast(domain_forecast("law", **missing))
+    record = forecast(domain_forecast("law", **missing), domain_forecast("code"))
     text = forecast_details(record, _judged(record), colour=False)
     _assert_narrow(text)
     (row,) = [r for r in _rows(text) if "law" in r]
@@ -168,12 +169,23 @@ def test_a_domain_without_a_score_comes_last_and_moves_no_other() -> None:
 def test_a_row_holds_the_numbers_of_its_domain() -> None:
     cross = score(0.25, 0.2, 0.5, random=0.125, own=0.625)
     law = domain_forecast("law", sts_net=cross, rank=(2, 3), nll_change=estimate(-0.25, -0.5, 0.125), gradient_change=0.75)
-    record = forecast(law)
+    record = forecast(law, domain_forecast("code"))
     text = forecast_details(record, _judged(record), colour=False)
     (row,) = [r for r in _rows(text) if "law" in r]
     assert " ".join(row.split()) == "! law 25% 15% to 75% 2-3 -0.25 -0.50 to +0.12 +0.75 1"
     (row,) = [r for r in _rivals(text) if "law" in r]
     assert " ".join(row.split()) == "law 0.250 0.250 0.000 0.250 0.5 3.25 1.25 0.50 2.50 25%"
+
+
+def test_a_single_domain_has_no_place_in_an_order() -> None:
+    for has_sae in (True, False):
+        identity = IDENTITY if has_sae else dataclasses.replace(IDENTITY, sae=NO_SAE)
+        record = forecast(domain_forecast("law", gradient_change=0.75), identity=identity)
+        text = forecast_details(record, Verdict("go", (), {}, 0), colour=False)
+        assert "rank" not in text and "harm:" not in text and "an order, not a sign" not in text
+        several = forecast(domain_forecast("law"), domain_forecast("code"), identity=identity)
+        assert "1 the worst; an order, not a sign." in forecast_details(several, Verdict("go", (), {}, 0), colour=False)
+        _assert_narrow(text)
 
 
 def test_the_training_data_has_no_rank() -> None:

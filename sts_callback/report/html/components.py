@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from sts_callback.records import TRAIN, Decision, Estimate, in_capitals
 from sts_callback.report import formatting
+from sts_callback.report.advice import Advice
 from sts_callback.report.html.markup import Html, join, shortened, tag
 from sts_callback.report.summary import Standing
 
@@ -23,6 +24,11 @@ SIGNS: dict[Standing, str] = {"": "", "within": "\u25cb", "on course": "\u25d0",
 """How a domain stands against its budget, as a shape: an empty, a half and a full circle."""
 STANDINGS: dict[Standing, str] = {"": "", "within": "good", "on course": "warn", "over": "bad", "cannot tell": "unsure"}
 """Its colour, as a class of the style sheet."""
+
+
+def command(advice: Advice) -> Html:
+    """A command that breaks its lines between its parts alone."""
+    return tag("code", *(join(tag("span", part), " ") for part in advice.parts), class_="command")
 
 
 def section(anchor: str, title: str, *children: str) -> Html:

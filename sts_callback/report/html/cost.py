@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from sts_callback.report import formatting
 from sts_callback.report.data import ReportData
-from sts_callback.report.html.components import domain, more, say, scrolled, section, table
+from sts_callback.report.html.components import command, domain, more, say, scrolled, section, table
 from sts_callback.report.html.markup import Html, join, shortened, tag
 
 _MOST_ROWS = 12  # rows for skipped checks or failures; the log has them all
@@ -51,7 +51,8 @@ def cost_section(story: ReportData) -> Html:
             sentence += " The log does not tell how long training itself took, so the overhead is not known."
         if story.settings is not None:
             limit = story.settings.max_overhead
-            sentence += f" Allowed: {formatting.percent_1(limit)}, the last check apart." if limit < 1 else " No limit was set."
+            allowed = f" Allowed: {formatting.percent_1(limit)}, in which the last check is not counted."
+            sentence += allowed if limit < 1 else " No limit was set."
         parts.append(say(sentence))
     if cost.postponed:
         rows = [[f"step {p.step}", shortened(p.reason, _LONGEST_ERROR)] for p in cost.postponed[:_MOST_ROWS]]
@@ -121,13 +122,9 @@ def reproduce_section(story: ReportData) -> Html:
         ]
     else:
         parts.append(say("Settings and versions are not in this run's log."))
-    parts.append(
-        say(
-            "This page again, from the same folder: ",
-            tag("code", "sts-callback report OUTPUT_DIR"),
-            ". Its numbers are in report.json.",
-        )
-    )
+    if again := story.to_report_again:
+        parts.append(say(again.what, " ", command(again)))
+    parts.append(say("Its numbers are in report.json."))
     return section("reproduce", "How to make these numbers again", *parts)
 
 

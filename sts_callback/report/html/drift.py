@@ -46,7 +46,7 @@ def drift_section(story: ReportData) -> Html:
     else:
         thresholds = (
             f"Dashed: drift counts as movement from {formatting.percent(policy.min_drift, 1)} on, a rise of NLL as harm from the "
-            f"domain's budget on, if that is in nats. {alarm_rule(story.settings)}"
+            f"domain's budget on, if that is in nats. {alarm_rule(story.settings, drift.steps)}"
         )
     moving = "features" if story.has_sae else "raw activations"
     train = drift.latest.train.name
@@ -248,11 +248,19 @@ def _latest(story: ReportData, drift: Drift) -> Html:
     by_features = [title for title, _ in _BY_FEATURES] if story.has_sae else []
     reasons = [tag("li", domain(name), f" {reason}") for name, reason in drift.latest_reasons.items()]
     return join(
-        table(["domain", "drift", "95%", *by_features, "NLL change", "95%", "p", "NLL now", "queries", "state"], rows),
+        table(["domain", "drift", "95%", *by_features, "NLL change", "95%", "p of a rise", "NLL now", "queries", "state"], rows),
         meanings(
             *(_BY_FEATURES if story.has_sae else ()),
-            ("p", "chance of such a rise of NLL if there were none, at this check alone and not corrected for other domains"),
-            ("state", "of the budget: within it, surely over half of it (on course), over it, or inconclusive"),
+            (
+                "p of a rise",
+                "of any rise of NLL, above 0: the chance of one like this if there were none, at this check alone and not "
+                "corrected for other domains",
+            ),
+            (
+                "state",
+                "of the budget: within it, surely over half of it (on course), over it, or inconclusive. Its test is another: "
+                "against half the budget, corrected for domains and checks",
+            ),
         ),
         _accuracies(story, sets),
         tag("ul", *reasons),

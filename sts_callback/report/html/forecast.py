@@ -52,8 +52,8 @@ def forecast_section(story: ReportData) -> Html:
         ),
         _pictures(story, forecast),
         say(
-            "The first picture says how much, never in which direction; the "
-            + ("other two, which fare worse than others. " if has_sae else "other, which fare worse than others. "),
+            "The first picture says how much, never in which direction"
+            + (f"; the {'other two' if has_sae else 'other'}, which fare worse than others. " if _has_order(forecast) else ". "),
             WHAT_HOLDS,
         ),
         _judged(story),
@@ -62,9 +62,14 @@ def forecast_section(story: ReportData) -> Html:
     )
 
 
+def _has_order(forecast: Forecast) -> bool:
+    return len(forecast.domains) > 1
+
+
 def _pictures(story: ReportData, forecast: Forecast) -> Html:
     rows = [forecast.domains[name] for name in story.domains if name in forecast.domains]
     budgets = [x for x in map(formatting.in_nats, story.budgets.values()) if math.isfinite(x)]
+    has_order = _has_order(forecast)
     places = charts.Axis.over([d.transfer for d in rows], 0.0, 1.0)
     by_context = charts.Axis.over([d.nll_change for d in rows], 0.0, *budgets)
 
@@ -76,7 +81,7 @@ def _pictures(story: ReportData, forecast: Forecast) -> Html:
         _panel(
             "Does it move? Transfer",
             "0%: shifted no more than by plain prose in place of the examples; 100%: as far as the training data itself. "
-            "It orders domains; a low one is no promise that a domain stays.",
+            f"{'It orders domains; a' if has_order else 'A'} low one is no promise that a domain stays.",
             rows,
             places,
             formatting.percent,
@@ -87,8 +92,8 @@ def _pictures(story: ReportData, forecast: Forecast) -> Html:
         _panel(
             "Does it get worse? NLL change in context",
             "How much more the right answers surprise the model with the training examples in front than with plain prose, in "
-            "nats a token. The further right, the worse a domain fares beside the others. Being left of 0 is no promise."
-            + (" Dashed: the budget." if budgets else ""),
+            f"nats a token. {'The further right, the worse a domain fares beside the others. ' if has_order else ''}"
+            "Being left of 0 is no promise." + (" Dashed: the budget." if budgets else ""),
             rows,
             by_context,
             formatting.nats,
@@ -153,19 +158,20 @@ def _all_scores(story: ReportData, forecast: Forecast) -> Html:
     places = forecast.harm_rank
     has_sae = forecast.identity.has_sae
     by_gradient = ["gradient", "95%"] if has_sae else []
-    titles = ["domain", "transfer", "95%", "rank", "above next", "NLL change", "95%", *by_gradient, "harm"]
+    has_order = _has_order(forecast)
+    rank, harm = (["rank", "above next"], ["harm"]) if has_order else ([], [])
+    titles = ["domain", "transfer", "95%", *rank, "NLL change", "95%", *by_gradient, *harm]
     first = [
         [
             name_row(d.name, story.budgets),
             formatting.percent(d.transfer.value),
             formatting.interval(d.transfer, formatting.percent),
-            f"{d.rank[0]} to {d.rank[1]}" if d.rank[0] else "",
-            formatting.percent(d.p_above_next),
+            *([f"{d.rank[0]} to {d.rank[1]}" if d.rank[0] else "", formatting.percent(d.p_above_next)] if has_order else []),
             formatting.nats(d.nll_change.value),
             formatting.interval(d.nll_change, formatting.nats),
             *([formatting.nats(d.gradient_change.value)] if has_sae else []),
             *([formatting.interval(d.gradient_change, formatting.nats)] if has_sae else []),
-            str(places.get(d.name, "")),
+            *([str(places.get(d.name, ""))] if has_order else []),
         ]
         for d in ordered
     ]
@@ -182,13 +188,16 @@ def _all_scores(story: ReportData, forecast: Forecast) -> Html:
         for d in ordered
     ]
     by_features = ["cross", "random", "rel", "ICL", "act"] if has_sae else []
+    order = (
+        ("rank", "between which ranks by transfer the domain lies, at 95%"),
+        ("above next", "in what share of resamples its transfer is above that of the next one in that order"),
+        ("harm", f"place by NLL change{' and gradient together' if has_sae else ''}, 1 the worst: an order, not a sign"),
+    )
     return join(
         table(titles, first),
         table(["domain", "net", *by_features, "shift", "raw", "cosine", "NLL"], scores),
         meanings(
-            ("rank", "between which ranks by transfer the domain lies, at 95%"),
-            ("above next", "in what share of resamples its transfer is above that of the next one in that order"),
-            ("harm", f"place by NLL change{' and gradient together' if has_sae else ''}, 1 the worst: an order, not a sign"),
+            *(order if has_order else ()),
             *(_MEANINGS if has_sae else _RAW_MEANINGS),
             ("cosine, NLL", "likeness of raw activations to the training data's, and NLL before training: baselines too"),
         ),

@@ -9,7 +9,7 @@ from sts_callback.records import Check, Snippet
 from sts_callback.records.remedies import DomainAttribution
 from sts_callback.report import formatting
 from sts_callback.report.data import FeatureRow, ReportData
-from sts_callback.report.html.components import beyond, domain, meanings, more, name_row, say, section, table
+from sts_callback.report.html.components import beyond, command, domain, meanings, more, name_row, say, section, table
 from sts_callback.report.html.markup import Html, join, tag
 
 _MOST_FEATURES = 6  # unfolded
@@ -47,9 +47,8 @@ def attribution_section(story: ReportData) -> Html:
     if not story.has_sae:
         return section("blame", title, say(NEEDS_SAE))
     if found is None:
-        return section(
-            "blame", title, say("No training rows were ranked. To have them here: sts-callback blame ... --run-dir OUTPUT_DIR.")
-        )
+        told = [say(one.what, *([" ", command(one)] if one.command else [])) for one in story.to_rank_rows]
+        return section("blame", title, say("No training rows were ranked."), *told)
     return section(
         "blame",
         title,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from sts_callback.errors import DataError
 from sts_callback.report.data import ReportData, build
-from sts_callback.report.html.components import SIGNS, STANDINGS, badge, domain, more, name_row, say, table
+from sts_callback.report.html.components import SIGNS, STANDINGS, badge, command, domain, more, name_row, say, table
 from sts_callback.report.html.cost import cost_section, faults_section, reproduce_section
 from sts_callback.report.html.drift import drift_section, overlap_section
 from sts_callback.report.html.forecast import forecast_section
@@ -108,16 +107,11 @@ def _with_ends_apart(cell: str) -> Html:
     return join(value, *([tag("small", "".join(ends))] if ends[1] else []))
 
 
-def _command(parts: Sequence[str]) -> Html:
-    """A command that breaks its lines between its parts alone."""
-    return tag("code", *(join(tag("span", part), " ") for part in parts), class_="command")
-
-
 def _advice(story: ReportData) -> Html:
     """What to do about a no-go or an alarm."""
     if not story.advice:
         return join()
-    made = [tag("li", one.what, *([" ", _command(one.parts)] if one.command else [])) for one in story.advice]
+    made = [tag("li", one.what, *([" ", command(one)] if one.command else [])) for one in story.advice]
     return join(tag("h2", "What to do"), tag("ol", *made))
 
 

@@ -49,7 +49,7 @@ def check_view(
     is_new = not all(since.get(name, snapshot.step) < snapshot.step for name in verdict.alarmed)
     return rendered(
         [
-            verdict_line(f"STS step {snapshot.step}", verdict, since, is_first=is_first),
+            verdict_line(f"STS step {snapshot.step}", verdict, "check", since, is_first=is_first),
             *summary_parts(of_check(snapshot, verdict, budgets, expected, next_step)),
             *beside_lines(snapshot, verdict, budgets),
             *open_reasons(verdict),

@@ -13,6 +13,7 @@ from rich.text import Text
 from sts_callback.config import PolicyConfig
 from sts_callback.records import Check, Estimate, Forecast, Status, TopActivatingExamples, Verdict, downwards
 from sts_callback.records.run import Given
+from sts_callback.report.headline import in_a_sentence
 from sts_callback.report.summary import of_forecast
 from sts_callback.report.terminal.text import WIDTH, marked, new_table, rendered, wrapped
 from sts_callback.report.terminal.verdict import (
@@ -49,7 +50,7 @@ def forecast_view(
     budgets = policy.budgets if policy else {}
     return rendered(
         [
-            verdict_line("STS forecast", verdict),
+            verdict_line("STS forecast", verdict, "forecast"),
             *summary_parts(of_forecast(forecast, verdict, policy, expected)),
             *doubts(forecast),
             *open_reasons(verdict),
@@ -70,7 +71,9 @@ def forecast_details(forecast: Forecast, verdict: Verdict, *, colour: bool | Non
     """
     rows = (forecast.train, *sorted(forecast.domains.values(), key=lambda d: downwards(d.sts_net.value)))
     has_sae = forecast.identity.has_sae
-    table = new_table("domain", "transfer", "95 %", "rank", "change", "95 %", *(["grad"] if has_sae else []), "harm")
+    has_order = len(forecast.domains) > 1
+    rank, harm = (["rank"], ["harm"]) if has_order else ([], [])
+    table = new_table("domain", "transfer", "95 %", *rank, "change", "95 %", *(["grad"] if has_sae else []), *harm)
     places = forecast.harm_rank
     for row in rows:
         transfer, change = row.transfer, row.nll_change
@@ -78,11 +81,11 @@ def forecast_details(forecast: Forecast, verdict: Verdict, *, colour: bool | Non
             Text(("! " if row.name in verdict.threatened else "  ") + row.name),
             _percent(transfer.value),
             _interval(transfer),
-            f"{row.rank[0]}-{row.rank[1]}" if row.rank[0] else "",
+            *([f"{row.rank[0]}-{row.rank[1]}" if row.rank[0] else ""] if has_order else []),
             f"{change.value:+.2f}",
             f"{change.low:+.2f} to {change.high:+.2f}",
             *([f"{row.gradient_change.value:+.2f}"] if has_sae else []),
-            str(places.get(row.name, "")),
+            *([str(places.get(row.name, ""))] if has_order else []),
             style=COLOURS[verdict.decision] if row.name in verdict.threatened else None,
         )
     by_features = ("cross", "random", "rel", "ICL", "act") if has_sae else ()
@@ -110,13 +113,11 @@ def forecast_details(forecast: Forecast, verdict: Verdict, *, colour: bool | Non
         f"transfer: {'STS_net, ' if has_sae else ''}0 % as by plain prose, 100 % as the training data itself;\n"
         "how much, not in which direction. change: of the answers' NLL, with training\n"
         "examples in context against plain prose, nats a token; "
-        + (
-            "grad: the same by a small\nstep that gains the training data one nat; + is worse. harm: the place by both\ntogether,"
-            if has_sae
-            else "+ is worse. harm: the\nplace by it,"
-        )
-        + " 1 the worst; an order, not a sign."
+        + ("grad: the same by a small\nstep that gains the training data one nat; + is worse." if has_sae else "+ is worse.")
     )
+    if has_order:
+        by = "place by both\ntogether" if has_sae else "\nplace by it"
+        legend += f" harm: the {by}, 1 the worst; an order, not a sign.".replace(" \n", "\n")
     if math.isnan(forecast.train.transfer.value):
         legend += (
             "\nTransfer is unknown: the training examples shift hardly more than plain prose\n"
@@ -186,7 +187,7 @@ def examples_lines(words: Sequence[TopActivatingExamples], *, colour: bool | Non
 
 def doubts(forecast: Forecast) -> list[Text]:
     """What weakens a forecast, and what to do about it."""
-    told = [f"{c.name}: {c.found}; {c.remedy}." for c in forecast.checks if c.status == "warn"]
+    told = [in_a_sentence(check) for check in forecast.checks if check.status == "warn"]
     if forecast.train_source == "own rollouts":
         told.insert(0, "Training examples: the model's own best-rewarded rollouts of the first step.")
     return wrapped(told, "yellow")

@@ -54,7 +54,7 @@ def rehearsal_view(
     beside += worse_on_its_own_data(own.check)
     return rendered(
         [
-            verdict_line("STS rehearsal", verdict),
+            verdict_line("STS rehearsal", verdict, "rehearsal"),
             *summary_parts(of_rehearsal(rehearsal, verdict, budgets, max_overhead)),
             *(wrapped([" ".join(beside)], "dim") if beside else []),
             *doubts(forecast),

@@ -27,8 +27,8 @@ def rows_table(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
 
 def rows_doubts(reads: Sequence[RowsRead], *, colour: bool | None = None) -> str:
     """Show what was cut, the reasons for rows left out, and notes, without the table; empty if there are none."""
-    cut = [f"{one.n_cut} of {one.n_used} rows of {one.name}" for one in reads if one.n_cut]
-    lines = [f"cut to max_tokens: {', '.join(cut)}"] if cut else []
+    cut = [f"{one.n_cut} of {one.n_used} of {one.name}" for one in reads if one.n_cut]
+    lines = [f"rows drawn as probes, cut to max_tokens: {', '.join(cut)}"] if cut else []
     return rendered([*wrapped([*lines, *_doubts(reads)], "yellow", _INDENT)], colour)
 
 

@@ -14,7 +14,7 @@ from sts_callback.records import Decision, Verdict, in_capitals
 from sts_callback.records.run import Given
 from sts_callback.report.advice import advice_on
 from sts_callback.report.formatting import counted
-from sts_callback.report.headline import sentence
+from sts_callback.report.headline import Stage, sentence
 from sts_callback.report.summary import Standing, Summary
 from sts_callback.report.terminal.text import WIDTH, new_table, wrapped
 
@@ -36,19 +36,22 @@ _KEPT = "\N{NO-BREAK SPACE}"  # at which textwrap breaks no line
 _MOST_REASONS = 3  # of domains of which it cannot be told
 
 
-def verdict_line(what: str, verdict: Verdict, since: Mapping[str, int] | None = None, *, is_first: bool = False) -> Text:
+def verdict_line(
+    what: str, verdict: Verdict, stage: Stage, since: Mapping[str, int] | None = None, *, is_first: bool = False
+) -> Text:
     """The verdict in a sentence.
 
     Args:
         what: was judged.
         verdict: on it.
+        stage: of the run.
         since: of alarms that stand, the steps of the checks that began them.
         is_first: whether no check was made before.
 
     """
     if not verdict.reasons:
         return Text(f"{what}: no domain is protected, so there is nothing to judge", style="bold")
-    told = sentence(verdict, during=verdict.step > 0, since=since)
+    told = sentence(verdict, stage, since)
     at_first = " at the first check" if is_first and verdict.alarmed else ""  # and nobody knows since when
     first, *rest = textwrap.wrap(
         f"{what}: {in_capitals(verdict.decision, verdict.step)}{at_first}, {told}", WIDTH, subsequent_indent="  "

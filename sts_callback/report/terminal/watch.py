@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sts_callback.records.run import Logged
 from sts_callback.report.formatting import counted, seconds
-from sts_callback.report.headline import alarms_since, ended_notes
+from sts_callback.report.headline import alarms_since, ended_notes, stage_of
 from sts_callback.report.summary import next_check, of_run
 from sts_callback.report.terminal.check import beside_lines
 from sts_callback.report.terminal.text import rendered, wrapped
@@ -32,9 +32,9 @@ def watch_view(logged: Logged, output_dir: Path, silent_s: float = math.nan, *, 
     verdicts = [check.verdict for check in logged.checks]
     parts: list[Text | Table] = []
     if verdict is not None:
-        rehearsed = "STS rehearsal" if logged.rehearsal_verdict else "STS forecast"
-        what = f"STS step {verdict.step}" if verdicts else rehearsed
-        parts.append(verdict_line(what, verdict, alarms_since(verdicts), is_first=len(verdicts) == 1))
+        stage = stage_of(logged)
+        what = f"STS step {verdict.step}" if stage == "check" else f"STS {stage}"
+        parts.append(verdict_line(what, verdict, stage, alarms_since(verdicts), is_first=len(verdicts) == 1))
     parts += summary_parts(summary) if summary is not None else []
     budgets = logged.settings.policy.budgets if logged.settings else {}
     if logged.checks:

@@ -16,6 +16,7 @@ from guest.distributed.launch import launch, seen
 from guest.distributed.worker import N_STEPS, Witness, full_weights, made_model, made_monitor
 from guest.runs import same
 from sts_callback.measure.monitor import Monitor
+from sts_callback.records import POWER
 from sts_callback.training.rehearsal import N_STEPS as N_REHEARSED
 
 SHARDED = ("fsdp2", "tp", "zero3")
@@ -187,6 +188,7 @@ def test_scores_are_those_of_one_process(mode: str, lora: bool, runs: Runs) -> N
     tolerance = 1e-5 if mode in SHARDED else 0.0
     left_out = SECONDS_FIELDS | (GRADIENT_FIELDS if mode in SHARDED else set()) | ({"model_name"} if mode == "tp" else set())
     forecast = json.loads((folder / case / "rank-0" / "sts" / "forecast.json").read_text())["forecast"]
+    assert forecast["checks"].pop()["name"] == POWER  # which takes the budgets of the run
     assert differences(monitor.forecast().to_dict(), forecast, left_out, tolerance) == []
     # The NLL of a whole answer is some hundred nats: split matrices move its last bits by more than 1e-5.
     left_out = SECONDS_FIELDS | ({"query_changes"} if mode == "tp" else set())
