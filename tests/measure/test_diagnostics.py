@@ -288,10 +288,8 @@ def test_power_is_that_of_each_budget_in_its_own_unit(n_flipped: int, status: St
 def test_only_weak_domains_are_named() -> None:
     policy = dataclasses.replace(POLICY, budgets={"law": 0.5, "code": 0.5})
     check = probe_check("alarm power", policy, law=reading(rise=5.0), code=reading(rise=0.1))
-    assert re.fullmatch(
-        r"a GO may miss harm of that size; to find harm as small as the budget takes about: law n_queries=\d+ \(\d+ rows\) or a budget of [\d.]+",
-        check.remedy,
-    )
+    assert check.remedy.startswith("a GO may miss harm of that size; to find harm as small as the budget takes about: law n_que")
+    assert re.search(r"about: law n_queries=\d+ \(\d+ rows\) or a budget of [\d.]+$", check.remedy)
 
 
 @pytest.mark.parametrize("what", ["queries", "budget"])
@@ -476,5 +474,6 @@ def test_a_forecast_finds_the_power_that_an_examination_finds() -> None:
     power = examined(monitor)["alarm power"]
     assert (power.status, monitor.forecasts(PROTECT)[0].checks[-1]) == ("warn", power)
     more_looks = monitor.forecasts(PROTECT, 100)[0].checks[-1]
-    assert float(more_looks.found.split()[-1]) > float(power.found.split()[-1])  # each check has less of the error to spend
+    more, fewer = (float(check.found.rsplit(" ", maxsplit=3)[1]) for check in (more_looks, power))
+    assert more > fewer  # each check has less of the error to spend
     assert "alarm power" not in {check.name for check in monitor.forecasts(PolicyConfig({}))[0].checks}
