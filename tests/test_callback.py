@@ -365,12 +365,17 @@ def test_an_alarm_names_model_sae_and_files_as_the_run_was_given_them(
     trainer.model.name_or_path = base  # as from_pretrained sets it
     trainer.train()
     blame, rehearse = advised(capsys.readouterr().out)[:2]
-    common = ["--model", base, "--sae", "sae", "--train", "my rows.jsonl", "--domain", "far=far.jsonl", "--protect", "far=1e-06"]
+    probes = ["--n-queries", str(PROBES.n_queries), "--n-features", str(PROBES.n_features)]
+    rows_of = ["--domain", "far=far.jsonl", "--protect", "far=1e-06"]
+    common = ["--model", base, "--sae", "sae", "--train", "my rows.jsonl", *probes, *rows_of]
     assert blame == ["sts-callback", "blame", *common, "--run-dir", str(tmp_path / "out")]
     own_steps = ["--full", "--batch-size", "4", "--steps-planned", "6", "--learning-rate", "0.05", "0.2"]
     assert rehearse == ["sts-callback", "rehearse", *common, *own_steps]
     logged = RunDirectory(tmp_path / "out" / "sts").read_all()
-    assert logged.given == Given(base, "sae", "my rows.jsonl", {"near": "", "far": "far.jsonl"}, 0.5, 6, 4, 0)
+    assert logged.given == Given(
+        base, "sae", "my rows.jsonl", {"near": "", "far": "far.jsonl"}, 0.5, 6, 4, 0, logged.given.probes
+    )
+    assert logged.given.probes == {"n_queries": PROBES.n_queries, "n_features": PROBES.n_features}
     assert [blame, rehearse] == advised(watch_view(logged, tmp_path / "out", colour=False))
 
 

@@ -65,6 +65,8 @@ class Given(Record):
     """Rows in a step on one device."""
     lora_r: int | None = None
     """Rank of the LoRA adapter that is trained; 0: all parameters are trained; None: something else, or not known."""
+    probes: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of its `ProbeConfig` that are not the default, by name: without them a command would measure otherwise."""
 
 
 @dataclass(frozen=True)

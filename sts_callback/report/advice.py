@@ -111,7 +111,8 @@ def _model_and_train(given: Given) -> tuple[tuple[str, str], tuple[str, str]]:
 def _given(given: Given, *, has_sae: bool = True) -> tuple[str, ...]:
     """Options by which a command measures what the run measured."""
     model, train = _model_and_train(given)
-    return (*model, "--sae", given.sae or ("SAE" if has_sae else NO_SAE), *train)
+    probes = (word for name, n in given.probes.items() for word in (f"--{name.replace('_', '-')}", str(n)))
+    return (*model, "--sae", given.sae or ("SAE" if has_sae else NO_SAE), *train, *probes)
 
 
 def _lower(rate: float) -> tuple[str, ...]:

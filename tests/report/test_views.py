@@ -29,7 +29,15 @@ from sts_callback.training.arguments import budgets_in
 POLICY = PolicyConfig({"law": 0.1, "code": 0.1})
 NAN = float("nan")
 GIVEN = Given(
-    f"my models/base --x/{'long/' * 20}", "saes/layer 12", "it's.jsonl", {}, learning_rate=2e-3, steps=300, batch_size=4, lora_r=8
+    f"my models/base --x/{'long/' * 20}",
+    "saes/layer 12",
+    "it's.jsonl",
+    {},
+    learning_rate=2e-3,
+    steps=300,
+    batch_size=4,
+    lora_r=8,
+    probes={"n_queries": 28},
 )
 NAMES = ("code", "everyday", "law", "health", "translation")
 
@@ -312,6 +320,7 @@ def test_the_commands_of_an_alarm_can_be_typed_as_they_stand() -> None:
         assert (command.model, command.sae, command.train) == (GIVEN.model, GIVEN.sae, GIVEN.train)
     assert rehearse.learning_rate == [0.0002, 0.0007]
     assert (rehearse.lora_r, rehearse.full, rehearse.batch_size, rehearse.steps_planned) == (8, False, 4, 300)
+    assert (rehearse.n_queries, rehearse.max_tokens) == (28, None)
     flat = " ".join(text.split())
     assert "Find a rate that keeps the budget: sts-callback rehearse" in flat and "Put for" not in flat
     assert "No checkpoint of an earlier check keeps the budgets" in flat  # there is none on disk
