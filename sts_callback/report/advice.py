@@ -16,7 +16,7 @@ from sts_callback.report.formatting import listing
 _PUT = {
     "MODEL": "the model's folder or hub id",
     "SAE": "the SAE's folder or name",
-    "FILE": "rows as JSON lines (Dataset.to_json writes them)",
+    "FILE": "a file of your rows, as Dataset.to_json writes it",
     "RATE": "rates below the run's own",
 }
 """What stands in a command for what is not known of a run, and what the user puts there."""
@@ -139,5 +139,5 @@ def _protecting(names: Sequence[str], given: Given, budgets: Mapping[str, PlainB
 def _to_fill_in(found: Sequence[Advice]) -> list[Advice]:
     """One line for all that the commands leave open; nothing where they leave nothing open."""
     ends = {word.rpartition("=")[2] for one in found for word in one.command}
-    told = [f"for {name} {what}" for name, what in _PUT.items() if name in ends]
-    return [Advice(f"Put {listing(told)}.")] if told else []
+    told = [f"{name} by {what}" for name, what in _PUT.items() if name in ends]
+    return [Advice(f"Replace {listing(told)}.")] if told else []

@@ -111,7 +111,10 @@ def test_the_pages_commands_name_the_runs_folder_and_what_it_was_given(decision:
 def test_without_ranked_rows_the_page_says_how_to_have_them_and_what_is_left_open() -> None:
     told = made(whole_run(blame=None)).section("blame")
     assert "No training rows were ranked. To have them here: sts-callback blame --model MODEL --sae SAE --train FILE " in told
-    assert "Put for MODEL the model's folder or hub id, for SAE the SAE's folder or name and for FILE rows as JSON lines" in told
+    assert (
+        "Replace MODEL by the model's folder or hub id, SAE by the SAE's folder or name and FILE by a file of your rows, as"
+        in told
+    )
 
 
 def test_a_whole_run_has_every_part_with_its_numbers() -> None:

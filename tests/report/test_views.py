@@ -322,7 +322,7 @@ def test_the_commands_of_an_alarm_can_be_typed_as_they_stand() -> None:
     assert (rehearse.lora_r, rehearse.full, rehearse.batch_size, rehearse.steps_planned) == (8, False, 4, 300)
     assert (rehearse.n_queries, rehearse.max_tokens) == (28, None)
     flat = " ".join(text.split())
-    assert "Find a rate that keeps the budget: sts-callback rehearse" in flat and "Put for" not in flat
+    assert "Find a rate that keeps the budget: sts-callback rehearse" in flat and "Replace " not in flat
     assert "No checkpoint of an earlier check keeps the budgets" in flat  # there is none on disk
     *_, full = typed(during(harmed(), given=dataclasses.replace(GIVEN, lora_r=0)))
     assert (full.lora_r, full.full) == (None, True)
@@ -342,12 +342,12 @@ def test_what_is_not_known_of_a_run_is_left_open_and_one_line_says_what_to_put_t
     assert [(one.model, one.sae, one.train) for one in typed(text.replace("RATE", "1e-3"))] == [("MODEL", "SAE", "FILE")] * 2
     flat = " ".join(text.split())
     assert "keeps the budget; add --lora-r, --batch-size and --steps-planned as in your run:" in flat
-    assert flat.count("Put for") == 1
+    assert flat.count("Replace ") == 1
     assert flat.endswith(
-        "Put for MODEL the model's folder or hub id, for SAE the SAE's folder or name, for FILE rows as JSON lines "
-        "(Dataset.to_json writes them) and for RATE rates below the run's own."
+        "Replace MODEL by the model's folder or hub id, SAE by the SAE's folder or name, FILE by a file of your rows, as "
+        "Dataset.to_json writes it and RATE by rates below the run's own."
     )
-    assert "Put for FILE rows as JSON lines (Dataset.to_json writes them)." in " ".join(
+    assert "Replace FILE by a file of your rows, as Dataset.to_json writes it." in " ".join(
         during(harmed(), given=dataclasses.replace(GIVEN, train="")).split()
     )
 
