@@ -404,16 +404,21 @@ def test_a_failure_is_raised_if_asked(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_a_no_go_forecast_refuses_before_the_first_step_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_no_go_forecast_refuses_before_the_first_step_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     verdict = Verdict("no-go", ("near",), {"near": "will suffer."}, 0)
-    monkeypatch.setattr("sts_callback.training.session.judge_forecast", lambda forecast, policy: verdict)
+    for room in ("session", "recorder"):
+        monkeypatch.setattr(f"sts_callback.training.{room}.judge_forecast", lambda forecast, policy: verdict)
     norms = GradNorms()
     trainer = made_trainer("sft", tmp_path, [made_callback(on_forecast="refuse"), norms])
     with pytest.raises(NoGo, match="near: will suffer"):
         trainer.train()
     assert norms.norms == []
     assert (tmp_path / "sts" / "forecast.json").is_file()
+    assert "Training begins" not in capsys.readouterr().out
     made_trainer("sft", tmp_path, [made_callback()]).train()  # by default it only says so
+    assert "Training begins all the same; STSCallback(on_forecast='refuse') would not let it." in capsys.readouterr().out
 
 
 def test_a_second_fresh_run_moves_the_first_ones_files_aside(tmp_path: Path) -> None:

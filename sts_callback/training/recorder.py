@@ -97,6 +97,8 @@ class RunRecorder:
             tqdm.write(doubts)
         if len(forecasts) > 1:
             tqdm.write(layers_table(forecasts, [rank_agreement(first, f) for f in forecasts]))
+        if (verdict or in_context).decision == "no-go" and self._settings.on_forecast == "warn":
+            tqdm.write("Training begins all the same; STSCallback(on_forecast='refuse') would not let it.")
 
     def learn_expectations(self, forecast: Forecast) -> None:
         """Look up what past runs make of a forecast, if there are enough of them, before it is shown."""
