@@ -164,8 +164,14 @@ def test_a_session_without_the_callback_in_the_middle_costs_only_its_own_checks(
     assert checked_steps(tmp_path) == [1, 2, 5, 6]
     ours, theirs = log_of_ours(tmp_path), log_of_ours(whole)
     assert ours["baseline"] == theirs["baseline"]
-    for row in (*ours["drift.jsonl"], *theirs["drift.jsonl"]):
-        del row["verdict"]["best_checkpoint"]  # of steps that were not checked nothing is known
+    levels: list[dict[int, float]] = [{}, {}]
+    for rows_of, level in zip((ours["drift.jsonl"], theirs["drift.jsonl"]), levels, strict=True):
+        for row in rows_of:
+            del row["verdict"]["best_checkpoint"]  # of steps that were not checked nothing is known
+            level[row["snapshot"]["step"]] = row["verdict"].pop("level")
+    assert levels[0] == pytest.approx(
+        {step: part * (3 if step == 5 else 1) for step, part in levels[1].items() if step not in (3, 4)}
+    )
     assert ours["drift.jsonl"] == [row for row in theirs["drift.jsonl"] if row["snapshot"]["step"] in (1, 2, 5, 6)]
 
 
