@@ -195,7 +195,7 @@ def power_check(
         found = f"queries: {_each(short)}; {power_needed(policy, n_looks).rstrip('.')}"
         return Check(POWER, "refuse", found, "give more rows, raise n_queries, or protect fewer domains")
     level = policy.alpha / n_looks / len(wanted)
-    smallest, weak, unknown = list[str](), list[str](), list[str]()
+    smallest, weak, unknown = list[str](), dict[str, str](), list[str]()
     for name, budget in wanted.items():
         error = errors[name]
         if error is None:
@@ -206,10 +206,10 @@ def power_check(
             unknown.append(name)
         elif rise > budget.value / 2:
             n = queries_for_rise(budget.value / 2, error, n_queries[name], level)
-            weak.append(f"{name} {_enough(budget, rise, n, n_demonstrations)}")
+            weak[name] = _enough(budget, rise, n, n_demonstrations)
     few = short_of_queries(n_queries, policy, ENOUGH_QUERIES)
     remedies = (
-        [f"a GO may miss harm of that size; to find harm as small as the budget takes about: {', '.join(weak)}"] if weak else []
+        [f"a GO may miss harm of that size; to find harm as small as the budget takes about: {_each(weak)}"] if weak else []
     )
     remedies += [f"look at the answers of {', '.join(unknown)}: their NLL is NaN or infinite"] if unknown else []
     remedies += [f"fewer than {ENOUGH_QUERIES} queries: {_each(few)}"] if few else []
@@ -217,7 +217,11 @@ def power_check(
         "smallest harm that one check finds 4 times in 5, if training scatters the answers as much as plain prose in front of "
         f"them does (less, if it scatters them less); nats a token unless another unit is named: {', '.join(smallest)}"
     )
-    return Check(POWER, "warn" if remedies else "pass", told, "; ".join(remedies))
+    brief = (
+        f"Few queries: a check may miss harm as large as the budget to {', '.join(weak)}; sts-callback doctor tells how many "
+        "rows it takes."
+    )
+    return Check(POWER, "warn" if remedies else "pass", told, "; ".join(remedies), brief if weak and not unknown else "")
 
 
 def cost_check(encoder: Encoder, sets: Sequence[ProbeSet], seconds: float) -> Check:
@@ -336,5 +340,5 @@ def _number(harm: float, unit: Unit) -> str:
     return f"{harm:.{DIGITS[unit]}f}" + ("" if unit == "nats/token" else f" {unit}")
 
 
-def _each(n_queries: Mapping[str, int]) -> str:
+def _each(n_queries: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {n}" for name, n in n_queries.items())

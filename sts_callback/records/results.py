@@ -64,6 +64,8 @@ class Check(Record):
     """What was found, in words and numbers."""
     remedy: str
     """What to do about it; empty if nothing."""
+    brief: str = ""
+    """The same in a sentence of its own, for a screen; empty where the other two are short."""
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def _notes(logged: Logged) -> Iterator[str]:
 
 def in_a_sentence(check: Check) -> str:
     """What a check before the forecast has found, and what to do about it."""
-    return f"{'; '.join(filter(None, (f'{check.name}: {check.found}', check.remedy)))}."
+    return check.brief or f"{'; '.join(filter(None, (f'{check.name}: {check.found}', check.remedy)))}."
 
 
 def ended_notes(verdicts: Sequence[Verdict]) -> Iterator[str]:

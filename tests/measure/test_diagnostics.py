@@ -290,6 +290,8 @@ def test_only_weak_domains_are_named() -> None:
     check = probe_check("alarm power", policy, law=reading(rise=5.0), code=reading(rise=0.1))
     assert check.remedy.startswith("a GO may miss harm of that size; to find harm as small as the budget takes about: law n_que")
     assert re.search(r"about: law n_queries=\d+ \(\d+ rows\) or a budget of [\d.]+$", check.remedy)
+    assert check.brief.startswith("Few queries: a check may miss harm as large as the budget to law; sts-callback doctor tells")
+    assert not probe_check("alarm power", policy, law=reading(rise=0.1), code=reading(rise=0.1)).brief
 
 
 @pytest.mark.parametrize("what", ["queries", "budget"])
