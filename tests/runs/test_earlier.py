@@ -37,6 +37,8 @@ def holds(now: Any, then: Any) -> bool:
     """Whether all that was written then is written now; there may be more."""
     if isinstance(then, dict):
         return isinstance(now, dict) and all(key in now and holds(now[key], then[key]) for key in then)
+    if isinstance(then, list):
+        return isinstance(now, list) and len(now) == len(then) and all(map(holds, now, then))
     return bool(now == then)
 
 
@@ -47,6 +49,7 @@ def test_what_is_written_now_has_the_same_keys() -> None:
     assert found.forecast is not None
     assert holds(found.forecast.to_dict(), json.loads((EARLIER / "sts" / "forecast.json").read_text())["forecast"])
     assert not holds({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}})
+    assert not holds([{"a": 1}], [{"a": 1, "b": 2}]) and not holds([1, 2], [1])
 
 
 def test_step_zero_is_read_and_written_as_it_was(tmp_path: Path) -> None:
