@@ -126,7 +126,7 @@ def make_probe_set(
         why = f" Left out of {reader.n_read} rows read: {told(reader.left_out)}." if reader.left_out else ""
         raise DataError(f"{field}: {len(examples)} {needed}{why}")
     encode = _Encoder(tokenizer, config.max_tokens)
-    encoded = _without_opening([encode(e.pair) for e in examples], config.max_tokens, special_ids(tokenizer))
+    encoded = _without_opening([encode(e.pair) for e in examples], config.max_tokens, encode.special)
     separator = text_ids("\n\n", tokenizer)
     n_queries = min(config.n_queries, len(encoded) - n_demonstrations)
     asked = [i for i, (query, _) in enumerate(encoded) if any(query.counts)][:n_queries]
@@ -229,9 +229,9 @@ def make_completion_set(
 
     """
     examples = RowReader(tokenizer, field).examples(enumerate(rows))
-    special, encode = special_ids(tokenizer), _Encoder(tokenizer, config.max_tokens)
+    encode = _Encoder(tokenizer, config.max_tokens)
     encoded = [encode(example.pair)[0] for example in itertools.islice(examples, min(config.n_queries, sys.maxsize))]
-    counts = [(False,) * len(q.query) + tuple(token not in special for token in q.answer) for q in encoded]
+    counts = [(False,) * len(q.query) + tuple(token not in encode.special for token in q.answer) for q in encoded]
     return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
 
 
@@ -254,7 +254,7 @@ def make_row_set(
         DataError: if no row holds text.
 
     """
-    special, encode = special_ids(tokenizer), _Encoder(tokenizer, config.max_tokens)
+    encode = _Encoder(tokenizer, config.max_tokens)
     reader = RowReader(tokenizer, field)
     texts: list[Query] = []
     numbers: list[int] = []
@@ -262,7 +262,7 @@ def make_row_set(
     for number, row in enumerate(rows):
         for example in reader.examples([(number, row)]):
             encoded, cut = encode(example.pair, with_rest=True)
-            texts.append(Query(encoded.tokens, (), tuple(token not in special for token in encoded.tokens)))
+            texts.append(Query(encoded.tokens, (), tuple(token not in encode.special for token in encoded.tokens)))
             numbers.append(number)
             n_cut += cut
     if not texts:
@@ -329,7 +329,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
-        self._bos, self._special = bos_tokens(tokenizer), special_ids(tokenizer)
+        self._bos, self.special = bos_tokens(tokenizer), special_ids(tokenizer)
 
     def __call__(self, pair: Pair, *, with_rest: bool = False) -> tuple[Query, bool]:
         """Tokenise a pair and tell whether it was cut. The rest of the conversation is included if asked for."""
@@ -344,4 +344,4 @@ class _Encoder:
         answer = (*answer, *rest) if with_rest else answer
         cut = len(prompt) > most or len(answer) > most
         prompt, answer = prompt[-most:], answer[:most]  # the question is at the end of a prompt
-        return Query(prompt, answer, tuple(token not in self._special for token in prompt)), cut
+        return Query(prompt, answer, tuple(token not in self.special for token in prompt)), cut

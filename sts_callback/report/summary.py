@@ -206,10 +206,9 @@ def _decides(
 ) -> str:
     """Which figure the verdict on a domain rests on, where another that is shown seems to say something else; else empty."""
     is_threat = verdict.decision in ("no-go", "watch")
+    about = verdict.threatened if is_threat else tuple(budgets) if verdict.decision == "go" else ()
     by_expected, by_measured, by_test = list[str](), list[str](), list[str]()
-    for name in verdict.threatened if is_threat else budgets if verdict.decision == "go" else ():
-        if name not in domains or name not in budgets:
-            continue
+    for name in (one for one in about if one in domains and one in budgets):
         limit, change = Budget.of(budgets[name]), expected.get(name, UNKNOWN)
         if rests_on_expected(verdict, name):
             by_expected.append(name)
