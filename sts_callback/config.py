@@ -174,6 +174,15 @@ class ProbeConfig:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.chat_template in CHAT_TEMPLATE, "chat_template", self.chat_template, " or ".join(CHAT_TEMPLATE))
 
+    @property
+    def unusual_numbers(self) -> dict[str, int]:
+        """Those of `PROBE_NUMBERS` that are not the default, by name."""
+        usual = {f.name: f.default for f in fields(self)}
+        return {name: n for name in PROBE_NUMBERS if (n := getattr(self, name)) != usual[name]}
+
+
+PROBE_NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
+"""Fields of `ProbeConfig` that commands have options for."""
 
 DIGITS: Mapping[Unit, int] = {"nats/token": 2, "bits/byte": 3, "points": 1}
 """That are shown of a number in each unit: what a budget of usual size is a few times of."""

@@ -64,7 +64,8 @@ def given_by(args: argparse.Namespace) -> Given:
     from sts_callback.training.arguments import named
 
     sae = args.sae[0] if isinstance(args.sae, list) else args.sae
-    return Given(model=args.model, sae=sae, train=args.train, domains=named(args.domain, "--domain", "NAME=FILE"))
+    domains = named(args.domain, "--domain", "NAME=FILE")
+    return Given(args.model, sae, args.train, domains, probes=chosen_probes(args).unusual_numbers)
 
 
 def prepared(args: argparse.Namespace) -> tuple[Callable[..., Monitor], PolicyConfig]:

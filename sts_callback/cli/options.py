@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from sts_callback.config import CHAT_TEMPLATE, ProbeConfig
+from sts_callback.config import CHAT_TEMPLATE, PROBE_NUMBERS, ProbeConfig
 
-NUMBERS = {
+_MEANINGS = {
     "n_queries": "queries from each domain and from the training data",
     "n_draws": "draws of demonstrations",
     "n_features": "shifted features to look at",
     "max_tokens": "longest query and longest answer, in tokens",
     "seed": "random seed",
 }
-"""Fields of `ProbeConfig` that have an option, and what each is."""
+"""What each of these numbers is."""
 QUICK = {"n_queries": 8, "n_draws": 4, "max_tokens": 64}
 """What `--quick` sets of them. Our choice: enough to see which features move, too little to be sure of small harm. With two draws
 the training data's own place on the scale is too unsure to measure others by."""
@@ -55,11 +55,11 @@ def add_run_dir(command: argparse.ArgumentParser) -> None:
 
 def chosen_probes(args: argparse.Namespace) -> ProbeConfig:
     """The probes that the options of `add_measurement` ask for."""
-    given = {name: getattr(args, name, None) for name in (*NUMBERS, "chat_template")}
+    given = {name: getattr(args, name, None) for name in (*PROBE_NUMBERS, "chat_template")}
     return ProbeConfig(**(QUICK if args.quick else {}) | {name: value for name, value in given.items() if value is not None})
 
 
-def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Iterable[str] = NUMBERS) -> None:
+def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, numbers: Iterable[str] = PROBE_NUMBERS) -> None:
     """Add the options of all commands that measure.
 
     Args:
@@ -86,7 +86,7 @@ def add_measurement(command: argparse.ArgumentParser, *, several_saes: bool, num
     for name in numbers:
         quick = f"; with --quick {QUICK[name]}" if name in QUICK else ""
         command.add_argument(
-            f"--{name.replace('_', '-')}", type=int, help=f"{NUMBERS[name]} (default {getattr(defaults, name)}{quick})"
+            f"--{name.replace('_', '-')}", type=int, help=f"{_MEANINGS[name]} (default {getattr(defaults, name)}{quick})"
         )
     command.add_argument(
         "--chat-template",

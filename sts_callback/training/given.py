@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sts_callback.config import ProbeConfig
 from sts_callback.data.starter import starter_domains
 from sts_callback.model.hooks import loaded_from
 from sts_callback.records.run import Given
@@ -14,9 +13,6 @@ from sts_callback.training.arguments import Settings
 if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerState, TrainingArguments
-
-_NUMBERS = ("n_queries", "n_draws", "n_features", "max_tokens", "seed")
-"""Fields of `ProbeConfig` that commands have options for."""
 
 
 def given_to(settings: Settings, model: nn.Module, args: TrainingArguments, state: TrainerState, optimizer: Any) -> Given:
@@ -41,7 +37,7 @@ def given_to(settings: Settings, model: nn.Module, args: TrainingArguments, stat
         steps=state.max_steps,
         batch_size=(state.train_batch_size or 0) * args.gradient_accumulation_steps,
         lora_r=_lora_rank(model),
-        probes={name: n for name in _NUMBERS if (n := getattr(settings.probes, name)) != getattr(ProbeConfig(), name)},
+        probes=settings.probes.unusual_numbers,
     )
 
 

@@ -88,7 +88,8 @@ def test_budgets_may_have_units(files: Path, capsys: pytest.CaptureFixture[str])
 
 def named(files: Path) -> Given:
     """What `command` names."""
-    return Given(*(str(files / name) for name in ("model", "sae", "train.jsonl")), {"poems": str(files / "poems.jsonl")})
+    model, sae, train, poems = (str(files / name) for name in ("model", "sae", "train.jsonl", "poems.jsonl"))
+    return Given(model, sae, train, {"poems": poems}, probes={"n_queries": 6, "n_features": 8})
 
 
 def rehearsal(files: Path, *more: str) -> list[str]:
@@ -274,6 +275,7 @@ def test_a_forecast_advises_what_it_was_asked_with(
     asked, given = parser().parse_args(shlex.split(blame)), named(files)
     assert (asked.model, asked.sae, asked.train) == (given.model, given.sae, given.train)
     assert (asked.domain, asked.protect) == ([f"poems={given.domains['poems']}"], ["poems=0.2"])
+    assert (asked.n_queries, asked.n_features, asked.max_tokens) == (6, 8, None)
 
 
 @pytest.mark.parametrize(
