@@ -150,7 +150,8 @@ class ProbeConfig:
     n_features: int = 100
     """Size of the set of shifted features (N in the paper)."""
     max_tokens: int = 512
-    """Longest query and longest answer, in tokens each; what is longer is cut, and the cut counted."""
+    """Longest query and longest answer, in tokens each; what is longer is cut, and the cut counted. What a chat template puts
+    before all prompts is kept, as long as it is shorter than this, and not counted here."""
     max_norm_multiple: float = 3.0
     """Tokens count if their activation norm is below this multiple of the median (see `metrics.sums`)."""
     batch_tokens: int = 1024

@@ -126,10 +126,12 @@ def make_probe_set(
         why = f" Left out of {reader.n_read} rows read: {told(reader.left_out)}." if reader.left_out else ""
         raise DataError(f"{field}: {len(examples)} {needed}{why}")
     encode = _Encoder(tokenizer, config.max_tokens)
-    encoded = _without_opening([encode(e.pair) for e in examples], config.max_tokens, encode.special)
+    read = [encode(e.pair) for e in examples]
+    opening = _opening(read, encode.special)
+    encoded = [encode.cut(one, opening) for one in read]
     separator = text_ids("\n\n", tokenizer)
     n_queries = min(config.n_queries, len(encoded) - n_demonstrations)
-    asked = [i for i, (query, _) in enumerate(encoded) if any(query.counts)][:n_queries]
+    asked = [i for i, query in enumerate(encoded) if any(query.counts)][:n_queries]
     if len(asked) < FEWEST_QUERIES:
         raise DataError(
             f"{field}: {len(asked) + n_demonstrations} {needed} Of the others no token of the prompt counts (it is empty or "
@@ -139,11 +141,11 @@ def make_probe_set(
     shown = []
     for group in range(n_draws):
         own = set(asked[group::n_draws])
-        texts = {encoded[i][0] for i in own}
+        texts = {encoded[i] for i in own}
         others = [i for i in range(len(encoded)) if i not in own]
-        unlike = [i for i in others if encoded[i][0] not in texts]  # a copy of the query elsewhere would give away its answer
+        unlike = [i for i in others if encoded[i] not in texts]  # a copy of the query elsewhere would give away its answer
         shown.append(draw.sample(unlike if len(unlike) >= n_demonstrations else others, n_demonstrations))
-    n_cut = sum(cut for _, cut in encoded)
+    n_cut = sum(one.is_cut(opening) for one in read)
     notes = []
     if isinstance(rows, StreamSample):
         notes.append(f"a stream, for which its first {len(rows):,} rows stand (at most {STREAM_ROWS:,})")
@@ -160,35 +162,49 @@ def make_probe_set(
             f"the chat template leaves out reasoning, tools or calls of {reader.n_in_part} of {reader.n_read} rows; they are "
             "asked as plain text in it, which may not be the form that the model knows"
         )
-    queries = [encoded[i][0] for i in asked]
+    queries = [encoded[i] for i in asked]
     drawn: list[object] = [asked, shown, config.max_tokens]
     if not all(all(q.counts) for q in queries):
         drawn.append("marks and openings left out")  # earlier versions counted most of them
+    if opening and any(one.n_before for one in read):
+        drawn.append("openings kept")  # earlier versions cut them off
     return ProbeSet(
         name,
         tuple(replace(q, answer_bytes=added_bytes(q.query, q.answer, tokenizer)) for q in queries),
-        tuple(tuple(token for i in one for token in (*encoded[i][0].tokens, *separator)) for one in shown),
+        tuple(tuple(token for i in one for token in (*encoded[i].tokens, *separator)) for one in shown),
         n_cut,
         _written(examples, drawn, tokenizer),
         RowsRead(name, len(rows), reader.n_read, len(examples), n_cut, dict(reader.left_out), reader.unread, tuple(notes)),
     )
 
 
-def _without_opening(encoded: list[tuple[Query, bool]], max_tokens: int, special: frozenset[int]) -> list[tuple[Query, bool]]:
-    """Let what a chat template puts before all prompts count for none of them: it says nothing of any.
+@dataclass(frozen=True)
+class _Example:
+    """Tokens of an example, without BOS: of its prompt both ends, as far as `max_tokens` may ever keep them."""
 
-    In models without BOS its first tokens are attention sinks too.
+    start: tuple[int, ...]
+    """The first tokens of the prompt."""
+    n_before: int
+    """Number of tokens of the prompt before `end`."""
+    end: tuple[int, ...]
+    """The last tokens of the prompt, where the question is. They overlap with `start` if the prompt is short."""
+    answer: tuple[int, ...]
+    is_answer_cut: bool
+
+    def is_cut(self, opening: tuple[int, ...]) -> bool:
+        """Whether `max_tokens` takes anything away, if `opening` is kept."""
+        return self.n_before > len(opening) or self.is_answer_cut
+
+
+def _opening(examples: Sequence[_Example], special: frozenset[int]) -> tuple[int, ...]:
+    """What a chat template puts before all prompts, system prompt included; nothing if it is as long as `max_tokens`, or longer.
+
+    It says nothing of any prompt, so it does not count, and in models without BOS its first tokens are attention sinks. A prompt
+    that is cut keeps it: without it the model would read the middle of a conversation.
     """
-    prompts = [query.query for query, _ in encoded if len(query.query) < max_tokens]  # the others may have lost their beginning
-    opening = functools.reduce(lambda one, other: one[: n_common(one, other)], prompts) if prompts else ()
-    if special.isdisjoint(opening) or opening in prompts:
-        return encoded
-
-    def without(query: Query) -> Query:
-        n = len(opening) if query.query[: len(opening)] == opening else 0
-        return replace(query, counts=(False,) * n + query.counts[n:])
-
-    return [(without(query), cut) for query, cut in encoded]
+    starts = [one.start for one in examples]
+    opening = functools.reduce(lambda one, other: one[: n_common(one, other)], starts) if starts else ()
+    return () if special.isdisjoint(opening) or opening in starts else opening
 
 
 def _written(examples: Sequence[Example], drawn: object, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -230,7 +246,9 @@ def make_completion_set(
     """
     examples = RowReader(tokenizer, field).examples(enumerate(rows))
     encode = _Encoder(tokenizer, config.max_tokens)
-    encoded = [encode(example.pair)[0] for example in itertools.islice(examples, min(config.n_queries, sys.maxsize))]
+    read = [encode(example.pair) for example in itertools.islice(examples, min(config.n_queries, sys.maxsize))]
+    opening = _opening(read, encode.special)
+    encoded = [encode.cut(one, opening) for one in read]
     counts = [(False,) * len(q.query) + tuple(token not in encode.special for token in q.answer) for q in encoded]
     return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
 
@@ -256,18 +274,18 @@ def make_row_set(
     """
     encode = _Encoder(tokenizer, config.max_tokens)
     reader = RowReader(tokenizer, field)
-    texts: list[Query] = []
+    read: list[_Example] = []
     numbers: list[int] = []
-    n_cut = 0
     for number, row in enumerate(rows):
         for example in reader.examples([(number, row)]):
-            encoded, cut = encode(example.pair, with_rest=True)
-            texts.append(Query(encoded.tokens, (), tuple(token not in encode.special for token in encoded.tokens)))
+            read.append(encode(example.pair, with_rest=True))
             numbers.append(number)
-            n_cut += cut
-    if not texts:
+    if not read:
         raise DataError(f"{field}: none of the {len(rows)} rows read holds text: {told(reader.left_out)}.")
-    return ProbeSet(name, tuple(texts), ((),), n_cut), tuple(numbers)
+    opening = _opening(read, encode.special)
+    texts = [encode.cut(one, opening).tokens for one in read]
+    queries = tuple(Query(text, (), tuple(token not in encode.special for token in text)) for text in texts)
+    return ProbeSet(name, queries, ((),), sum(one.is_cut(opening) for one in read)), tuple(numbers)
 
 
 def filler_tokens(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> tuple[int, ...]:
@@ -331,8 +349,8 @@ class _Encoder:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._bos, self.special = bos_tokens(tokenizer), special_ids(tokenizer)
 
-    def __call__(self, pair: Pair, *, with_rest: bool = False) -> tuple[Query, bool]:
-        """Tokenise a pair and tell whether it was cut. The rest of the conversation is included if asked for."""
+    def __call__(self, pair: Pair, *, with_rest: bool = False) -> _Example:
+        """Tokenise a pair, with the rest of the conversation if asked for."""
         if isinstance(pair, TextPair):
             prompt, answer, rest = pair_ids(pair, self._tokenizer)
         else:
@@ -342,6 +360,10 @@ class _Encoder:
             middle = (len(prompt) + 1) // 2
             prompt, answer = prompt[:middle], prompt[middle:]
         answer = (*answer, *rest) if with_rest else answer
-        cut = len(prompt) > most or len(answer) > most
-        prompt, answer = prompt[-most:], answer[:most]  # the question is at the end of a prompt
-        return Query(prompt, answer, tuple(token not in self.special for token in prompt)), cut
+        return _Example(prompt[:most], max(len(prompt) - most, 0), prompt[-most:], answer[:most], len(answer) > most)
+
+    def cut(self, example: _Example, opening: tuple[int, ...]) -> Query:
+        """Keep the opening, then the end of the prompt; then the beginning of the answer."""
+        prompt = example.start[: min(example.n_before, len(opening))] + example.end
+        counts = (i >= len(opening) and token not in self.special for i, token in enumerate(prompt))
+        return Query(prompt, example.answer, tuple(counts))

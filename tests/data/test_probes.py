@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from sts_callback.config import ProbeConfig
 from sts_callback.data.batches import batches, segments
-from sts_callback.data.probes import ProbeSet, Query, check_lengths, filler_tokens, make_probe_set
+from sts_callback.data.probes import (
+    ProbeSet,
+    Query,
+    check_lengths,
+    filler_tokens,
+    make_completion_set,
+    make_probe_set,
+    make_row_set,
+)
 from sts_callback.data.tokens import bos_tokens
 from sts_callback.errors import DataError
 from tiny import bos_tokenizer, rows, tiny_tokenizer
@@ -145,10 +153,44 @@ def test_what_a_chat_template_puts_first_and_its_marks_do_not_count() -> None:
     assert {uncounted(q) for q in probes.queries} == {"<|turn|>be kind<|turn|>" + "<|turn|>"}
 
 
-def test_a_prompt_that_lost_its_beginning_counts_whole() -> None:
-    texts = [*(f"{i} cats" for i in range(6)), "x" * 40]
-    probes = made(chats(texts), replace(CONFIG, max_tokens=30), tokenizer=added_mark_tokenizer(), n_demonstrations=1)
-    assert Counter(uncounted(q) for q in probes.queries) == {"<|turn|>be kind<|turn|><|turn|>": 5, "<|turn|>": 1}
+@pytest.mark.parametrize("extra", [0, 1, 9, 10, 11, 40])
+def test_a_chat_that_is_cut_keeps_what_the_template_puts_first(extra: int) -> None:
+    """Prompts of 9 tokens beside the opening fit; of longer ones the beginning of the question is cut, not the opening."""
+    tokenizer, most = added_mark_tokenizer(), 30
+    opening = "<|turn|>be kind<|turn|>"
+    n_opening = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    question = "q" + "x" * (most - 3 + extra) + "?"
+    probes = made(
+        chats([*(f"{i} cats" for i in range(6)), question]),
+        replace(CONFIG, max_tokens=most),
+        tokenizer=tokenizer,
+        n_demonstrations=1,
+    )
+    (long,) = [q for q in probes.queries if len(q.query) > n_opening + 10]
+    kept = question if extra == 0 else question[-(most - 1) :]
+    assert tokenizer.decode(long.query) == f"{opening}{kept}<|turn|>"
+    assert uncounted(long) == opening + "<|turn|>"
+    assert probes.n_cut == (extra > 0)
+
+
+def test_an_opening_as_long_as_the_limit_is_cut() -> None:
+    """Else a system prompt of any length would take any memory."""
+    tokenizer, long = added_mark_tokenizer(), chats([f"{i}" + "x" * 40 for i in range(6)])
+    mark, *rest = tokenizer("<|turn|>be kind<|turn|>", add_special_tokens=False)["input_ids"]
+    n = 1 + len(rest)
+    first = {
+        most: {q.query[0] for q in made(long, replace(CONFIG, max_tokens=most), tokenizer=tokenizer).queries}
+        for most in (n, n + 1)
+    }
+    assert mark not in first[n] and first[n + 1] == {mark}
+
+
+def test_rows_and_completions_keep_what_the_template_puts_first() -> None:
+    tokenizer, long, config = added_mark_tokenizer(), chats([f"{i}" + "x" * 40 for i in range(6)]), replace(CONFIG, max_tokens=30)
+    whole, _ = make_row_set("train", long, tokenizer, config, field="train_data")
+    completions = make_completion_set("train", long, tokenizer, config, field="train_data")
+    starts = {str(tokenizer.decode(q.query))[:23] for q in whole.queries + completions.queries}
+    assert starts == {"<|turn|>be kind<|turn|>"}
 
 
 def test_prompts_that_are_all_alike_count() -> None:
