@@ -2,9 +2,10 @@
 
 PYTHONPATH=.:tests python tests/guest/distributed/traffic.py
 
-Trains a tiny model with DDP in 1, 2 and 4 processes on a CPU, and counts each gathering and broadcast of objects between the
-start and the end of the check after its second step. Bytes are those that a process receives from the others. The gathering of
-objects pads all to the longest, so a process receives `(n - 1)` times the longest, whoever has something to say.
+Trains a tiny model with DDP and with FSDP2 in 1, 2 and 4 processes on a CPU, and counts each gathering and broadcast of objects
+between the start and the end of the check after its second step, and the weights that FSDP2 gathers meanwhile. Bytes are those
+that a process receives from the others. The gathering of objects pads all to the longest, so a process receives `(n - 1)` times
+the longest, whoever has something to say.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from unittest import mock
 
 import torch
 from torch import distributed
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer
 
 from guest.distributed.launch import launch, seen
+from guest.distributed.worker import arguments
 from sts_callback import ProbeConfig, STSCallback
-from sts_callback.training.session import Session
-from tiny import rotated_sae, rows, tiny_arguments, tiny_model, tiny_tokenizer, tokenised
+from sts_callback.training.checks import Checks
+from tiny import rotated_sae, rows, tiny_model, tiny_tokenizer, tokenised
 
 CASES = {
     "2 domains, 8 queries, 8 features": {"n_domains": 2, "n_queries": 8, "n_features": 8},
+    "FSDP2, 2 domains, 8 queries, 8 features": {"mode": "fsdp2", "n_domains": 2, "n_queries": 8, "n_features": 8},
     "4 domains, 8 queries, 8 features": {"n_domains": 4, "n_queries": 8, "n_features": 8},
     "2 domains, 16 queries, 8 features": {"n_domains": 2, "n_queries": 16, "n_features": 8},
     "2 domains, 8 queries, 16 features": {"n_domains": 2, "n_queries": 8, "n_features": 16},
@@ -36,19 +39,25 @@ CASES = {
 COUNTED = (1, 2, 4)
 ON_PAPER = (8, 16, 64)
 CHECK = 2
+GATHERS_WEIGHTS = next(name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(distributed, name))
+"""How FSDP2 gathers weights; renamed in later versions of torch."""
 SIZE = 8
 """Bytes of the length that goes ahead of each object."""
 
 
 class Count:
-    """Wraps the two calls by which processes meet."""
+    """Wraps the two calls by which processes meet, and the one by which FSDP2 gathers weights."""
 
     def __init__(self) -> None:
         self.is_on = False
         self.longest: list[int] = []
         """Of each gathering, the longest object in bytes."""
         self.broadcasts: list[int] = []
+        self.weights: list[int] = []
+        """Of each gathering of weights, what a process receives, in bytes."""
         self._gather, self._broadcast = distributed.all_gather_object, distributed.broadcast_object_list
+        self.n_forwards = 0
+        self._gather_tensors = getattr(distributed, GATHERS_WEIGHTS)
 
     def gather(self, told: list[Any], mine: Any, *args: Any, **kwargs: Any) -> None:
         self._gather(told, mine, *args, **kwargs)
@@ -60,14 +69,22 @@ class Count:
         if self.is_on:
             self.broadcasts.append(sum(len(pickle.dumps(one)) for one in told))
 
+    def forward(self, module: torch.nn.Module, args: Any) -> None:
+        self.n_forwards += self.is_on
 
-def count(out: Path, n_domains: int, n_queries: int, n_features: int) -> dict[str, list[int]]:
+    def gather_tensors(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.is_on:
+            self.weights.append(output_tensor.nbytes - input_tensor.nbytes)
+        return self._gather_tensors(output_tensor, input_tensor, *args, **kwargs)
+
+
+def count(out: Path, n_domains: int, n_queries: int, n_features: int, mode: str = "ddp") -> dict[str, list[int]]:
     """Train two steps, and count what the check after the second takes."""
-    made, tokenizer, check = Count(), tiny_tokenizer(), Session.check
+    made, tokenizer, check = Count(), tiny_tokenizer(), Checks.check
 
-    def counted(session: Session, state: Any, *args: Any, **kwargs: Any) -> None:
+    def counted(checks: Checks, state: Any, *args: Any, **kwargs: Any) -> None:
         made.is_on = state.global_step == CHECK
-        check(session, state, *args, **kwargs)
+        check(checks, state, *args, **kwargs)
         made.is_on = False
 
     callback = STSCallback(
@@ -78,16 +95,25 @@ def count(out: Path, n_domains: int, n_queries: int, n_features: int) -> dict[st
         check_on=1,
         max_overhead=None,
     )
-    args = TrainingArguments(**tiny_arguments(out, max_steps=CHECK, ddp_backend="gloo"))
+    args = arguments(mode, out, {"max_steps": CHECK})
     data, collator = tokenised(rows(40), tokenizer), DataCollatorForSeq2Seq(tokenizer)
     trainer = Trainer(tiny_model("llama"), args, collator, data, processing_class=tokenizer, callbacks=[callback])
+    trainer.model.register_forward_pre_hook(made.forward)
     with (
-        mock.patch.object(Session, "check", counted),
+        mock.patch.object(Checks, "check", counted),
         mock.patch.object(distributed, "all_gather_object", made.gather),
         mock.patch.object(distributed, "broadcast_object_list", made.broadcast),
+        mock.patch.object(distributed, GATHERS_WEIGHTS, made.gather_tensors),
     ):
         trainer.train()
-    return {"longest": made.longest, "broadcasts": made.broadcasts}
+    n_bytes = sum(p.nbytes for p in tiny_model("llama").parameters())
+    return {
+        "longest": made.longest,
+        "broadcasts": made.broadcasts,
+        "weights": made.weights,
+        "model": [n_bytes],
+        "forwards": [made.n_forwards],
+    }
 
 
 def received(counted: dict[str, list[int]], n: int) -> int:
@@ -116,6 +142,12 @@ def main() -> None:
                     f"{received(counted, n):,} bytes received by each; the longest objects {sorted(counted['longest'])[-5:]}",
                     flush=True,
                 )
+                if counted["weights"]:
+                    print(  # noqa: T201
+                        f"  weights: {len(counted['weights'])} gatherings in {counted['forwards'][0]} forwards, "
+                        f"{sum(counted['weights']):,} bytes received by each, of a model of {counted['model'][0]:,} bytes",
+                        flush=True,
+                    )
                 if n == COUNTED[-1]:
                     on_paper = "; ".join(f"{more} processes {received(counted, more):,}" for more in ON_PAPER)
                     print(f"  on paper: {on_paper}")  # noqa: T201
