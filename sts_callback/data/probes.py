@@ -126,9 +126,8 @@ def make_probe_set(
         why = f" Left out of {reader.n_read} rows read: {told(reader.left_out)}." if reader.left_out else ""
         raise DataError(f"{field}: {len(examples)} {needed}{why}")
     encode = _Encoder(tokenizer, config.max_tokens)
-    read = [encode(e.pair) for e in examples]
-    opening = _opening(read, encode.special)
-    encoded = [encode.cut(one, opening) for one in read]
+    cut = encode.cut([encode(e.pair) for e in examples])
+    encoded = cut.queries
     separator = text_ids("\n\n", tokenizer)
     n_queries = min(config.n_queries, len(encoded) - n_demonstrations)
     asked = [i for i, query in enumerate(encoded) if any(query.counts)][:n_queries]
@@ -145,7 +144,6 @@ def make_probe_set(
         others = [i for i in range(len(encoded)) if i not in own]
         unlike = [i for i in others if encoded[i] not in texts]  # a copy of the query elsewhere would give away its answer
         shown.append(draw.sample(unlike if len(unlike) >= n_demonstrations else others, n_demonstrations))
-    n_cut = sum(one.is_cut(opening) for one in read)
     notes = []
     if isinstance(rows, StreamSample):
         notes.append(f"a stream, for which its first {len(rows):,} rows stand (at most {STREAM_ROWS:,})")
@@ -166,15 +164,15 @@ def make_probe_set(
     drawn: list[object] = [asked, shown, config.max_tokens]
     if not all(all(q.counts) for q in queries):
         drawn.append("marks and openings left out")  # earlier versions counted most of them
-    if opening and any(one.n_before for one in read):
+    if cut.keeps_opening:
         drawn.append("openings kept")  # earlier versions cut them off
     return ProbeSet(
         name,
         tuple(replace(q, answer_bytes=added_bytes(q.query, q.answer, tokenizer)) for q in queries),
         tuple(tuple(token for i in one for token in (*encoded[i].tokens, *separator)) for one in shown),
-        n_cut,
+        cut.n_cut,
         _written(examples, drawn, tokenizer),
-        RowsRead(name, len(rows), reader.n_read, len(examples), n_cut, dict(reader.left_out), reader.unread, tuple(notes)),
+        RowsRead(name, len(rows), reader.n_read, len(examples), cut.n_cut, dict(reader.left_out), reader.unread, tuple(notes)),
     )
 
 
@@ -191,9 +189,16 @@ class _Example:
     answer: tuple[int, ...]
     is_answer_cut: bool
 
-    def is_cut(self, opening: tuple[int, ...]) -> bool:
-        """Whether `max_tokens` takes anything away, if `opening` is kept."""
-        return self.n_before > len(opening) or self.is_answer_cut
+
+@dataclass(frozen=True)
+class _Cut:
+    """Examples as they are asked."""
+
+    queries: tuple[Query, ...]
+    n_cut: int
+    """Number of those that were cut."""
+    keeps_opening: bool
+    """Whether a prompt longer than `max_tokens` has kept what the chat template puts before all."""
 
 
 def _opening(examples: Sequence[_Example], special: frozenset[int]) -> tuple[int, ...]:
@@ -246,9 +251,7 @@ def make_completion_set(
     """
     examples = RowReader(tokenizer, field).examples(enumerate(rows))
     encode = _Encoder(tokenizer, config.max_tokens)
-    read = [encode(example.pair) for example in itertools.islice(examples, min(config.n_queries, sys.maxsize))]
-    opening = _opening(read, encode.special)
-    encoded = [encode.cut(one, opening) for one in read]
+    encoded = encode.cut([encode(e.pair) for e in itertools.islice(examples, min(config.n_queries, sys.maxsize))]).queries
     counts = [(False,) * len(q.query) + tuple(token not in encode.special for token in q.answer) for q in encoded]
     return ProbeSet(name, tuple(Query(q.tokens, (), c) for q, c in zip(encoded, counts, strict=True)), ((),), 0)
 
@@ -282,10 +285,9 @@ def make_row_set(
             numbers.append(number)
     if not read:
         raise DataError(f"{field}: none of the {len(rows)} rows read holds text: {told(reader.left_out)}.")
-    opening = _opening(read, encode.special)
-    texts = [encode.cut(one, opening).tokens for one in read]
-    queries = tuple(Query(text, (), tuple(token not in encode.special for token in text)) for text in texts)
-    return ProbeSet(name, queries, ((),), sum(one.is_cut(opening) for one in read)), tuple(numbers)
+    cut = encode.cut(read)
+    queries = tuple(Query(q.tokens, (), tuple(token not in encode.special for token in q.tokens)) for q in cut.queries)
+    return ProbeSet(name, queries, ((),), cut.n_cut), tuple(numbers)
 
 
 def filler_tokens(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> tuple[int, ...]:
@@ -362,8 +364,17 @@ class _Encoder:
         answer = (*answer, *rest) if with_rest else answer
         return _Example(prompt[:most], max(len(prompt) - most, 0), prompt[-most:], answer[:most], len(answer) > most)
 
-    def cut(self, example: _Example, opening: tuple[int, ...]) -> Query:
-        """Keep the opening, then the end of the prompt; then the beginning of the answer."""
-        prompt = example.start[: min(example.n_before, len(opening))] + example.end
-        counts = (i >= len(opening) and token not in self.special for i, token in enumerate(prompt))
-        return Query(prompt, example.answer, tuple(counts))
+    def cut(self, examples: Sequence[_Example]) -> _Cut:
+        """Keep of each prompt the opening that all share and the end, and of each answer the beginning."""
+        opening = _opening(examples, self.special)
+
+        def query(example: _Example) -> Query:
+            prompt = example.start[: min(example.n_before, len(opening))] + example.end
+            counts = (i >= len(opening) and token not in self.special for i, token in enumerate(prompt))
+            return Query(prompt, example.answer, tuple(counts))
+
+        return _Cut(
+            tuple(map(query, examples)),
+            sum(one.n_before > len(opening) or one.is_answer_cut for one in examples),
+            bool(opening) and any(one.n_before for one in examples),
+        )
