@@ -5,7 +5,8 @@
 
 The other build is checked out of this repository into a temporary folder. Each size is measured in turn, old and new, each in a
 process of its own: a forecast of Gemma 3 270M on the demo's domains, then a check of weights that were rounded to bfloat16, and
-the peak of memory over the loaded model and SAE. Results go to `benchmark_builds.json` beside this file.
+the peak of memory over the loaded model and SAE. Results go to `benchmark_builds.json` beside this file, each maker's processors
+under their own key.
 """
 
 from __future__ import annotations
@@ -107,6 +108,13 @@ def compared(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> dict[str, 
     return rows
 
 
+def processor() -> str:
+    """Its maker, and whether it has AMX: both decide which library makes products best (Linux)."""
+    said = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line)
+    found = {key.strip(): value.strip() for key, value in said.items()}
+    return f"{found['vendor_id']}, {'AMX' if 'amx_tile' in found['flags'].split() else 'no AMX'}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", nargs="?", help="the earlier build")
@@ -118,7 +126,8 @@ def main() -> None:
         return
     if not args.commit:
         parser.error("give the commit of the earlier build")
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"sizes": {}}
+    everywhere: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = everywhere.setdefault(processor(), {"sizes": {}})
     results |= {"against": args.commit, "gemm_gflops": gemm_gflops()}
     with tempfile.TemporaryDirectory() as folder:
         old_build = Path(folder) / "old"
@@ -132,7 +141,7 @@ def main() -> None:
                     new.append(in_child(HERE.parent, size))
                     print(json.dumps(compared(old, new)), flush=True)
                 results["sizes"][size] = {"repeats": len(old), **compared(old, new)}
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                RESULTS.write_text(json.dumps(everywhere, indent=1) + "\n")
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(old_build)], check=True)
 
