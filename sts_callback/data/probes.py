@@ -177,7 +177,7 @@ def make_probe_set(
 
 
 @dataclass(frozen=True)
-class _Example:
+class _Tokens:
     """Tokens of an example, without BOS: of its prompt both ends, as far as `max_tokens` may ever keep them."""
 
     start: tuple[int, ...]
@@ -201,7 +201,7 @@ class _Cut:
     """Whether a prompt longer than `max_tokens` has kept what the chat template puts before all."""
 
 
-def _opening(examples: Sequence[_Example], special: frozenset[int]) -> tuple[int, ...]:
+def _opening(examples: Sequence[_Tokens], special: frozenset[int]) -> tuple[int, ...]:
     """What a chat template puts before all prompts, system prompt included; nothing if it is as long as `max_tokens`, or longer.
 
     It says nothing of any prompt, so it does not count, and in models without BOS its first tokens are attention sinks. A prompt
@@ -277,7 +277,7 @@ def make_row_set(
     """
     encode = _Encoder(tokenizer, config.max_tokens)
     reader = RowReader(tokenizer, field)
-    read: list[_Example] = []
+    read: list[_Tokens] = []
     numbers: list[int] = []
     for number, row in enumerate(rows):
         for example in reader.examples([(number, row)]):
@@ -351,7 +351,7 @@ class _Encoder:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._bos, self.special = bos_tokens(tokenizer), special_ids(tokenizer)
 
-    def __call__(self, pair: Pair, *, with_rest: bool = False) -> _Example:
+    def __call__(self, pair: Pair, *, with_rest: bool = False) -> _Tokens:
         """Tokenise a pair, with the rest of the conversation if asked for."""
         if isinstance(pair, TextPair):
             prompt, answer, rest = pair_ids(pair, self._tokenizer)
@@ -362,13 +362,13 @@ class _Encoder:
             middle = (len(prompt) + 1) // 2
             prompt, answer = prompt[:middle], prompt[middle:]
         answer = (*answer, *rest) if with_rest else answer
-        return _Example(prompt[:most], max(len(prompt) - most, 0), prompt[-most:], answer[:most], len(answer) > most)
+        return _Tokens(prompt[:most], max(len(prompt) - most, 0), prompt[-most:], answer[:most], len(answer) > most)
 
-    def cut(self, examples: Sequence[_Example]) -> _Cut:
+    def cut(self, examples: Sequence[_Tokens]) -> _Cut:
         """Keep of each prompt the opening that all share and the end, and of each answer the beginning."""
         opening = _opening(examples, self.special)
 
-        def query(example: _Example) -> Query:
+        def query(example: _Tokens) -> Query:
             prompt = example.start[: min(example.n_before, len(opening))] + example.end
             counts = (i >= len(opening) and token not in self.special for i, token in enumerate(prompt))
             return Query(prompt, example.answer, tuple(counts))

@@ -155,7 +155,7 @@ def test_what_a_chat_template_puts_first_and_its_marks_do_not_count() -> None:
 
 @pytest.mark.parametrize("extra", [0, 1, 9, 10, 11, 40])
 def test_a_chat_that_is_cut_keeps_what_the_template_puts_first(extra: int) -> None:
-    """Prompts of 9 tokens beside the opening fit; of longer ones the beginning of the question is cut, not the opening."""
+    """Beside the opening 30 tokens fit; of a longer prompt the beginning of the question is cut, not the opening."""
     tokenizer, most = added_mark_tokenizer(), 30
     opening = "<|turn|>be kind<|turn|>"
     n_opening = len(tokenizer(opening, add_special_tokens=False)["input_ids"])

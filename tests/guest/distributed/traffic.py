@@ -55,8 +55,8 @@ class Count:
         self.broadcasts: list[int] = []
         self.weights: list[int] = []
         """Of each gathering of weights, what a process receives, in bytes."""
-        self._gather, self._broadcast = distributed.all_gather_object, distributed.broadcast_object_list
         self.n_forwards = 0
+        self._gather, self._broadcast = distributed.all_gather_object, distributed.broadcast_object_list
         self._gather_tensors = getattr(distributed, GATHERS_WEIGHTS)
 
     def gather(self, told: list[Any], mine: Any, *args: Any, **kwargs: Any) -> None:
@@ -78,9 +78,10 @@ class Count:
         return self._gather_tensors(output_tensor, input_tensor, *args, **kwargs)
 
 
-def count(out: Path, n_domains: int, n_queries: int, n_features: int, mode: str = "ddp") -> dict[str, list[int]]:
+def count(out: Path, n_domains: int, n_queries: int, n_features: int, mode: str = "ddp") -> dict[str, Any]:
     """Train two steps, and count what the check after the second takes."""
-    made, tokenizer, check = Count(), tiny_tokenizer(), Checks.check
+    made, tokenizer, check, model = Count(), tiny_tokenizer(), Checks.check, tiny_model("llama")
+    n_bytes = sum(p.nbytes for p in model.parameters())  # before they are sharded
 
     def counted(checks: Checks, state: Any, *args: Any, **kwargs: Any) -> None:
         made.is_on = state.global_step == CHECK
@@ -97,8 +98,8 @@ def count(out: Path, n_domains: int, n_queries: int, n_features: int, mode: str 
     )
     args = arguments(mode, out, {"max_steps": CHECK})
     data, collator = tokenised(rows(40), tokenizer), DataCollatorForSeq2Seq(tokenizer)
-    trainer = Trainer(tiny_model("llama"), args, collator, data, processing_class=tokenizer, callbacks=[callback])
-    trainer.model.register_forward_pre_hook(made.forward)
+    trainer = Trainer(model, args, collator, data, processing_class=tokenizer, callbacks=[callback])
+    model.register_forward_pre_hook(made.forward)
     with (
         mock.patch.object(Checks, "check", counted),
         mock.patch.object(distributed, "all_gather_object", made.gather),
@@ -106,17 +107,16 @@ def count(out: Path, n_domains: int, n_queries: int, n_features: int, mode: str 
         mock.patch.object(distributed, GATHERS_WEIGHTS, made.gather_tensors),
     ):
         trainer.train()
-    n_bytes = sum(p.nbytes for p in tiny_model("llama").parameters())
     return {
         "longest": made.longest,
         "broadcasts": made.broadcasts,
         "weights": made.weights,
-        "model": [n_bytes],
-        "forwards": [made.n_forwards],
+        "model": n_bytes,
+        "forwards": made.n_forwards,
     }
 
 
-def received(counted: dict[str, list[int]], n: int) -> int:
+def received(counted: dict[str, Any], n: int) -> int:
     """Bytes that one process but the first receives in a check by `n` processes, of what was counted with several."""
     return (n - 1) * sum(SIZE + one for one in counted["longest"]) + (n > 1) * sum(SIZE + one for one in counted["broadcasts"])
 
@@ -144,8 +144,8 @@ def main() -> None:
                 )
                 if counted["weights"]:
                     print(  # noqa: T201
-                        f"  weights: {len(counted['weights'])} gatherings in {counted['forwards'][0]} forwards, "
-                        f"{sum(counted['weights']):,} bytes received by each, of a model of {counted['model'][0]:,} bytes",
+                        f"  weights: {len(counted['weights'])} gatherings in {counted['forwards']} forwards, "
+                        f"{sum(counted['weights']):,} bytes received by each, of a model of {counted['model']:,} bytes",
                         flush=True,
                     )
                 if n == COUNTED[-1]:
