@@ -379,6 +379,7 @@ def test_an_alarm_names_model_sae_and_files_as_the_run_was_given_them(
     assert [blame, rehearse] == advised(watch_view(logged, tmp_path / "out", colour=False))
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT of the lowest versions looks for one by no name
 def test_what_has_no_name_is_not_made_up(tmp_path: Path) -> None:
     made_trainer("sft", tmp_path, [made_callback()], max_steps=1, lora=True).train()
     given = RunDirectory(tmp_path / "sts").read_all().given

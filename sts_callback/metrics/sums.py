@@ -88,8 +88,10 @@ class SparseActs:
     @classmethod
     def of(cls, acts: torch.Tensor) -> SparseActs:
         """Keep the non-zero entries of `(n_tokens, d_sae)`, on their device, whose number a GPU is waited for once."""
-        rows, features = acts.nonzero(as_tuple=True)
-        return cls((acts != 0).sum(dim=1).int(), features.int(), acts[rows, features].float())
+        flat, d_sae = acts.flatten(), acts.shape[1]
+        entries = flat.nonzero()[:, 0]
+        ends = torch.searchsorted(entries, torch.arange(len(acts) + 1, device=acts.device) * d_sae)
+        return cls(ends.diff().int(), (entries % d_sae).int(), flat[entries].float())
 
     @classmethod
     def cat(cls, parts: list[SparseActs]) -> SparseActs:

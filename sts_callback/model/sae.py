@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
-from torch.nn.functional import embedding_bag
 
 from sts_callback.config import NO_SAE, require, whole
 from sts_callback.errors import ConfigError, SaeError
 from sts_callback.model import registry
 from sts_callback.model.quality import require_quality
 from sts_callback.model.sae_files import downloaded, place_of, reader_of, remedy, tensors_only
+from sts_callback.model.sae_products import decoded, encoded, feature_gradient
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -32,13 +32,6 @@ see `model.encoder`."""
 logger = logging.getLogger(__name__)
 
 
-_LINEAR = {
-    "standard",
-    "jumprelu",
-    "gated",
-    "topk",
-}  # these decode by one product, a bias and the inverse of the input's normalisation
-_SPARSE = 0.05  # above this share of active features the whole product is faster
 _WEIGHTS = ("W_enc", "b_enc", "threshold", "b_gate", "r_mag", "b_mag", "b_dec", "W_dec")
 _METADATA: dict[str, type | tuple[type, ...]] = {  # the metadata of an SAE that is used
     "hf_hook_name": str,
@@ -127,8 +120,7 @@ class SaeEncoder:
         """
         x = self._prepared(x)
         with torch.autocast(x.device.type, enabled=False):
-            acts: torch.Tensor = self.sae.encode(x)
-        return acts
+            return encoded(self.sae, x)
 
     @property
     def reconstructs(self) -> bool:
@@ -146,21 +138,9 @@ class SaeEncoder:
         """
         x = self._prepared(x)
         with torch.autocast(x.device.type, enabled=False):
-            acts = self.sae.encode(x)
-            left = x - self._decoded(acts) if self.reconstructs else torch.full_like(x, float("nan"))
+            acts = encoded(self.sae, x)
+            left = x - decoded(self.sae, acts) if self.reconstructs else torch.full_like(x, float("nan"))
         return Reconstruction(acts, x, left)
-
-    def _decoded(self, acts: torch.Tensor) -> torch.Tensor:
-        """Decode, `(n_tokens, d_in)`. On a CPU only activations other than 0 are used, which is many times faster."""
-        sae = self.sae
-        if acts.device.type == "cpu" and self.architecture in _LINEAR and not getattr(sae.cfg, "rescale_acts_by_decoder_norm", 0):
-            entries = acts.flatten().nonzero()[:, 0]
-            if len(entries) < _SPARSE * acts.numel():
-                starts = torch.searchsorted(entries, torch.arange(len(acts)) * self.d_sae)
-                weights = acts.flatten()[entries]
-                decoded = embedding_bag(entries % self.d_sae, sae.W_dec, starts, mode="sum", per_sample_weights=weights)
-                return sae.run_time_activation_norm_fn_out(decoded + sae.b_dec)  # type: ignore[no-any-return]
-        return sae.decode(acts)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def feature_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -178,12 +158,7 @@ class SaeEncoder:
         """
         x = self._prepared(x)
         with torch.autocast(x.device.type, enabled=False):
-            acts = self.sae.encode(x).requires_grad_()  # decoding may undo a scale that encoding has just computed from `x`
-            with torch.enable_grad():
-                decoded = self.sae.decode(acts)
-            (through_decoder,) = torch.autograd.grad(decoded, acts, gradient.to(decoded))
-        through_features: torch.Tensor = through_decoder * (acts != 0)
-        return through_features
+            return feature_gradient(self.sae, x, gradient.to(x))
 
     def _prepared(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.sae.device, torch.float32)

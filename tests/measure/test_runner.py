@@ -391,13 +391,13 @@ def encode_at_once(monkeypatch: pytest.MonkeyPatch, n_tokens: int) -> None:
 def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n_tokens_at_once: int) -> None:
     whole = read_domain(tiny_model(), rotated_sae())
     sizes: list[int] = []
-    encode = SAE_CLASS.encode
+    prepare = SAE_CLASS.process_sae_in
 
-    def counted_encode(self: SAE[Any], x: torch.Tensor) -> torch.Tensor:
+    def counted(self: SAE[Any], x: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
-        return encode(self, x)
+        return prepare(self, x)
 
-    monkeypatch.setattr(SAE_CLASS, "encode", counted_encode)
+    monkeypatch.setattr(SAE_CLASS, "process_sae_in", counted)
     encode_at_once(monkeypatch, n_tokens_at_once)
     parts = read_domain(tiny_model(), rotated_sae())
     assert max(sizes[9:]) == n_tokens_at_once  # the first 9 ask the SAE whether it encodes token by token

@@ -150,6 +150,19 @@ def test_features_are_those_of_numpy(kind: str, normalisation: str) -> None:
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_those_of_saelens_to_the_last_bit(kind: str, normalisation: str) -> None:
+    """Thresholds below 0 and inputs that are not finite among them."""
+    sae, x = made(kind, 12, 40, normalize_activations=normalisation, **({"k": 5} if kind == "topk" else {})), inputs(50, 12)
+    if "jumprelu" in kind:
+        sae.threshold.data[::3] *= -1
+    x[3, 2], x[4, 5], x[5, 6] = math.nan, math.inf, -math.inf
+    found, theirs = encoder(sae).encode(x), sae.encode(x)
+    assert found.isnan().any() and (found == 0).any() and (found > 0).any()
+    assert torch.equal(found.nan_to_num(nan=-1), theirs.nan_to_num(nan=-1))
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk"])
 def test_what_few_active_features_leave_is_what_the_whole_decoder_leaves(kind: str, normalisation: str) -> None:
     """So few that only they are multiplied; some tokens have none."""
@@ -166,6 +179,9 @@ def test_what_few_active_features_leave_is_what_the_whole_decoder_leaves(kind: s
     assert n_active.min() == 0 < n_active.max() and n_active.sum() < 0.05 * found.acts.numel()
     one.encode(x)  # what undoes a normalisation is kept until the next decoding
     torch.testing.assert_close(found.left, x - one.sae.decode(found.acts), rtol=1e-5, atol=1e-5)
+    acts, gradient = one.encode(x).requires_grad_(), inputs(200, 12, seed=2)
+    (whole,) = torch.autograd.grad(one.sae.decode(acts), acts, gradient)
+    torch.testing.assert_close(one.feature_gradient(x, gradient), whole * (acts != 0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk"])
