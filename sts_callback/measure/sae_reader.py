@@ -112,10 +112,9 @@ class SAEReader:
         ever, seen = torch.zeros(self.encoder.d_sae, dtype=torch.bool, device=self.encoder.device), []
         for chunk in self.chunks(len(x)):
             found = self.encoder.reconstruct(x[chunk])
-            active = found.acts != 0
             left += _sum_of_squares(found.left)
-            n_active += int(active.sum())
-            ever |= active.any(dim=0)
+            n_active += int(found.acts.count_nonzero())
+            ever |= (found.acts != 0).any(dim=0)
             seen.append(found.x)
         whole = torch.cat(seen)
         return Fit(
