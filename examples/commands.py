@@ -19,6 +19,7 @@ from pathlib import Path
 
 from demo import SAE_FOLDER
 from gemma import cached_gemma
+from picture import elsewhere
 from sts_callback.data.starter import starter_domains
 from word_problems import word_problems
 
@@ -141,8 +142,7 @@ def _done(folder: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]
 def _told(title: str, command: str, done: subprocess.CompletedProcess[str], most: int = MOST_LINES) -> list[str]:
     noise = ("Warning", "warnings.warn", "%|")  # of other libraries, and bars
     lines = [*done.stdout.splitlines(), *(s for s in done.stderr.splitlines() if s and not any(one in s for one in noise))]
-    for ours, shown in ((f"{HERE.parent}/", ""), (str(Path.home()), "~")):  # whoever reads this has other folders
-        lines = [line.replace(ours, shown) for line in lines]
+    lines = [elsewhere(line) for line in lines]
     if len(lines) > most:
         lines = [*lines[:most], f"... and {len(lines) - most} lines more"]
     return ["", f"## {title}", "", "```console", f"$ {command}", *lines, f"# exit code {done.returncode}", "```"]

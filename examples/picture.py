@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +31,11 @@ line-height: {line_height}px; }} {styles}</style>
 """
 
 
+def elsewhere(text: str) -> str:
+    """A text without the folders of this machine: whoever reads it has others."""
+    return text.replace(f"{Path(__file__).resolve().parent.parent}/", "").replace(str(Path.home()), "~")
+
+
 def records(run: Path) -> str:
     """What was known before the first step, and the last check, with colours."""
     logged = RunDirectory(run / "sts").read_all()
@@ -37,10 +43,13 @@ def records(run: Path) -> str:
         raise SystemExit(f"{run} holds no forecast, or no check, that can be read.")
     policy, rehearsal, last = logged.settings.policy, logged.rehearsal, logged.checks[-1]
     forecast, in_context = logged.forecast, logged.forecast_verdict
+    given = replace(logged.given, model=elsewhere(logged.given.model), sae=elsewhere(logged.given.sae))
     if rehearsal is not None and logged.rehearsal_verdict is not None:
-        before = rehearsal_view(rehearsal, logged.rehearsal_verdict, forecast, in_context, policy.budgets, colour=True)
+        before = rehearsal_view(
+            rehearsal, logged.rehearsal_verdict, forecast, in_context, policy.budgets, given=given, colour=True
+        )
     else:
-        before = forecast_view(forecast, in_context, policy, colour=True)
+        before = forecast_view(forecast, in_context, policy, given=given, colour=True)
     check = check_view(
         last.snapshot,
         last.verdict,
@@ -48,7 +57,7 @@ def records(run: Path) -> str:
         since=alarms_since([check.verdict for check in logged.checks]),
         expected=rehearsal.expected if rehearsal else {},
         output_dir=run,
-        given=logged.given,
+        given=given,
         colour=True,
     )
     return f"{before}\n\n{check}"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def identity_of(model: nn.Module, encoder: Encoder, config: ProbeConfig, sets: Sequence[ProbeSet]) -> Identity:
-    """Make the identity of a measurement of these sets."""
+def identity_of(model: nn.Module, encoder: Encoder, config: ProbeConfig, sets: Sequence[ProbeSet], precision: str) -> Identity:
+    """Make the identity of a measurement of these sets, in the precision that the self-test found."""
     shape = text_config(model).to_dict()  # type: ignore[attr-defined]
     for volatile in ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures"):
         shape.pop(volatile, None)
@@ -31,6 +31,7 @@ def identity_of(model: nn.Module, encoder: Encoder, config: ProbeConfig, sets: S
         sae_name=encoder.name,
         hook_name=encoder.hook_name,
         probes=_sha256([[s.fingerprint for s in sets], asdict(config)]),
+        precision=precision,
     )
 
 

@@ -128,7 +128,8 @@ class Monitor:
         with undisturbed(model):
             contexts = [self._filler, *(draw for s in sets for draw in s.demo_sets)]
             self._runner.self_test(sets, [(*self._bos, *tokens) for tokens in contexts])
-        self._identities = [identity_of(model, encoder, self.config, sets) for encoder in encoders]
+        precision = self._runner.findings.precision
+        self._identities = [identity_of(model, encoder, self.config, sets, precision) for encoder in encoders]
         self.identity = self._identities[0]
         self._fingerprint = hashlib.sha256(
             json.dumps([self.identity.model, self.identity.sae, self.identity.hook_name, self.identity.probes]).encode()
@@ -272,7 +273,7 @@ class Monitor:
             forecast: of that session.
 
         Raises:
-            CannotTell: if the baseline is missing or damaged, or has another model, SAE or probes.
+            CannotTell: if the baseline is missing or damaged, or has another model, precision, SAE or probes.
 
         """
         made, ours = forecast.identity, self.identity
@@ -280,6 +281,11 @@ class Monitor:
             raise CannotTell(
                 f"baseline: it was made with {made.sae_name} at {made.hook_name}, not with {ours.sae_name} at {ours.hook_name}; "
                 "resume the run with the sae= that it began with, or start it anew."
+            )
+        if made.precision and ours.precision != made.precision:  # earlier records do not say
+            raise CannotTell(
+                f"baseline: it was made in {made.precision}, and the model now computes in {ours.precision}; resume the run with "
+                "the precision that it began with (dtype, bf16, torch.set_float32_matmul_precision), or start it anew."
             )
         self.step_zero = self._ranks.from_first(lambda: StepZeroReference.load(baseline_file, self._fingerprint))
         # A template may render the same rows differently today: only the tokens of step 0 can be compared.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 
 _LEFT_TO_TORCH = ("none", "ieee")  # every other value is the user's own choice
 _ROUNDED = "bf16"
+_OF_ALL_DEVICES = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
+# Torch and oneDNN each keep the code they have made for a size of product, by default for 1,024 sizes, about a gigabyte.
+_CAPACITIES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
+_MOST_KEPT = 128
 _MOST_ERROR = 1e-5  # float32 gives about 5e-7 at these sizes, bfloat16 2e-3
 
 
@@ -36,19 +41,17 @@ def are_exact() -> bool:
     if switch is None:
         return False
     seeded = torch.Generator("cpu").manual_seed(0)
-    with _set_to(_ROUNDED, switch):
+    with _set_to(_ROUNDED, switch), _less_kept():
         return all(_error(n, seeded) < _MOST_ERROR for n in (1, 16, 256))  # one row, some, and as many as a batch has
 
 
-def are_float32() -> bool:
-    """Whether torch's settings let no product of float32 be rounded, on any device, but for what `by_onednn` has set."""
-    switch = _switch()
-    ours = switch is not None and switch.fp32_precision == _ROUNDED and are_exact()
-    with _set_to(_LEFT_TO_TORCH[0], switch) if ours else contextlib.nullcontext():
-        try:
-            return torch.get_float32_matmul_precision() == "highest"
-        except RuntimeError:  # the precision is set for each backend
-            return False
+def rounded_to(device_type: str) -> str | None:
+    """What torch's settings let float32 products be rounded to on a kind of device: `tf32`, `bf16`, or None for nothing."""
+    backend = _switch() if device_type == "cpu" else torch.backends.cuda.matmul
+    stated = getattr(backend, "fp32_precision", None)
+    if stated is None:  # before torch 2.9 there was one setting for all devices
+        stated = _OF_ALL_DEVICES[torch.get_float32_matmul_precision()]
+    return None if stated in _LEFT_TO_TORCH or (device_type == "cpu" and are_exact()) else str(stated)
 
 
 def _switch() -> Any:
@@ -65,6 +68,20 @@ def _set_to(value: str, switch: Any) -> Iterator[None]:
         yield
     finally:
         switch.fp32_precision = before
+
+
+@contextlib.contextmanager
+def _less_kept() -> Iterator[None]:
+    """Let less code be kept. The environment is read at the first product of a process, and is as it was on exit."""
+    if any(name in os.environ for name in _CAPACITIES):  # the user's own choice
+        yield
+        return
+    os.environ.update(dict.fromkeys(_CAPACITIES, str(_MOST_KEPT)))
+    try:
+        yield
+    finally:
+        for name in _CAPACITIES:
+            del os.environ[name]
 
 
 def _error(n: int, seeded: torch.Generator) -> float:

@@ -7,7 +7,7 @@ and the forward ends early. No list says which architectures, caches, masks and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from sts_callback.errors import ModelError, StsError, is_short_of_memory
 from sts_callback.model.capture import Capture, Captured, Prefix
 from sts_callback.model.head import whole_logits
 from sts_callback.model.hooks import architecture
-from sts_callback.model.products import are_float32
+from sts_callback.model.products import rounded_to
 from sts_callback.model.undisturbed import writes_to_weights
 
 # Measured on random models of 16 layers and six families, three of them with routed experts, a query alone against one in a batch
@@ -41,6 +41,8 @@ class Findings:
     """Whether cached keys and values give the same as new ones."""
     gradients: bool = True
     """Whether gradients pass through every module above the hook points."""
+    precision: str = "float32"
+    """What the model computes in, see `Identity`."""
 
 
 def self_test(
@@ -94,8 +96,9 @@ def self_test(
         )
     cache = holds(_Trial.cached)
     if not (with_logits and capture.may_stop):  # there will be no backward
-        return Findings(cache)
-    return Findings(cache, all(ranks.gathered(lambda: _passes_gradients(capture, queries[0]))))
+        return Findings(cache, precision=trials[0].precision)
+    gradients = all(ranks.gathered(lambda: _passes_gradients(capture, queries[0])))
+    return Findings(cache, gradients, trials[0].precision)
 
 
 class _Trial:
@@ -109,6 +112,8 @@ class _Trial:
         self._capture, self._prefix, self._with_logits = capture, Prefix(prefix, None), with_logits
         self._truth: Captured | None = None
         self._exact = False
+        self.precision = Findings.precision
+        """Known once the query has run alone."""
 
     def head_is_apart(self) -> bool:
         """Whether the head can be had apart; see `Capture.can_split_head`."""
@@ -148,9 +153,9 @@ class _Trial:
 
     def _alone(self) -> Captured:
         """Run the query alone and uncached: what all else is compared with."""
-        point, under_autocast = self._capture.points[0], list[bool]()
+        point, kind, autocast = self._capture.points[0], self._capture.device.type, set[torch.dtype]()
         handle = point.module.register_forward_pre_hook(
-            lambda module, args: under_autocast.append(torch.is_autocast_enabled(self._capture.device.type))
+            lambda module, args: autocast.update([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])
         )
         try:
             found = self._run([self._query], self._prefix, to_the_end=True)  # this shows whether the hook point runs twice
@@ -167,7 +172,9 @@ class _Trial:
             self._check(point.name, found.activations.get(point.name))
         if not all(x.isfinite().all() for x in found.activations.values()):
             return Captured({}, None)  # the measurement will report it
-        self._exact = _is_exact(self._capture.model, found) and not any(under_autocast)
+        rounding = rounded_to(kind)
+        self._exact = _is_float32(self._capture.model, found) and not (autocast or rounding)
+        self.precision = _precision(found, autocast, rounding)
         return found
 
     def _check(self, name: str, x: torch.Tensor | None) -> None:
@@ -197,11 +204,17 @@ def _relative(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return relative
 
 
-def _is_exact(model: nn.Module, found: Captured) -> bool:
-    """Whether everything is computed in float32 or wider, as far as one can see."""
+def _is_float32(model: nn.Module, found: Captured) -> bool:
+    """Whether weights and activations are in float32 or wider, as far as one can see."""
     tensors = [*model.parameters(), *found.activations.values()]
-    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype in (torch.float32, torch.float64) for t in tensors)
-    return are_float32() and plain
+    return all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype in (torch.float32, torch.float64) for t in tensors)
+
+
+def _precision(found: Captured, autocast: Iterable[torch.dtype], rounding: str | None) -> str:
+    """What a forward computed in, in words."""
+    acts = next(iter(found.activations.values()))
+    own, *casts = (str(dtype).removeprefix("torch.") for dtype in (acts.dtype, *autocast))
+    return ", ".join([own, *(f"autocast to {dtype}" for dtype in casts), *([f"products in {rounding}"] if rounding else [])])
 
 
 def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:

@@ -42,6 +42,8 @@ class Identity(Record):
     """Where the SAE reads, or where raw activations were read."""
     probes: str
     """SHA-256 of the texts that probes are made of, as they were written, and of how they are drawn and counted."""
+    precision: str = ""
+    """What the model computes in, such as `float32`, or `float32, autocast to bfloat16`. Empty in earlier records."""
 
     @property
     def has_sae(self) -> bool:

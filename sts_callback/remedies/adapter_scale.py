@@ -137,7 +137,7 @@ class AdapterScaler:
             zero_shot = self._bare()
             diagnostics.require_fit(diagnostics.examined_fits(self._runner, self._sets, zero_shot, model_name(model))[1])
             self._step_zero = {s.name: self._runner.read(s, zero_shot, {})[0] for s in self._sets}
-        self.identity = identity_of(model, encoder, config, self._sets)
+        self.identity = identity_of(model, encoder, config, self._sets, self._runner.findings.precision)
 
     def at(self, scale: float) -> ScalePoint:
         """Measure at one scale: 1 is the adapter as it was trained, 0 the model without it. At 0 the drift is exactly 0."""

@@ -21,7 +21,7 @@ from sts_callback.data.pairs import Row
 from sts_callback.errors import CannotTell
 from sts_callback.measure.monitor import Monitor
 from sts_callback.policy import judge_rehearsal
-from sts_callback.power import require_power
+from sts_callback.power import little_power, require_power
 from sts_callback.records import DriftSnapshot, Forecast
 from sts_callback.records.rehearsal import Rehearsal, Trial, Trials
 from sts_callback.remedies.mixture import apportioned
@@ -103,7 +103,7 @@ def try_out(
         rates: to try, at the schedule's peak, the lowest first.
         made_monitor: makes what measures the model, with its adapter.
         policy: budgets and thresholds; at least one domain is protected.
-        told: a line before the first trial, and one after each.
+        told: lines before the first trial, on what is ahead and on too few queries, and one after each.
 
     Returns:
         The forecast without any step, and the trials.
@@ -120,9 +120,11 @@ def try_out(
         first = sft_trainer(args, setup.adapter, model, tokenizer, drawn[0])
         tuned: Any = first.model
         monitor = made_monitor(tuned)
-        require_power({name: len(s.queries) for name, s in monitor.domains.items()}, policy, n_looks=1)
-        n_queries = sum(len(s.queries) for s in (monitor.train, *monitor.domains.values()))
-        told(ahead(len(rates), len(mixtures), N_STEPS, n_queries))
+        n_queries = {name: len(s.queries) for name, s in monitor.domains.items()}
+        require_power(n_queries, policy, n_looks=1)
+        told(ahead(len(rates), len(mixtures), N_STEPS, len(monitor.train.queries) + sum(n_queries.values())))
+        for warning in little_power(n_queries, policy, monitor.config):
+            told(warning)
         forecast, started, found = monitor.forecast(), time.monotonic(), list[Trial]()
         for mixture, some in zip(mixtures, drawn, strict=True):
 

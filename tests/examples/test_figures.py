@@ -237,6 +237,38 @@ def test_the_second_model() -> None:
     assert [check["verdict"]["decision"] for check in with_sae["checks"].values()] == ["go", "go", "go", "cannot tell", "go"]
 
 
+def times(cell: dict[str, Any], way: str, than: str, what: str = "seconds") -> float:
+    """How many times as much one way of the benchmark takes as another."""
+    return float(cell[way][what] / cell[than]["seconds" if what == "probe" else what])
+
+
+def test_what_a_forecast_costs() -> None:
+    gemma = [cell for cell in found("benchmark")["cells"] if cell["model"] == "gemma"]
+    long = next(cell for cell in gemma if cell["context"] == 2000)
+    for cell in (cell for cell in gemma if cell["kind"] == "jumprelu"):
+        if cell["reference"]:
+            less = f"{times(cell, 'reference', 'ours'):.1f}, {times(cell, 'reference', 'ours', 'mib'):.1f}"
+        else:
+            work = long["reference"]["seconds"] * cell["tokens"] / long["tokens"]
+            less = f"about {work / cell['ours']['seconds']:.1f} by proportion, not run"
+        width = "" if cell["d_sae"] == 16384 else f", {cell['d_sae']:,} features"
+        what = f"context of {cell['context']:,} tokens, {cell['tokens']:,} query tokens{width}"
+        assert f"| {what} | {less} | {times(cell, 'ours', 'limit'):.2f}, {times(cell, 'ours', 'limit', 'probe'):.2f} |" in TOLD
+    (top_k,) = (cell for cell in gemma if cell["kind"] == "topk")
+    assert f"or top-k ({times(top_k, 'ours', 'limit', 'probe'):.2f})" in TOLD
+    bounds = [times(cell, "reference", "limit") for cell in gemma if cell["context"] == 200]
+    assert f"the limit itself is {min(bounds):.0f} to {max(bounds):.0f} times less than the reference" in TOLD
+
+
+def test_what_a_check_costs() -> None:
+    took = found("benchmark")["check"]
+    share = took["check"] / (500 * took["step"])
+    for page_text in (TOLD, README):
+        assert f"took {took['check']:.0f} s" in page_text
+    assert f"{100 * share:.1f} % of the training between two default saves" in TOLD
+    assert f"lets about one in {share / 0.01:.0f} pass" in TOLD
+
+
 def test_the_build_before() -> None:
     amd, intel = (found("benchmark_builds")[name]["sizes"] for name in ("AuthenticAMD, no AMX", "GenuineIntel, AMX"))
     sizes = [amd["demo"], amd["default"], intel["demo"]]

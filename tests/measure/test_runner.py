@@ -1317,3 +1317,15 @@ def test_baseline_of_another_measurement_is_refused(tmp_path: Path, other: dict[
         CannotTell, match="baseline: baseline was made with another model, SAE or probes; drift can be measured only"
     ):
         different.restore(tmp_path / "baseline", forecast)
+
+
+def test_baseline_of_another_precision_is_refused(tmp_path: Path) -> None:
+    monitor = made_monitor(tiny_model(), rotated_sae())
+    forecast = monitor.forecast()
+    assert monitor.step_zero is not None
+    monitor.step_zero.save(tmp_path / "baseline")
+    coarser = made_monitor(tiny_model().bfloat16(), rotated_sae())
+    with pytest.raises(CannotTell, match="baseline: it was made in float32, and the model now computes in bfloat16; resume"):
+        coarser.restore(tmp_path / "baseline", forecast)
+    unknown = replace(forecast, identity=replace(forecast.identity, precision=""))  # as an earlier version recorded it
+    coarser.restore(tmp_path / "baseline", unknown)

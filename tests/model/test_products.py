@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from sts_callback.model import products
-from sts_callback.model.products import are_exact, are_float32, by_onednn
+from sts_callback.model.products import are_exact, by_onednn, rounded_to
 from sts_callback.model.undisturbed import undisturbed
 from tiny import tiny_model
 
@@ -76,14 +77,33 @@ def test_choice_of_the_user_stays(own: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_what_is_ours_counts_as_float32_and_what_the_user_lets_round_does_not() -> None:
+def test_ours_rounds_nothing_and_what_the_user_lets_round_is_told(rounding: None) -> None:
+    assert rounded_to("cpu") is None
     with by_onednn():
-        assert are_float32()
-    assert are_float32()
+        assert rounded_to("cpu") is None
     torch.set_float32_matmul_precision("medium")
     try:
         with by_onednn():
-            assert not are_float32()
+            assert rounded_to("cpu") == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_processor_that_rounds_nothing_is_told_so_whatever_the_user_allows() -> None:
+    if not are_exact():
+        pytest.skip("this processor rounds")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert rounded_to("cpu") is None
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(("setting", "rounded"), [("highest", None), ("high", "tf32"), ("medium", "tf32")])
+def test_a_gpu_has_a_setting_of_its_own(setting: str, rounded: str | None) -> None:
+    torch.set_float32_matmul_precision(setting)
+    try:
+        assert rounded_to("cuda") == rounded
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -94,6 +114,26 @@ def test_torch_without_the_setting_is_left_as_it_is(monkeypatch: pytest.MonkeyPa
     with by_onednn():
         pass
     assert ONEDNN.fp32_precision in {"none", "ieee"}
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")  # there it is for all devices
+    assert rounded_to("cpu") == "bf16"
+
+
+@pytest.mark.parametrize("own", [{}, {"LRU_CACHE_CAPACITY": "7"}])
+def test_less_code_is_kept_unless_the_user_has_said_how_much(monkeypatch: pytest.MonkeyPatch, own: dict[str, str]) -> None:
+    seen, real = list[dict[str, str]](), products._error
+
+    def error(n: int, seeded: torch.Generator) -> float:
+        seen.append({name: os.environ[name] for name in products._CAPACITIES if name in os.environ})
+        return real(n, seeded)
+
+    for name in products._CAPACITIES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(products, "_error", error)
+    are_exact()
+    assert seen[0] == (own or dict.fromkeys(products._CAPACITIES, str(products._MOST_KEPT)))
+    assert {name: os.environ[name] for name in products._CAPACITIES if name in os.environ} == own
 
 
 def test_asking_draws_no_random_number() -> None:

@@ -71,7 +71,7 @@ def test_usual_models_pass(architecture: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_rounding_to_few_bits_is_no_fault(architecture: str, dtype: torch.dtype) -> None:
-    assert findings_of(tiny_model(architecture).to(dtype)) == Findings()
+    assert findings_of(tiny_model(architecture).to(dtype)) == Findings(precision=str(dtype).removeprefix("torch."))
 
 
 def test_autocast_inside_the_forward_is_known() -> None:
@@ -83,7 +83,7 @@ def test_autocast_inside_the_forward_is_known() -> None:
             return forward(*args, **kwargs)
 
     model.forward = mixed
-    assert findings_of(model) == Findings()
+    assert findings_of(model) == Findings(precision="float32, autocast to bfloat16")
 
 
 @pytest.mark.parametrize("n_tokens", [2, 3, 5, 12])

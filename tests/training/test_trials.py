@@ -125,6 +125,27 @@ def test_a_run_that_is_stopped_has_told_what_was_done(tmp_path: Path) -> None:
     assert len(told) == 2  # what is ahead, and the first of two trials
 
 
+def test_too_few_queries_to_see_much_are_told_before_the_first_trial(tmp_path: Path) -> None:
+    told = list[str]()
+
+    def stop_at_the_first(line: str) -> None:
+        told.append(line)
+        if line.startswith("n_queries"):
+            raise KeyboardInterrupt
+
+    sae, tokenizer, domains = saved_sae(tmp_path), tiny_tokenizer(), {"far": rows(40, "poems", seed=90)}
+
+    def monitor(tuned: nn.Module) -> Monitor:
+        config = ProbeConfig(n_queries=20, n_features=8)
+        return Monitor(tuned, tokenizer, sae=sae, train_data=TRAIN, domains=domains, config=config, progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        policy = PolicyConfig({"far": 0.1})
+        try_out(tiny_model(), tokenizer, setup(), ALL, [Mixture({})], [1e-5], monitor, policy, told=stop_at_the_first)
+    assert told[0].startswith("STS rehearse: a forecast first, then 1 trial")
+    assert told[1:] == ["n_queries: far has 20; with fewer than 28 an alarm comes late or never."]
+
+
 def test_trials_can_be_written_and_read(tried: Any) -> None:
     *_, found = tried
     assert Trials.from_json(found.to_json()).to_json() == found.to_json()

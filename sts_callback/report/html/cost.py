@@ -94,6 +94,7 @@ def reproduce_section(story: ReportData) -> Html:
             ["model", identity.model_name, tag("code", identity.model)],
             ["SAE", *([identity.sae_name, tag("code", identity.sae)] if identity.has_sae else ["none: raw activations", ""])],
             ["read at", identity.hook_name, ""],
+            *([["computed in", identity.precision, ""]] if identity.precision else []),
             ["probes", "all texts and how they are counted", tag("code", identity.probes)],
         ]
         parts += [
