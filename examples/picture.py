@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -43,13 +42,12 @@ def records(run: Path) -> str:
         raise SystemExit(f"{run} holds no forecast, or no check, that can be read.")
     policy, rehearsal, last = logged.settings.policy, logged.rehearsal, logged.checks[-1]
     forecast, in_context = logged.forecast, logged.forecast_verdict
-    given = replace(logged.given, model=elsewhere(logged.given.model), sae=elsewhere(logged.given.sae))
     if rehearsal is not None and logged.rehearsal_verdict is not None:
         before = rehearsal_view(
-            rehearsal, logged.rehearsal_verdict, forecast, in_context, policy.budgets, given=given, colour=True
+            rehearsal, logged.rehearsal_verdict, forecast, in_context, policy.budgets, given=logged.given, colour=True
         )
     else:
-        before = forecast_view(forecast, in_context, policy, given=given, colour=True)
+        before = forecast_view(forecast, in_context, policy, given=logged.given, colour=True)
     check = check_view(
         last.snapshot,
         last.verdict,
@@ -57,10 +55,10 @@ def records(run: Path) -> str:
         since=alarms_since([check.verdict for check in logged.checks]),
         expected=rehearsal.expected if rehearsal else {},
         output_dir=run,
-        given=given,
+        given=logged.given,
         colour=True,
     )
-    return f"{before}\n\n{check}"
+    return elsewhere(f"{before}\n\n{check}")
 
 
 def main(run: str, picture: str) -> None:
