@@ -190,6 +190,16 @@ def test_a_baseline_of_another_run_is_not_taken(tmp_path: Path) -> None:
     assert checked_steps(tmp_path) == [1]
 
 
+def test_a_run_that_goes_on_in_another_precision_is_not_compared(tmp_path: Path) -> None:
+    made_trainer("plain", tmp_path, [made_callback(), StopAt(4)]).train()
+    before = checked_steps(tmp_path)
+    resumed = made_trainer("plain", tmp_path, [made_callback()], bf16=True)
+    with pytest.raises(CannotTell, match="made in float32, and the model now computes in float32, autocast to bfloat16; resume"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == 4
+    assert checked_steps(tmp_path) == before
+
+
 def test_an_alarm_that_lasts_over_a_resume_is_acted_on_once(tmp_path: Path) -> None:
     from test_callback import harmful
 
