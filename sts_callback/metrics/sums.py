@@ -74,6 +74,21 @@ def token_mean(sums: torch.Tensor, n_tokens: torch.Tensor) -> torch.Tensor:
     return sums.double().sum(dim=0) / n_tokens.sum().double()
 
 
+def active_entries(acts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the non-zero entries of feature activations, for whose number a GPU is waited for once.
+
+    Args:
+        acts: `(n_tokens, d_sae)`.
+
+    Returns:
+        Their places in `acts.flatten()`, `(n_nonzero,)`, and where among them each token's begin, and the last one's end,
+        `(n_tokens + 1,)`.
+
+    """
+    entries = acts.flatten().nonzero()[:, 0]
+    return entries, torch.searchsorted(entries, torch.arange(len(acts) + 1, device=acts.device) * acts.shape[1])
+
+
 @dataclass(frozen=True)
 class SparseActs:
     """Non-zero feature activations of a sequence of tokens."""
@@ -88,10 +103,8 @@ class SparseActs:
     @classmethod
     def of(cls, acts: torch.Tensor) -> SparseActs:
         """Keep the non-zero entries of `(n_tokens, d_sae)`, on their device, whose number a GPU is waited for once."""
-        flat, d_sae = acts.flatten(), acts.shape[1]
-        entries = flat.nonzero()[:, 0]
-        ends = torch.searchsorted(entries, torch.arange(len(acts) + 1, device=acts.device) * d_sae)
-        return cls(ends.diff().int(), (entries % d_sae).int(), flat[entries].float())
+        entries, bounds = active_entries(acts)
+        return cls(bounds.diff().int(), (entries % acts.shape[1]).int(), acts.flatten()[entries].float())
 
     @classmethod
     def cat(cls, parts: list[SparseActs]) -> SparseActs:

@@ -47,11 +47,13 @@ def are_exact() -> bool:
 
 def rounded_to(device_type: str) -> str | None:
     """What torch's settings let float32 products be rounded to on a kind of device: `tf32`, `bf16`, or None for nothing."""
-    backend = _switch() if device_type == "cpu" else torch.backends.cuda.matmul
-    stated = getattr(backend, "fp32_precision", None)
+    onednn: Any = torch.backends.mkldnn
+    if device_type == "cpu" and (not onednn.is_available() or are_exact()):
+        return None
+    stated = getattr(_switch() if device_type == "cpu" else torch.backends.cuda.matmul, "fp32_precision", None)
     if stated is None:  # before torch 2.9 there was one setting for all devices
         stated = _OF_ALL_DEVICES[torch.get_float32_matmul_precision()]
-    return None if stated in _LEFT_TO_TORCH or (device_type == "cpu" and are_exact()) else str(stated)
+    return None if stated in _LEFT_TO_TORCH else str(stated)
 
 
 def _switch() -> Any:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding_bag
 
-# These encode by one product and a bias, of which they keep what is above a threshold.
-_RELU = {"standard", "jumprelu"}
+from sts_callback.metrics.sums import active_entries
+
+# SAELens' classes that encode by one product and a bias, of which they keep what is above 0 and a threshold. Not their
+# training classes, which go by the same architecture and keep what is below 0 too, nor anyone's own.
+_RELU = {"StandardSAE", "JumpReLUSAE"}
 # These decode by one product, a bias and the inverse of the input's normalisation.
 _LINEAR = {"standard", "jumprelu", "gated", "topk"}
 _SPARSE = 0.05  # above this share of active features the whole product is faster
@@ -25,12 +28,11 @@ def encoded(sae: Any, x: torch.Tensor) -> torch.Tensor:
         Feature activations, `(n_tokens, d_sae)`. They may be written to.
 
     """
-    if sae.cfg.architecture() not in _RELU:
+    kind = type(sae).__name__
+    if kind not in _RELU:
         return sae.encode(x)  # type: ignore[no-any-return]
     acts: torch.Tensor = (sae.process_sae_in(x) @ sae.W_enc).add_(sae.b_enc)
-    if sae.cfg.architecture() == "standard":
-        return acts.relu_()
-    return acts.masked_fill_(acts <= sae.threshold.clamp_min(0), 0)
+    return acts.relu_() if kind == "StandardSAE" else acts.masked_fill_(acts <= sae.threshold.clamp_min(0), 0)
 
 
 def decoded(sae: Any, acts: torch.Tensor) -> torch.Tensor:
@@ -46,11 +48,10 @@ def decoded(sae: Any, acts: torch.Tensor) -> torch.Tensor:
     """
     by_norm = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
     if acts.device.type == "cpu" and sae.cfg.architecture() in _LINEAR and not by_norm:
-        flat, d_sae = acts.flatten(), acts.shape[1]
-        entries = flat.nonzero()[:, 0]
+        entries, bounds = active_entries(acts)
         if len(entries) < _SPARSE * acts.numel():
-            starts = torch.searchsorted(entries, torch.arange(len(acts)) * d_sae)
-            summed = embedding_bag(entries % d_sae, sae.W_dec, starts, mode="sum", per_sample_weights=flat[entries])
+            features, weights = entries % acts.shape[1], acts.flatten()[entries]
+            summed = embedding_bag(features, sae.W_dec, bounds[:-1], mode="sum", per_sample_weights=weights)
             return sae.run_time_activation_norm_fn_out(summed + sae.b_dec)  # type: ignore[no-any-return]
     return sae.decode(acts)  # type: ignore[no-any-return]
 

@@ -154,9 +154,12 @@ class _Trial:
     def _alone(self) -> Captured:
         """Run the query alone and uncached: what all else is compared with."""
         point, kind, autocast = self._capture.points[0], self._capture.device.type, set[torch.dtype]()
-        handle = point.module.register_forward_pre_hook(
-            lambda module, args: autocast.update([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])
-        )
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if torch.is_autocast_enabled(kind):
+                autocast.add(torch.get_autocast_dtype(kind))
+
+        handle = point.module.register_forward_pre_hook(look)
         try:
             found = self._run([self._query], self._prefix, to_the_end=True)  # this shows whether the hook point runs twice
         except Exception as error:
@@ -170,11 +173,12 @@ class _Trial:
             handle.remove()
         for point in self._capture.points:
             self._check(point.name, found.activations.get(point.name))
-        if not all(x.isfinite().all() for x in found.activations.values()):
-            return Captured({}, None)  # the measurement will report it
         rounding = rounded_to(kind)
         self._exact = _is_float32(self._capture.model, found) and not (autocast or rounding)
-        self.precision = _precision(found, autocast, rounding)
+        # By the SAE that decides: a resumed run reads for no other, and what they read may differ under autocast.
+        self.precision = _precision(found.activations[self._capture.points[0].name].dtype, autocast, rounding)
+        if not all(x.isfinite().all() for x in found.activations.values()):
+            return Captured({}, None)  # the measurement will report it
         return found
 
     def _check(self, name: str, x: torch.Tensor | None) -> None:
@@ -210,11 +214,12 @@ def _is_float32(model: nn.Module, found: Captured) -> bool:
     return all(type(t) in (torch.Tensor, nn.Parameter) and t.dtype in (torch.float32, torch.float64) for t in tensors)
 
 
-def _precision(found: Captured, autocast: Iterable[torch.dtype], rounding: str | None) -> str:
+def _precision(of_activations: torch.dtype, autocast: Iterable[torch.dtype], rounding: str | None) -> str:
     """What a forward computed in, in words."""
-    acts = next(iter(found.activations.values()))
-    own, *casts = (str(dtype).removeprefix("torch.") for dtype in (acts.dtype, *autocast))
-    return ", ".join([own, *(f"autocast to {dtype}" for dtype in casts), *([f"products in {rounding}"] if rounding else [])])
+    told = [str(of_activations), *(f"autocast to {dtype}" for dtype in autocast)]
+    if rounding:
+        told.append(f"products in {rounding}")
+    return ", ".join(told).replace("torch.", "")
 
 
 def _passes_gradients(capture: Capture, query: Sequence[int]) -> bool:

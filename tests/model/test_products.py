@@ -108,6 +108,16 @@ def test_a_gpu_has_a_setting_of_its_own(setting: str, rounded: str | None) -> No
         torch.set_float32_matmul_precision("highest")
 
 
+def test_without_onednn_a_cpu_rounds_nothing_whatever_other_devices_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # from now on torch has no answer for all devices
+    try:
+        assert rounded_to("cpu") is None
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_torch_without_the_setting_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_switch", lambda: None)
     assert not are_exact()

@@ -24,6 +24,8 @@ from sae_lens import (
     GatedSAEConfig,
     JumpReLUSAE,
     JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
     JumpReLUTranscoder,
     JumpReLUTranscoderConfig,
     SkipTranscoder,
@@ -160,6 +162,16 @@ def test_features_are_those_of_saelens_to_the_last_bit(kind: str, normalisation:
     found, theirs = encoder(sae).encode(x), sae.encode(x)
     assert found.isnan().any() and (found == 0).any() and (found > 0).any()
     assert torch.equal(found.nan_to_num(nan=-1), theirs.nan_to_num(nan=-1))
+
+
+def test_features_of_a_training_class_are_its_own() -> None:
+    """It goes by the same architecture, and keeps what is below 0 but above its threshold."""
+    sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=12, d_sae=40))
+    sae.cfg.metadata.hook_name = HOOK
+    sae.threshold.data.fill_(-0.3)
+    x = inputs(50, 12)
+    assert (sae.encode(x) < 0).any()
+    assert torch.equal(encoder(sae).encode(x), sae.encode(x))
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)

@@ -84,6 +84,17 @@ def test_autocast_inside_the_forward_is_known() -> None:
 
     model.forward = mixed
     assert findings_of(model) == Findings(precision="float32, autocast to bfloat16")
+    # An MLP gives bfloat16 there. The first hook point decides, as a resumed run has no other.
+    assert findings_of(model, POST, "blocks.1.hook_mlp_out").precision == "float32, autocast to bfloat16"
+    assert findings_of(model, "blocks.1.hook_mlp_out", POST).precision == "bfloat16, autocast to bfloat16"
+
+
+def test_precision_is_known_where_activations_are_not_finite() -> None:
+    model = tiny_model().bfloat16()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+        model.model.embed_tokens.weight.fill_(math.nan)
+    assert findings_of(model).precision == "bfloat16"
 
 
 @pytest.mark.parametrize("n_tokens", [2, 3, 5, 12])
