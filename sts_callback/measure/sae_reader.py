@@ -114,7 +114,7 @@ class SAEReader:
             found = self.encoder.reconstruct(x[chunk])
             left += _sum_of_squares(found.left)
             n_active += int(found.acts.count_nonzero())
-            ever |= (found.acts != 0).any(dim=0)
+            ever |= found.acts.any(dim=0)
             seen.append(found.x)
         whole = torch.cat(seen)
         return Fit(

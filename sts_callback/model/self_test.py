@@ -171,12 +171,12 @@ class _Trial:
             ) from error
         finally:
             handle.remove()
-        for point in self._capture.points:
-            self._check(point.name, found.activations.get(point.name))
+        for each in self._capture.points:
+            self._check(each.name, found.activations.get(each.name))
         rounding = rounded_to(kind)
         self._exact = _is_float32(self._capture.model, found) and not (autocast or rounding)
         # By the SAE that decides: a resumed run reads for no other, and what they read may differ under autocast.
-        self.precision = _precision(found.activations[self._capture.points[0].name].dtype, autocast, rounding)
+        self.precision = _precision(found.activations[point.name].dtype, autocast, rounding)
         if not all(x.isfinite().all() for x in found.activations.values()):
             return Captured({}, None)  # the measurement will report it
         return found

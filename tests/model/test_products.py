@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,15 @@ def fresh() -> Iterator[None]:
     are_exact.cache_clear()
     yield
     are_exact.cache_clear()
+
+
+@contextlib.contextmanager
+def set_by_the_user(precision: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
@@ -67,45 +77,32 @@ def test_processor_that_would_round_is_not_asked(rounding: None) -> None:
 
 @pytest.mark.parametrize("own", ["medium", "high"])
 def test_choice_of_the_user_stays(own: str) -> None:
-    torch.set_float32_matmul_precision(own)
-    try:
+    with set_by_the_user(own):
         chosen = ONEDNN.fp32_precision
         with undisturbed(tiny_model()):
             assert ONEDNN.fp32_precision == chosen
         assert torch.get_float32_matmul_precision() == own
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_ours_rounds_nothing_and_what_the_user_lets_round_is_told(rounding: None) -> None:
     assert rounded_to("cpu") is None
     with by_onednn():
         assert rounded_to("cpu") is None
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with by_onednn():
-            assert rounded_to("cpu") == "bf16"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with set_by_the_user("medium"), by_onednn():
+        assert rounded_to("cpu") == "bf16"
 
 
 def test_a_processor_that_rounds_nothing_is_told_so_whatever_the_user_allows() -> None:
     if not are_exact():
         pytest.skip("this processor rounds")
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with set_by_the_user("medium"):
         assert rounded_to("cpu") is None
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(("setting", "rounded"), [("highest", None), ("high", "tf32"), ("medium", "tf32")])
 def test_a_gpu_has_a_setting_of_its_own(setting: str, rounded: str | None) -> None:
-    torch.set_float32_matmul_precision(setting)
-    try:
+    with set_by_the_user(setting):
         assert rounded_to("cuda") == rounded
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_without_onednn_a_cpu_rounds_nothing_whatever_other_devices_do(monkeypatch: pytest.MonkeyPatch) -> None:

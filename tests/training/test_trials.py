@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +47,31 @@ def test_rows_of_a_small_source_come_again() -> None:
     assert sorted(row["prompt"] for row in drawn if row in CASES) == sorted(2 * [row["prompt"] for row in CASES])
 
 
+def measuring(folder: Path, tokenizer: Any, n_queries: int = 28) -> Callable[[nn.Module], Monitor]:
+    """What makes the monitor of a tuned model, which protects `far`."""
+    config = ProbeConfig(n_queries=n_queries, n_features=8)
+    domains = {"far": rows(40, "poems", seed=90)}
+    return partial(
+        Monitor, tokenizer=tokenizer, sae=saved_sae(folder), train_data=TRAIN, domains=domains, config=config, progress=False
+    )
+
+
+def stopping_at(beginning: str, told: list[str]) -> Callable[[str], None]:
+    """Keeps the lines that it is told, and stops the command at one that begins so."""
+
+    def keep(line: str) -> None:
+        told.append(line)
+        if line.startswith(beginning):
+            raise KeyboardInterrupt
+
+    return keep
+
+
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str, torch.Tensor], list[str], Trials]:
-    sae = saved_sae(tmp_path_factory.mktemp("sae"))
     model, tokenizer = tiny_model(), tiny_tokenizer()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    domains = {"far": rows(40, "poems", seed=90)}
-
-    def monitor(tuned: nn.Module) -> Monitor:
-        config = ProbeConfig(n_queries=28, n_features=8)
-        return Monitor(tuned, tokenizer, sae=sae, train_data=TRAIN, domains=domains, config=config, progress=False)
-
+    monitor = measuring(tmp_path_factory.mktemp("sae"), tokenizer)
     mixtures = [Mixture({}), Mixture({"cases": 0.5})]
     policy = PolicyConfig({"far": 0.1})
     told = list[str]()
@@ -65,14 +81,8 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str
 
 def test_a_run_that_cannot_be_put_back_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sts_callback.training.rehearsal.is_sharded", lambda model: True)
-    sae, tokenizer = saved_sae(tmp_path), tiny_tokenizer()
-
-    def monitor(tuned: nn.Module) -> Monitor:
-        domains = {"far": rows(40, "poems", seed=90)}
-        return Monitor(
-            tuned, tokenizer, sae=sae, train_data=TRAIN, domains=domains, config=ProbeConfig(n_queries=28, n_features=8)
-        )
-
+    tokenizer = tiny_tokenizer()
+    monitor = measuring(tmp_path, tokenizer)
     with pytest.raises(CannotTell, match="rehearse: such a run cannot be rehearsed: its model is sharded"):
         try_out(tiny_model(), tokenizer, setup(), ALL, [Mixture({})], [1e-5], monitor, PolicyConfig({"far": 0.1}), told=print)
 
@@ -107,41 +117,25 @@ def test_what_is_ahead_is_told_and_each_trial_as_it_is_done(tried: Any) -> None:
 
 def test_a_run_that_is_stopped_has_told_what_was_done(tmp_path: Path) -> None:
     told = list[str]()
-
-    def stop_after_the_first(line: str) -> None:
-        told.append(line)
-        if line.startswith("Trial 1 of 2"):
-            raise KeyboardInterrupt
-
-    sae, tokenizer, domains = saved_sae(tmp_path), tiny_tokenizer(), {"far": rows(40, "poems", seed=90)}
-
-    def monitor(tuned: nn.Module) -> Monitor:
-        config = ProbeConfig(n_queries=28, n_features=8)
-        return Monitor(tuned, tokenizer, sae=sae, train_data=TRAIN, domains=domains, config=config, progress=False)
-
+    tokenizer = tiny_tokenizer()
+    monitor = measuring(tmp_path, tokenizer)
     with pytest.raises(KeyboardInterrupt):
         rates, policy = [1e-5, 3e-1], PolicyConfig({"far": 0.1})
-        try_out(tiny_model(), tokenizer, setup(), ALL, [Mixture({})], rates, monitor, policy, told=stop_after_the_first)
+        try_out(
+            tiny_model(), tokenizer, setup(), ALL, [Mixture({})], rates, monitor, policy, told=stopping_at("Trial 1 of 2", told)
+        )
     assert len(told) == 2  # what is ahead, and the first of two trials
 
 
 def test_too_few_queries_to_see_much_are_told_before_the_first_trial(tmp_path: Path) -> None:
     told = list[str]()
-
-    def stop_at_the_first(line: str) -> None:
-        told.append(line)
-        if line.startswith("n_queries"):
-            raise KeyboardInterrupt
-
-    sae, tokenizer, domains = saved_sae(tmp_path), tiny_tokenizer(), {"far": rows(40, "poems", seed=90)}
-
-    def monitor(tuned: nn.Module) -> Monitor:
-        config = ProbeConfig(n_queries=20, n_features=8)
-        return Monitor(tuned, tokenizer, sae=sae, train_data=TRAIN, domains=domains, config=config, progress=False)
-
+    tokenizer = tiny_tokenizer()
+    monitor = measuring(tmp_path, tokenizer, n_queries=20)
     with pytest.raises(KeyboardInterrupt):
         policy = PolicyConfig({"far": 0.1})
-        try_out(tiny_model(), tokenizer, setup(), ALL, [Mixture({})], [1e-5], monitor, policy, told=stop_at_the_first)
+        try_out(
+            tiny_model(), tokenizer, setup(), ALL, [Mixture({})], [1e-5], monitor, policy, told=stopping_at("n_queries", told)
+        )
     assert told[0].startswith("STS rehearse: a forecast first, then 1 trial")
     assert told[1:] == ["n_queries: far has 20; with fewer than 28 an alarm comes late or never."]
 
